@@ -1,0 +1,1 @@
+"""Triton kernels. Import as `pgdpo_fast.kernels`, never by the directory name."""

@@ -1,0 +1,48 @@
+"""Every failure a user can cause or meet, each with the exit code the command line returns for it.
+
+A message says what was given, what was expected and what to do next, in one line.
+"""
+
+__all__ = [
+    "BackendUnavailable", "ConfigError", "DataError", "NonFiniteError", "OutOfMemoryError", "PgdpoError", "Preempted",
+]
+
+
+class PgdpoError(Exception):
+    """Base of all errors raised on purpose by this package."""
+
+    exit_code = 1
+
+
+class ConfigError(PgdpoError, ValueError):
+    """A configuration key, command-line flag or hyper-parameter is unknown, mistyped or impossible."""
+
+    exit_code = 2
+
+
+class BackendUnavailable(ConfigError):
+    """A backend was asked for by name and cannot run here; the message carries the reason."""
+
+
+class DataError(PgdpoError, ValueError):
+    """A manifest, video, store, cache or checkpoint is missing, damaged or does not fit."""
+
+    exit_code = 3
+
+
+class NonFiniteError(PgdpoError, ArithmeticError):
+    """A loss, gradient or error became NaN or infinite; nothing was updated."""
+
+    exit_code = 4
+
+
+class OutOfMemoryError(PgdpoError, MemoryError):
+    """Device or host memory ran out; the message says what used it and which setting lowers it."""
+
+    exit_code = 5
+
+
+class Preempted(PgdpoError):
+    """The process was asked to stop (SIGTERM); state was saved and the resume command is in the message."""
+
+    exit_code = 75
