@@ -1,0 +1,200 @@
+"""The scalar end of every objective: group errors in, loss, weights and gradient coefficients out.
+
+The formulas are those of `pgdpo_fast.objectives` with their derivatives written out; `KIND` and `FLAGS` are compile-time,
+the hyper-parameters come from a small device tensor. All values are blocks of groups, in the accumulation dtype.
+"""
+
+import triton
+import triton.language as tl
+
+# Mirrors of the constants in pgdpo_fast/objectives.py (a kernel may read module constants only as tl.constexpr).
+KIND_DPO = tl.constexpr(0)
+KIND_PGDPO = tl.constexpr(1)
+KIND_IPO = tl.constexpr(2)
+KIND_SLIC = tl.constexpr(3)
+KIND_SFT = tl.constexpr(4)
+KIND_DPOP = tl.constexpr(5)
+KIND_DPO_SHIFT = tl.constexpr(6)
+KIND_HINGE = tl.constexpr(7)
+FLAG_ARS = tl.constexpr(1)
+FLAG_IPR_REWARD = tl.constexpr(2)
+FLAG_IPR_ANCHOR = tl.constexpr(4)
+FLAG_ATTACHED = tl.constexpr(8)
+FLAG_SAFEGUARD = tl.constexpr(64)
+FLAG_IMPORTANCE = tl.constexpr(128)
+RATIO_LIMIT = tl.constexpr(1e6)
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)) without overflow for any finite x."""
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
+def softplus(x, COMPUTE: tl.constexpr):
+    """log(1 + exp(x)) to full relative accuracy: max(x, 0) + log1p(exp(-|x|)).
+
+    log1p(t) = 2 atanh(t / (2 + t)), by its series in float32 (t <= 1, so the ninth term is below 1e-9) and by
+    Kahan's correction in float64.
+    """
+    t = tl.exp(-tl.abs(x))
+    if COMPUTE == tl.float64:
+        w = 1.0 + t
+        log1p = tl.where(w == 1.0, t, tl.log(w) * (t / tl.where(w == 1.0, 1.0, w - 1.0)))
+    else:
+        s = t / (2.0 + t)
+        s2 = s * s
+        series = 1.0 / 13 + s2 * (1.0 / 15 + s2 * (1.0 / 17))
+        series = 1.0 / 7 + s2 * (1.0 / 9 + s2 * (1.0 / 11 + s2 * series))
+        log1p = 2.0 * s * (1.0 + s2 * (1.0 / 3 + s2 * (1.0 / 5 + s2 * series)))
+    return tl.maximum(x, 0.0) + log1p
+
+
+@triton.jit
+def sign(x):
+    return tl.where(x > 0, 1.0, 0.0) - tl.where(x < 0, 1.0, 0.0)
+
+
+@triton.jit
+def ratio_and_slopes(chosen, rejected, half_beta, eps, RATIO: tl.constexpr):
+    """PG-DPO's rho and its derivatives by the chosen and the rejected reward."""
+    margin = chosen - rejected
+    if RATIO == 0:  # logit
+        ratio = half_beta * margin
+        by_chosen = half_beta + 0.0 * margin
+        by_rejected = -by_chosen
+    elif RATIO == 1:  # symmetric
+        inverse = 1.0 / (tl.abs(chosen) + tl.abs(rejected) + 1.0 / half_beta)
+        ratio = margin * inverse
+        by_chosen = (1.0 - ratio * sign(chosen)) * inverse
+        by_rejected = (-1.0 - ratio * sign(rejected)) * inverse
+    elif RATIO == 2:  # abs
+        inverse = 1.0 / (tl.abs(rejected) + tl.abs(eps))
+        ratio = margin * inverse
+        by_chosen = inverse
+        by_rejected = (-1.0 - ratio * sign(rejected)) * inverse
+    else:  # signed, the pole cut to the limit
+        at_pole = rejected + eps == 0
+        inverse = tl.where(at_pole, 0.0, 1.0 / tl.where(at_pole, 1.0, rejected + eps))
+        ratio = tl.where(at_pole, sign(margin) * RATIO_LIMIT, margin * inverse)
+        by_chosen = inverse
+        by_rejected = tl.where(at_pole, 0.0, (-1.0 - ratio) * inverse)
+    inside = tl.abs(ratio) <= RATIO_LIMIT
+    bounded = tl.where(inside, ratio, sign(ratio) * RATIO_LIMIT)
+    bounded = tl.where(ratio != ratio, ratio, bounded)  # NaN stays NaN
+    return bounded, tl.where(inside, by_chosen, 0.0), tl.where(inside, by_rejected, 0.0)
+
+
+@triton.jit
+def objective(e_w, e_l, d_w, d_l, anchor, cross, posterior_scale, params_ptr,
+              KIND: tl.constexpr, FLAGS: tl.constexpr, COMPUTE: tl.constexpr):
+    """One block of groups through the objective.
+
+    Returns loss, logits, alpha, gamma, importance, and the derivatives of the loss by the chosen error, the rejected
+    error and the anchor (a gap and its policy error have the same derivative by the prediction, so they are added).
+    """
+    half_beta = tl.load(params_ptr)
+    one = 0.0 * e_w + 1.0
+    alpha = one
+    gamma = one
+    importance = one
+    g_anchor = 0.0 * e_w
+    if KIND == KIND_SFT:
+        logits = 0.0 * e_w
+        loss = e_w
+        g_w = one
+        g_l = 0.0 * e_w
+    elif KIND == KIND_SLIC or KIND == KIND_HINGE:
+        delta = tl.load(params_ptr + 1)
+        weight = 0.5 * tl.load(params_ptr + 2)
+        if KIND == KIND_SLIC:
+            slope = 0.5 * one
+            logits = 0.5 * (e_l - e_w)
+        else:
+            slope = half_beta * one
+            logits = half_beta * (d_l - d_w)
+        hinge = delta - logits
+        active = tl.where(hinge >= 0, slope, 0.0)
+        loss = tl.where(hinge < 0, 0.0, hinge) + weight * e_w
+        g_w = active + weight
+        g_l = -active
+    elif KIND == KIND_IPO:
+        off_target = 0.5 * (d_l - d_w) - tl.load(params_ptr + 1)
+        logits = half_beta * (d_l - d_w)
+        loss = off_target * off_target
+        g_w = -off_target
+        g_l = off_target
+    elif KIND == KIND_PGDPO:
+        k1 = tl.load(params_ptr + 1)
+        k2 = tl.load(params_ptr + 2)
+        ipr_scale = tl.load(params_ptr + 3)
+        chosen = -d_w
+        rejected = -d_l
+        ratio, by_chosen, by_rejected = ratio_and_slopes(
+            chosen, rejected, half_beta, tl.load(params_ptr + 4), (FLAGS >> 4) & 3)
+        if FLAG_ARS & FLAGS:
+            alpha = sigmoid(k1 * ratio)
+        complement = 0.0 * e_w
+        if (FLAG_IPR_REWARD | FLAG_IPR_ANCHOR) & FLAGS:
+            gamma = sigmoid(-k2 * ratio)
+            complement = sigmoid(k2 * ratio)
+        logits = half_beta * (chosen - alpha * rejected)
+        preference = softplus(-logits, COMPUTE)
+        slope = gamma * sigmoid(-logits) * half_beta
+        loss = gamma * preference
+        g_w = slope
+        g_l = -slope * alpha
+        implicit = 0.0 * e_w
+        if FLAG_IPR_REWARD & FLAGS:
+            implicit = -chosen
+            g_w += complement * ipr_scale
+        if FLAG_IPR_ANCHOR & FLAGS:
+            implicit = anchor
+            g_anchor = complement * ipr_scale
+        if (FLAG_IPR_REWARD | FLAG_IPR_ANCHOR) & FLAGS:
+            loss += complement * (ipr_scale * implicit)
+        if FLAG_ATTACHED & FLAGS:
+            by_ratio = 0.0 * e_w
+            if FLAG_ARS & FLAGS:
+                by_ratio += slope * rejected * k1 * alpha * sigmoid(-k1 * ratio)
+            if (FLAG_IPR_REWARD | FLAG_IPR_ANCHOR) & FLAGS:
+                by_ratio -= k2 * gamma * complement * (preference - ipr_scale * implicit)
+            g_w -= by_ratio * by_chosen
+            g_l -= by_ratio * by_rejected
+    elif KIND == KIND_DPOP:
+        chosen = -d_w
+        penalty = tl.load(params_ptr + 1)
+        logits = half_beta * (chosen + d_l - penalty * tl.where(chosen > 0, 0.0, -chosen))
+        loss = softplus(-logits, COMPUTE)
+        slope = half_beta * sigmoid(-logits)
+        g_w = slope * (1.0 + tl.where(chosen > 0, 0.0, penalty))
+        g_l = -slope
+    elif KIND == KIND_DPO_SHIFT:
+        shift = tl.load(params_ptr + 1)
+        alpha = shift * one
+        logits = half_beta * (shift * d_l - d_w)
+        loss = softplus(-logits, COMPUTE)
+        slope = half_beta * sigmoid(-logits)
+        g_w = slope
+        g_l = -slope * shift
+    else:
+        smoothing = tl.load(params_ptr + 1)
+        logits = half_beta * (d_l - d_w)
+        loss = (1.0 - smoothing) * softplus(-logits, COMPUTE) + smoothing * softplus(logits, COMPUTE)
+        slope = half_beta * ((1.0 - smoothing) * sigmoid(-logits) - smoothing * sigmoid(logits))
+        if FLAG_IMPORTANCE & FLAGS:
+            raw = tl.exp(-0.5 * posterior_scale * (e_w + e_l))
+            clip = tl.load(params_ptr + 6)
+            importance = tl.minimum(tl.maximum(raw, 1.0 - clip), 1.0 + clip)
+            importance = tl.where(raw < tl.load(params_ptr + 5), 0.0, importance)
+            loss *= importance
+            slope *= importance
+        g_w = slope
+        g_l = -slope
+    if FLAG_SAFEGUARD & FLAGS:
+        conflict = cross > 0
+        bound = (1.0 - tl.load(params_ptr + 7)) * e_w / tl.where(conflict, cross, 1.0)
+        g_l *= tl.where(conflict, tl.minimum(tl.maximum(bound, 0.0), 1.0), 1.0)
+    return loss, logits, alpha, gamma, importance, g_w, g_l, g_anchor

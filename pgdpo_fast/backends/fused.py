@@ -1,0 +1,165 @@
+"""The fused operators as torch sees them: three custom ops and the autograd functions over them.
+
+`pair_objective` makes the loss in two launches (errors, then fold and objective); `pair_gradient` makes both gradients
+in one, when backward runs, with the incoming gradient folded into the coefficient. Doing it then costs no pass over
+the gradients for loss scaling or accumulation, keeps small float16 gradients from vanishing before they are scaled,
+and allocates nothing in forward.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pgdpo_fast.backends import operands
+from pgdpo_fast.objectives import GroupErrors
+
+_OPERANDS = (
+    "Tensor policy, Tensor? policy_rejected, Tensor target, Tensor? target_rejected, Tensor? noise, "
+    "Tensor? target_scale, Tensor? reference, Tensor? reference_rejected, Tensor? reference_scale, "
+    "Tensor? reference_scale_rejected"
+)
+library = torch.library.Library("pgdpo_fast", "DEF")
+library.define(
+    f"pair_errors({_OPERANDS}, int reference_form, int groups, bool anchor, bool cross, str backend) -> Tensor")
+library.define(
+    f"pair_objective({_OPERANDS}, Tensor? reference_errors, Tensor? weight, Tensor? posterior_scale, "
+    "int reference_form, int groups, bool anchor, bool cross, int kind, int flags, float[] parameters, str backend) "
+    "-> (Tensor, Tensor, Tensor)")
+library.define(
+    f"pair_gradient({_OPERANDS}, Tensor coefficients, Tensor incoming, int reference_form, int groups, bool anchor, "
+    "str backend) -> (Tensor, Tensor)")
+
+
+def _backend(name: str):
+    from pgdpo_fast.backends import triton
+
+    return {"triton": triton}[name]
+
+
+def _pair_errors(*args):
+    *tensors, reference_form, groups, anchor, cross, backend = args
+    x, run = operands.gather(*tensors), _backend(backend)
+    return run.fold(run.partial_sums(x, reference_form, groups, anchor, cross), groups, x.numel // groups)
+
+
+def _pair_objective(*args):
+    (*tensors, reference_errors, weight, posterior_scale,
+     reference_form, groups, anchor, cross, kind, flags, parameters, backend) = args
+    x, run = operands.gather(*tensors), _backend(backend)
+    gaps = x.reference is not None or reference_errors is not None
+    partial = run.partial_sums(x, reference_form, groups, anchor, cross)
+    return run.fold_objective(partial, groups, x.numel // groups, gaps, reference_errors, weight, posterior_scale,
+                              kind, flags, parameters)
+
+
+def _pair_gradient(*args):
+    *tensors, coefficients, incoming, reference_form, groups, anchor, backend = args
+    policy, policy_rejected = tensors[:2]
+    x = operands.gather(*tensors)
+    chosen, rejected = _like(policy), _like(policy_rejected)
+    halves = (chosen[: x.pairs], chosen[x.pairs:]) if policy_rejected is None else (chosen, rejected)
+    _backend(backend).gradients(x, reference_form, groups, anchor, coefficients, incoming, *halves)
+    return chosen, rejected
+
+
+def _like(x: Tensor | None) -> Tensor:
+    """Where a gradient goes: contiguous, in the prediction's dtype; empty when chosen and rejected are one tensor."""
+    if x is None:
+        return torch.empty(0)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _fake_statistics(policy, policy_rejected, planes, groups):
+    pairs = policy.shape[0] // (2 if policy_rejected is None else 1)
+    dtype = torch.float64 if policy.dtype == torch.float64 else torch.float32
+    return policy.new_empty((planes, pairs, groups), dtype=dtype)
+
+
+def _fake_pair_errors(*args):
+    return _fake_statistics(*args[:2], 6, args[11])
+
+
+def _fake_pair_objective(*args):
+    groups = args[14]
+    telemetry = _fake_statistics(*args[:2], 9, groups)
+    return telemetry.new_empty(()), telemetry, _fake_statistics(*args[:2], 3, groups)
+
+
+def _fake_pair_gradient(*args):
+    return _like(args[0]), _like(args[1])
+
+
+for _name, _run, _fake in (("pair_errors", _pair_errors, _fake_pair_errors),
+                           ("pair_objective", _pair_objective, _fake_pair_objective),
+                           ("pair_gradient", _pair_gradient, _fake_pair_gradient)):
+    library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pgdpo_fast::{_name}", _fake, lib=library)
+_ops = torch.ops.pgdpo_fast
+
+
+class Plan(NamedTuple):
+    """Everything of a call that is not a tensor."""
+
+    reference_form: int
+    groups: int
+    anchor: bool
+    cross: bool
+    backend: str
+
+
+class _Objective(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, plan, kind, flags, parameters, reference_errors, weight, posterior_scale, *tensors):
+        loss, telemetry, coefficients = _ops.pair_objective(
+            *tensors, reference_errors, weight, posterior_scale, plan.reference_form, plan.groups, plan.anchor,
+            plan.cross, kind, flags, parameters, plan.backend)
+        ctx.plan = plan
+        ctx.save_for_backward(coefficients, *tensors)
+        ctx.mark_non_differentiable(telemetry)
+        return loss, telemetry
+
+    @staticmethod
+    def backward(ctx, incoming, _):
+        coefficients, *tensors = ctx.saved_tensors
+        return (None,) * 7 + _input_gradients(ctx.plan, tensors, coefficients, incoming)
+
+
+class _Errors(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, plan, *tensors):
+        statistics = _ops.pair_errors(*tensors, *plan)
+        ctx.plan = plan
+        ctx.save_for_backward(*tensors)
+        return statistics
+
+    @staticmethod
+    def backward(ctx, incoming):
+        tensors = ctx.saved_tensors
+        e_w, e_l, d_w, d_l, anchor, _ = incoming
+        numel = tensors[0][0].numel() // ctx.plan.groups
+        coefficients = torch.stack((e_w + d_w, e_l + d_l, anchor)) * (2.0 / numel)
+        return (None,) + _input_gradients(ctx.plan, tensors, coefficients, coefficients.new_ones(()))
+
+
+def _input_gradients(plan: Plan, tensors, coefficients: Tensor, incoming: Tensor) -> tuple:
+    chosen, rejected = _ops.pair_gradient(*tensors, coefficients, incoming.contiguous(), plan.reference_form,
+                                          plan.groups, plan.anchor, plan.backend)
+    return (chosen, None if tensors[1] is None else rejected) + (None,) * (len(tensors) - 2)
+
+
+def objective(tensors, plan: Plan, epilogue, reference_errors: Tensor | None, weight: Tensor | None,
+              posterior_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Loss `[]` (differentiable by the predictions) and telemetry `[9, B, G]` of an objective with a kernel epilogue."""
+    return _Objective.apply(plan, epilogue.kind, epilogue.flags, list(epilogue.parameters), reference_errors, weight,
+                            posterior_scale, *tensors)
+
+
+def group_errors(tensors, plan: Plan) -> GroupErrors:
+    """Statistics `[B, G]`, differentiable by the predictions (the cross term is not), in two launches and one backward."""
+    e_w, e_l, d_w, d_l, anchor, cross = _Errors.apply(plan, *tensors)
+    gaps = plan.reference_form != 0
+    return GroupErrors(e_w, e_l, d_w if gaps else None, d_l if gaps else None, anchor if plan.anchor else None,
+                       cross.detach() if plan.cross else None)

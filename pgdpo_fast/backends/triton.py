@@ -1,0 +1,148 @@
+"""Launches the Triton kernels. On a CPU they run in Triton's interpreter, when TRITON_INTERPRET=1 was set before import.
+
+One launch table for all devices so far; no device has been measured that asks for another.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pgdpo_fast.backends.operands import PACK_BLOCK, Operands, segments
+
+
+class Launch(NamedTuple):
+    """Elements a program handles at a time, and its warps: 1024 / (32 * 4) = 8 bfloat16 = one 128-bit load a thread."""
+
+    block: int = 1024
+    warps: int = 4
+
+
+DEFAULT_LAUNCH = Launch()
+FOLD_ROWS, FOLD_STEP = 8, 64
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why Triton cannot serve tensors on `device`, or None when it can."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); run: pip install 'triton>=3.6'"
+    if device.type == "cpu":
+        if not triton.knobs.runtime.interpret:
+            return "triton has no CPU backend; set TRITON_INTERPRET=1 before the first import to run its interpreter"
+        return None
+    if device.type != "cuda":
+        return f"the kernels are written for CUDA devices, the tensors are on {device}"
+    capability = torch.cuda.get_device_capability(device)
+    return None if capability >= (8, 0) else f"compute capability {capability} is below the 8.0 the kernels need"
+
+
+@lru_cache(maxsize=256)
+def _parameters(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor((*values, *[0.0] * (8 - len(values))), dtype=dtype, device=device)
+
+
+def _guard(device: torch.device):
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _alignment(length: int) -> int:
+    """Largest power of two up to 16 that divides `length`: what the compiler may assume of a segment's start."""
+    return min(length & -length, 16)
+
+
+def _rows(side, fallback: Tensor) -> tuple:
+    """(chosen, rejected, chosen row stride, rejected row stride); an absent operand is never read."""
+    if side is None:
+        return fallback, fallback, 0, 0
+    return side.chosen, side.rejected, side.chosen.stride(0), side.rejected.stride(0)
+
+
+def _arguments(x: Operands, reference_form: int):
+    """Pointers, strides and switches common to the error and the gradient kernel."""
+    pw, pl, pw_stride, pl_stride = _rows(x.policy, x.policy.chosen)
+    yw, yl, yw_stride, yl_stride = _rows(x.target, pw)
+    qw, ql, qw_stride, ql_stride = _rows(x.reference, pw)
+    sw, sl, sw_stride, sl_stride = _rows(x.reference_scale, pw)
+    noise, noise_stride = (pw, 0) if x.noise is None else (x.noise, x.noise.stride(0))
+    pointers = (pw, pl, yw, yl, noise, qw, ql, sw, sl)
+    strides = (pw_stride, pl_stride, yw_stride, yl_stride, noise_stride, qw_stride, ql_stride, sw_stride, sl_stride)
+    switches = dict(
+        REFERENCE=reference_form, SHARED_TARGET=x.shared_target, TARGET_BUILT=x.noise is not None,
+        PACK_BLOCK=PACK_BLOCK, COMPUTE=_triton_dtype(x.compute_dtype),
+        BLOCK=DEFAULT_LAUNCH.block, num_warps=DEFAULT_LAUNCH.warps, enable_fp_fusion=True)
+    return pointers, strides, pw if x.target_scale is None else x.target_scale, switches
+
+
+def partial_sums(x: Operands, reference_form: int, groups: int, anchor: bool, cross: bool) -> Tensor:
+    """Sums over every segment, `[6, B, segments]` in the accumulation dtype."""
+    from pgdpo_fast.kernels.pair import STATISTICS, pair_errors_kernel
+
+    cut = segments(x.policy.chosen.shape[1:], groups)
+    pointers, strides, target_scale, switches = _arguments(x, reference_form)
+    partial = torch.empty((STATISTICS, x.pairs, cut.segments), dtype=x.compute_dtype, device=pointers[0].device)
+    with _guard(partial.device):
+        pair_errors_kernel[(cut.segments, x.pairs)](
+            *pointers, target_scale, partial, *strides, x.pairs, x.numel, cut.length,
+            ANCHOR=anchor, CROSS=cross, ALIGN=_alignment(cut.length), **switches)
+    return partial
+
+
+def fold(partial: Tensor, groups: int, count: int) -> Tensor:
+    """Partial sums `[6, B, segments]` as means over each group, `[6, B, G]`, always added in the same order."""
+    from pgdpo_fast.kernels.pair import fold_kernel
+
+    statistics, pairs, parts = partial.shape
+    out = partial.new_empty((statistics, pairs, groups))
+    with _guard(partial.device):
+        fold_kernel[(1,)](
+            partial, partial, partial, partial, partial, out, out, out, pairs * groups, parts, groups, count,
+            KIND=-1, FLAGS=0, GAPS=False, REFERENCE_ERRORS=False, WEIGHTED=False, COMPUTE=_triton_dtype(partial.dtype),
+            ROWS=FOLD_ROWS, FOLD=FOLD_STEP, num_warps=4, enable_fp_fusion=True)
+    return out
+
+
+def fold_objective(partial: Tensor, groups: int, count: int, gaps: bool, reference_errors: Tensor | None,
+                   weight: Tensor | None, posterior_scale: Tensor | None, kind: int, flags: int,
+                   parameters: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Partial sums to loss `[]`, telemetry `[9, B, G]` and gradient coefficients `[3, B, G]` in one launch."""
+    from pgdpo_fast.kernels.pair import TELEMETRY, fold_kernel
+
+    _, pairs, parts = partial.shape
+    loss = partial.new_empty(())
+    telemetry = partial.new_empty((TELEMETRY, pairs, groups))
+    coefficients = partial.new_empty((3, pairs, groups))
+    with _guard(partial.device):
+        fold_kernel[(1,)](
+            partial, partial if reference_errors is None else reference_errors, partial if weight is None else weight,
+            partial if posterior_scale is None else posterior_scale,
+            _parameters(tuple(parameters), partial.dtype, partial.device), loss, telemetry, coefficients,
+            pairs * groups, parts, groups, count,
+            KIND=kind, FLAGS=flags, GAPS=gaps, REFERENCE_ERRORS=reference_errors is not None,
+            WEIGHTED=weight is not None, COMPUTE=_triton_dtype(partial.dtype),
+            ROWS=FOLD_ROWS, FOLD=FOLD_STEP, num_warps=4, enable_fp_fusion=True)
+    return loss, telemetry, coefficients
+
+
+def gradients(x: Operands, reference_form: int, groups: int, anchor: bool, coefficients: Tensor, incoming: Tensor,
+              chosen: Tensor, rejected: Tensor) -> None:
+    """Write the gradients by both predictions into `chosen` and `rejected`, each `[B, ...]` with contiguous rows."""
+    from pgdpo_fast.kernels.pair import pair_gradient_kernel
+
+    cut = segments(x.policy.chosen.shape[1:], groups)
+    pointers, strides, target_scale, switches = _arguments(x, reference_form)
+    with _guard(chosen.device):
+        pair_gradient_kernel[(cut.segments, x.pairs)](
+            chosen, rejected, *pointers, target_scale, coefficients, incoming, chosen.stride(0), rejected.stride(0),
+            *strides, x.pairs, groups, x.numel, cut.length, ANCHOR=anchor, ALIGN=_alignment(cut.length), **switches)
+
+
+def _triton_dtype(dtype: torch.dtype):
+    import triton.language as tl
+
+    return tl.float64 if dtype == torch.float64 else tl.float32

@@ -1,0 +1,454 @@
+"""The one door to the loss: `preference_loss`, its module form, and the differentiable building block below it.
+
+Arguments are checked here, once, and turned into the operands the backends share. Nothing below this file validates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from pgdpo_fast import backends
+from pgdpo_fast.backends import eager
+from pgdpo_fast.backends.operands import PACK_BLOCK, gather
+from pgdpo_fast.errors import NonFiniteError
+from pgdpo_fast.objectives import GroupErrors, Objective
+
+GRANULARITIES = ("sample", "frame", "element")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class ReferenceErrors:
+    """The reference's mean squared errors, all a sample or frame objective needs of it: each `[B]` or `[B, F]`."""
+
+    chosen: Tensor
+    rejected: Tensor
+
+
+@dataclass(frozen=True)
+class PackedReference:
+    """Packed residuals q - y of the reference, read by the kernels as they are.
+
+    Args:
+        chosen, rejected: `[B, C, F, H, W]` bfloat16 residuals, or uint8 holding float8 (e4m3) bytes.
+        chosen_scale, rejected_scale: `[B, ceil(C*F*H*W / 128)]` float32, one scale for 128 float8 values; else None.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    chosen_scale: Tensor | None = None
+    rejected_scale: Tensor | None = None
+
+    @classmethod
+    def pack(cls, reference, target, format: str = "bf16") -> PackedReference:
+        """Pack reference predictions against their targets (stacked or tuples, as in `preference_loss`).
+
+        Args:
+            format: "bf16", or "fp8": one byte an element, scaled so that each block's largest residual is 448.
+        """
+        if format not in ("bf16", "fp8"):
+            raise ValueError(f"format={format!r}: expected 'bf16' or 'fp8'")
+        q, y = _halves(reference, "reference"), _halves(target, "target")
+        residuals = [(a.float() - b.float()) for a, b in zip(q, y, strict=True)]
+        if format == "bf16":
+            return cls(*(r.bfloat16() for r in residuals))
+        rows, scales = zip(*(_quantise(r) for r in residuals), strict=True)
+        return cls(*rows, *scales)
+
+
+def _quantise(residual: Tensor) -> tuple[Tensor, Tensor]:
+    flat = residual.flatten(1)
+    blocks = nn.functional.pad(flat, (0, -flat.shape[1] % PACK_BLOCK)).unflatten(1, (-1, PACK_BLOCK))
+    scale = (blocks.abs().amax(-1) / 448.0).clamp(min=torch.finfo(torch.float32).tiny)
+    rows = (blocks / scale[..., None]).clamp(-448.0, 448.0).to(torch.float8_e4m3fn).flatten(1)[:, : flat.shape[1]]
+    return rows.contiguous().view(torch.uint8).view(residual.shape), scale
+
+
+@dataclass(frozen=True)
+class NoisedTarget:
+    """A target built inside the kernels: noise_scale * noise + clean_scale * clean, the noise read once for the pair.
+
+    Args:
+        clean: clean latents, `[2B, C, F, H, W]` or a (chosen, rejected) tuple.
+        noise: `[B, C, F, H, W]`, shared by the pair.
+        noise_scale, clean_scale: `[B]`; `process.target_coefficients(timestep)` gives both.
+    """
+
+    clean: Tensor | tuple[Tensor, Tensor]
+    noise: Tensor
+    noise_scale: Tensor
+    clean_scale: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PreferenceLossOutput:
+    """Result of `preference_loss`. Everything but `loss` is detached, float32 (float64 for float64 predictions), and
+    `[B]`, or `[B, F]` at frame granularity; at element granularity it is the mean over the video. Without a reference
+    gaps and rewards are NaN. Reading a field never synchronizes with the device."""
+
+    loss: Tensor
+    per_pair_loss: Tensor
+    logits: Tensor
+    alpha: Tensor
+    gamma: Tensor
+    importance: Tensor
+    policy_chosen_error: Tensor
+    policy_rejected_error: Tensor
+    chosen_gap: Tensor
+    rejected_gap: Tensor
+
+    @cached_property
+    def chosen_reward(self) -> Tensor:
+        return -self.chosen_gap
+
+    @cached_property
+    def rejected_reward(self) -> Tensor:
+        return -self.rejected_gap
+
+    @cached_property
+    def margin(self) -> Tensor:
+        return self.rejected_gap - self.chosen_gap
+
+    @cached_property
+    def gradient_factor(self) -> Tensor:
+        """sigmoid(-z), the size of the preference gradient: near 0 the pair is learnt, 1/2 it is undecided."""
+        return torch.sigmoid(-self.logits)
+
+    @cached_property
+    def reference_chosen_error(self) -> Tensor:
+        return self.policy_chosen_error - self.chosen_gap
+
+    @cached_property
+    def reference_rejected_error(self) -> Tensor:
+        return self.policy_rejected_error - self.rejected_gap
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Means over the batch as 0-d tensors, under TRL's names where those exist. No device sync."""
+        values = {
+            "rewards/chosen": self.chosen_reward, "rewards/rejected": self.rejected_reward,
+            "rewards/margins": self.margin, "rewards/accuracies": (self.margin > 0).to(self.margin.dtype),
+            "logits": self.logits, "gradient_factor": self.gradient_factor,
+            "weights/alpha": self.alpha, "weights/gamma": self.gamma, "weights/importance": self.importance,
+            "errors/policy_chosen": self.policy_chosen_error, "errors/policy_rejected": self.policy_rejected_error,
+            "errors/reference_chosen": self.reference_chosen_error,
+            "errors/reference_rejected": self.reference_rejected_error,
+        }
+        return {name: value.mean() for name, value in values.items()}
+
+    def check_finite(self, pair_ids=None) -> None:
+        """Raise `NonFiniteError` naming the pairs whose loss is NaN or infinite (by index, or by `pair_ids`). Syncs."""
+        bad = (~torch.isfinite(self.per_pair_loss)).flatten(1 if self.per_pair_loss.ndim > 1 else 0)
+        bad = (bad.any(1) if bad.ndim > 1 else bad).nonzero().flatten().tolist()
+        if bad:
+            names = [pair_ids[i] for i in bad] if pair_ids is not None else bad
+            raise NonFiniteError(f"loss is NaN or infinite for pair(s) {', '.join(map(str, names))} of "
+                                 f"{self.per_pair_loss.shape[0]}; their predictions, targets or reference are not finite")
+
+
+def _describe(x) -> str:
+    return f"{tuple(x.shape)} {x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+
+
+def _halves(x, name: str) -> tuple[Tensor, Tensor]:
+    if isinstance(x, (tuple, list)):
+        if len(x) != 2:
+            raise ValueError(f"{name}: expected a (chosen, rejected) tuple, got {len(x)} items")
+        return tuple(x)
+    if x.shape[0] % 2:
+        raise ValueError(f"{name}: expected [2B, ...] with the chosen half first, got an odd batch of {x.shape[0]}")
+    return x[: x.shape[0] // 2], x[x.shape[0] // 2:]
+
+
+def _pair(x, name: str) -> tuple[Tensor, Tensor | None]:
+    """A stacked tensor as (tensor, None), a tuple as its two tensors; types, ranks and dtypes checked."""
+    items = (x,) if isinstance(x, Tensor) else x
+    if not isinstance(items, (tuple, list)) or len(items) not in (1, 2) or not all(isinstance(t, Tensor) for t in items):
+        raise ValueError(f"{name}: expected a tensor or a (chosen, rejected) tuple of tensors, got {_describe(x)}")
+    for t in items:
+        if t.ndim < 2 or t.numel() == 0:
+            raise ValueError(f"{name}: expected a non-empty batch of latents [B, C, F, H, W], got {_describe(t)}")
+    if len(items) == 2 and (items[0].shape != items[1].shape or items[0].dtype != items[1].dtype):
+        raise ValueError(f"{name}: expected chosen and rejected of one shape and dtype, "
+                         f"got {_describe(items[0])} and {_describe(items[1])}")
+    return items[0], items[1] if len(items) == 2 else None
+
+
+def _expect_floating(dtype: torch.dtype, name: str) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"{name}: expected bfloat16, float16, float32 or float64, got {dtype}")
+
+
+def _expect(x: Tensor, name: str, shapes: tuple, device: torch.device) -> None:
+    if not isinstance(x, Tensor) or tuple(x.shape) not in shapes:
+        raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got {_describe(x)}")
+    if x.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device} like the prediction, got {_describe(x)}")
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A checked call: the ten operand tensors of `backends.operands.gather`, and what is known about them."""
+
+    tensors: tuple
+    reference_form: int
+    reference_errors: ReferenceErrors | None
+    pairs: int
+    video: tuple
+
+    def groups(self, granularity: str) -> int:
+        if granularity not in GRANULARITIES:
+            raise ValueError(f"granularity={granularity!r}: expected one of {', '.join(map(repr, GRANULARITIES))}")
+        if granularity == "sample":
+            return 1
+        if granularity == "element":
+            return torch.Size(self.video).numel()
+        if len(self.video) != 4:
+            raise ValueError(f"granularity='frame': expected latents [B, C, F, H, W], got videos of shape {self.video}")
+        return self.video[1]
+
+
+def _check(prediction, target, reference) -> _Call:
+    policy, policy_rejected = _pair(prediction, "prediction")
+    _expect_floating(policy.dtype, "prediction")
+    if policy_rejected is None and policy.shape[0] % 2:
+        raise ValueError(f"prediction: expected [2B, ...] with the chosen half first, got an odd batch of {policy.shape[0]}")
+    pairs = policy.shape[0] // (2 if policy_rejected is None else 1)
+    video, device = tuple(policy.shape[1:]), policy.device
+    stacked, single = (2 * pairs, *video), (pairs, *video)
+
+    def operand(x, name, allow_shared=False, dtypes=DTYPES):
+        first, second = _pair(x, name)
+        for t in (first, second):
+            if t is not None:
+                _expect(t, name, (single,) if second is not None else (stacked, single) if allow_shared else (stacked,),
+                        device)
+                if t.dtype not in dtypes:
+                    raise ValueError(f"{name}: expected {', '.join(str(d) for d in dtypes)}, got {t.dtype}")
+        return first.detach(), None if second is None else second.detach()
+
+    noise = target_scale = None
+    if isinstance(target, NoisedTarget):
+        clean = operand(target.clean, "target.clean")
+        _expect(target.noise, "target.noise", (single,), device)
+        _expect_floating(target.noise.dtype, "target.noise")
+        scales = [target.noise_scale, target.clean_scale]
+        for scale, name in zip(scales, ("target.noise_scale", "target.clean_scale"), strict=True):
+            _expect(scale, name, ((pairs,),), device)
+        compute = torch.float64 if policy.dtype == torch.float64 else torch.float32
+        targets, noise, target_scale = clean, target.noise.detach(), torch.stack(scales).detach().to(compute)
+    else:
+        targets = operand(target, "target", allow_shared=True)
+
+    form, rows, row_scales, errors = 0, (None, None), (None, None), None
+    if isinstance(reference, ReferenceErrors):
+        errors = reference
+    elif isinstance(reference, PackedReference):
+        form = 2 if reference.chosen_scale is None else 3
+        rows = operand((reference.chosen, reference.rejected), "reference",
+                       dtypes=(torch.bfloat16,) if form == 2 else (torch.uint8,))
+        if form == 3:
+            blocks = -(-torch.Size(video).numel() // PACK_BLOCK)
+            row_scales = (reference.chosen_scale, reference.rejected_scale)
+            for scale in row_scales:
+                _expect(scale, "reference scale", ((pairs, blocks),), device)
+    elif reference is not None:
+        form, rows = 1, operand(reference, "reference")
+    tensors = (policy, policy_rejected, *targets, noise, target_scale, *rows, *row_scales)
+    return _Call(tensors, form, errors, pairs, video)
+
+
+def _check_objective(objective, call: _Call, granularity: str, posterior_scale) -> None:
+    if not isinstance(objective, Objective):
+        raise ValueError(f"objective: expected an instance such as pf.PGDPO(), got {objective!r}")
+    name = type(objective).__name__
+    if objective.needs_reference and call.reference_form == 0 and call.reference_errors is None:
+        raise ValueError(f"reference: {name} needs the reference's predictions or errors, got None")
+    if objective.needs_anchor and call.reference_form == 0:
+        raise ValueError(f"reference: {name} with ipr='anchor' needs the reference's predictions or a PackedReference, "
+                         f"got ReferenceErrors; use ipr='reward' or pass predictions")
+    if granularity == "element" and call.reference_errors is not None:
+        raise ValueError("reference: granularity='element' needs the reference's predictions or a PackedReference, "
+                         "got ReferenceErrors")
+    if objective.needs_posterior_scale and posterior_scale is None:
+        raise ValueError(f"posterior_scale: {name} needs [B] values, see process.posterior_scale(timestep)")
+
+
+def _group_errors(call: _Call, granularity: str, anchor: bool, cross: bool, backend: str) -> GroupErrors:
+    """Differentiable statistics `[B, G]` from the backend, with cached reference errors worked in."""
+    if backend == "eager" or granularity == "element":
+        errors = eager.group_errors(gather(*call.tensors), call.reference_form, granularity, anchor, cross)
+    else:
+        from pgdpo_fast.backends import fused
+
+        errors = fused.group_errors(call.tensors, fused.Plan(call.reference_form, call.groups(granularity),
+                                                             anchor, cross, backend))
+    if call.reference_errors is not None:
+        chosen, rejected = _reference_errors(call, call.groups(granularity), errors.policy_chosen.dtype)
+        errors = errors._replace(gap_chosen=errors.policy_chosen - chosen, gap_rejected=errors.policy_rejected - rejected)
+    return errors
+
+
+def _reference_errors(call: _Call, groups: int, dtype: torch.dtype) -> Tensor:
+    """Cached reference errors as `[2, B, G]`."""
+    shapes = ((call.pairs,), (call.pairs, 1)) if groups == 1 else ((call.pairs, groups),)
+    for name in ("chosen", "rejected"):
+        _expect(getattr(call.reference_errors, name), f"reference.{name}", shapes, call.tensors[0].device)
+    pair = (call.reference_errors.chosen, call.reference_errors.rejected)
+    return torch.stack([x.detach().to(dtype).view(call.pairs, groups) for x in pair])
+
+
+def paired_errors(prediction, target, reference=None, *, granularity: str = "sample", anchor: bool = False,
+                  cross: bool = False, backend: str = "auto") -> GroupErrors:
+    """Errors and gaps of every group, differentiable by the predictions: the block to build new objectives on.
+
+    One fused pass computes all statistics and one fused pass, in backward, both gradients; what happens between on
+    `[B, G]` tensors is plain torch.
+
+    Args:
+        prediction, target, reference, granularity, backend: as in `preference_loss`.
+        anchor: also mean (p_w - q_w)^2, which needs the reference's predictions.
+        cross: also mean (p_w - y_w)(p_l - y_l), without a gradient.
+
+    Returns:
+        `GroupErrors` of `[B, G]` float32 (float64 for float64 predictions); gaps are None without a reference.
+    """
+    call = _check(prediction, target, reference)
+    call.groups(granularity)
+    if anchor and call.reference_form == 0:
+        raise ValueError("anchor: needs the reference's predictions or a PackedReference")
+    return _group_errors(call, granularity, anchor, cross, backends.select(backend, call.tensors[0].device))
+
+
+@torch.no_grad()
+def reference_errors(prediction, target, *, granularity: str = "sample", backend: str = "auto") -> ReferenceErrors:
+    """The reference model's errors, ready to be cached or passed as `reference`: each `[B]`, or `[B, F]` per frame.
+
+    They come from the same kernel as the policy's, so a policy that equals the reference has gaps of exactly zero.
+    """
+    if granularity == "element":
+        raise ValueError("granularity='element': errors per element are the size of the video; use PackedReference.pack")
+    errors = paired_errors(prediction, target, granularity=granularity, backend=backend)
+    squeeze = (lambda x: x[:, 0].contiguous()) if granularity == "sample" else (lambda x: x)
+    return ReferenceErrors(squeeze(errors.policy_chosen), squeeze(errors.policy_rejected))
+
+
+def preference_loss(prediction, target, reference=None, *, objective: Objective, granularity: str = "sample",
+                    pair_weight: Tensor | None = None, posterior_scale: Tensor | None = None, backend: str = "auto",
+                    process_group=None) -> PreferenceLossOutput:
+    """Any diffusion preference objective on a batch of pairs; `out.loss.backward()` gives the fused gradients.
+
+    Args:
+        prediction: the policy's output, `[2B, C, F, H, W]` with the chosen half first, or a (chosen, rejected) tuple;
+            bfloat16, float16, float32 or float64, any strides (rows that are not contiguous are copied once).
+        target: what it should output; same layout, `[B, ...]` when the pair shares it, or a `NoisedTarget`.
+        reference: the reference's predictions in the prediction's layout, `ReferenceErrors`, a `PackedReference`, or
+            None for objectives that need none. No gradient flows to target or reference.
+        objective: e.g. `pf.PGDPO(beta=100.0)`.
+        granularity: what one scalar reward covers: "sample", "frame" (one latent frame) or "element".
+        pair_weight: `[B]`, multiplies each pair's loss (VideoDPO weights, importance weights); no gradient.
+        posterior_scale: `[B]`, c_t of `process.posterior_scale(timestep)`, for SDPO and DPOClipMask.
+        backend: "auto", "triton", "native" or "eager". An explicit choice never falls back.
+        process_group: latents are sharded over its ranks (context parallel): errors are averaged over them, every
+            rank gets the whole loss and its own shard's gradient. All shards must be of one size.
+
+    Returns:
+        `PreferenceLossOutput`. loss = mean over pairs of pair_weight times the mean over groups.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype or device; the message names it.
+        BackendUnavailable: the backend asked for cannot run here.
+    """
+    call = _check(prediction, target, reference)
+    groups = call.groups(granularity)
+    _check_objective(objective, call, granularity, posterior_scale)
+    device = call.tensors[0].device
+    for value, name in ((pair_weight, "pair_weight"), (posterior_scale, "posterior_scale")):
+        if value is not None:
+            _expect(value, name, ((call.pairs,),), device)
+    backend = backends.select(backend, device)
+    compute = torch.float64 if call.tensors[0].dtype == torch.float64 else torch.float32
+    weight = None if pair_weight is None else pair_weight.detach().to(compute)[:, None]
+    if posterior_scale is not None:
+        posterior_scale = posterior_scale.detach().to(compute)
+
+    epilogue = objective.epilogue()
+    outer = getattr(objective, "combine", "pointwise") == "outer" and groups > 1
+    if backend != "eager" and granularity != "element" and epilogue and not outer and process_group is None:
+        from pgdpo_fast.backends import fused
+
+        plan = fused.Plan(call.reference_form, groups, objective.needs_anchor, objective.needs_cross, backend)
+        cached = None if call.reference_errors is None else _reference_errors(call, groups, compute)
+        row_weight = None if weight is None else weight.expand(-1, groups).contiguous()
+        loss, telemetry = fused.objective(call.tensors, plan, epilogue, cached, row_weight, posterior_scale)
+        return _output(loss, telemetry, granularity)
+
+    errors = _group_errors(call, granularity, objective.needs_anchor, objective.needs_cross, backend)
+    if process_group is not None:
+        errors = _all_reduce_mean(errors, granularity, process_group)
+    scale = None if posterior_scale is None else posterior_scale[:, None]
+    terms = objective.terms(errors, scale)
+    loss = (terms.loss if weight is None else weight * terms.loss).mean()
+    nan = torch.full_like(terms.loss, float("nan"))
+    with torch.no_grad():
+        telemetry = torch.stack([
+            terms.loss, terms.logits, terms.alpha, terms.gamma, terms.importance, errors.policy_chosen,
+            errors.policy_rejected, nan if errors.gap_chosen is None else errors.gap_chosen,
+            nan if errors.gap_rejected is None else errors.gap_rejected])
+        if granularity == "element":
+            telemetry = telemetry.mean(-1, keepdim=True)
+    return _output(loss, telemetry, granularity)
+
+
+def _output(loss: Tensor, telemetry: Tensor, granularity: str) -> PreferenceLossOutput:
+    return PreferenceLossOutput(loss, *(telemetry if granularity == "frame" else telemetry[..., 0]))
+
+
+class _MeanOverRanks(torch.autograd.Function):
+    """All-reduce of per-shard means. Every rank holds the whole loss, so a shard's share of the gradient is 1/world."""
+
+    @staticmethod
+    def forward(ctx, statistics, group):
+        ctx.world = torch.distributed.get_world_size(group)
+        total = statistics.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total / ctx.world
+
+    @staticmethod
+    def backward(ctx, incoming):
+        return incoming / ctx.world, None
+
+
+def _all_reduce_mean(errors: GroupErrors, granularity: str, group) -> GroupErrors:
+    if granularity == "element":
+        raise ValueError("process_group: granularity='element' has no sums to reduce over ranks unless combine='outer', "
+                         "which is not supported with sharded latents; use 'sample' or 'frame'")
+    present = [x for x in errors if x is not None]
+    reduced = iter(_MeanOverRanks.apply(torch.stack(present), group))
+    return GroupErrors(*(None if x is None else next(reduced) for x in errors))
+
+
+class PreferenceLoss(nn.Module):
+    """`preference_loss` with its settings fixed, as a module.
+
+    Args:
+        objective, granularity, backend, process_group: as in `preference_loss`.
+    """
+
+    def __init__(self, objective: Objective, *, granularity: str = "sample", backend: str = "auto", process_group=None):
+        super().__init__()
+        if granularity not in GRANULARITIES:
+            raise ValueError(f"granularity={granularity!r}: expected one of {', '.join(map(repr, GRANULARITIES))}")
+        self.objective, self.granularity, self.backend = objective, granularity, backend
+        self.process_group = process_group
+
+    def forward(self, prediction, target, reference=None, *, pair_weight=None, posterior_scale=None):
+        return preference_loss(prediction, target, reference, objective=self.objective, granularity=self.granularity,
+                               pair_weight=pair_weight, posterior_scale=posterior_scale, backend=self.backend,
+                               process_group=self.process_group)
+
+    def extra_repr(self) -> str:
+        return f"{self.objective}, granularity={self.granularity!r}, backend={self.backend!r}"

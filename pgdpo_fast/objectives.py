@@ -1,0 +1,524 @@
+"""What each preference objective means: a frozen dataclass of hyper-parameters and one pure function on errors.
+
+Everything here is plain torch on `[B, G]` tensors (B pairs, G groups of latent elements), works in float64 and is
+differentiable, so it is the oracle for every kernel. With p the policy's prediction, q the reference's and y the
+target, a group of M elements has
+
+    error    e = mean (p - y)^2          gap     d = mean (p - y)^2 - (q - y)^2
+    reward   r = -d                      margin  r_w - r_l           (w chosen, l rejected)
+
+beta multiplies the mean over the group with the 1/2 of Diffusion-DPO: logits z = b (r_w - r_l), b = beta / 2.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from pgdpo_fast.errors import ConfigError
+
+# The ratio of PG-DPO has a pole; beyond this size every sigmoid of it is saturated, so it is cut here, never NaN.
+RATIO_LIMIT = 1e6
+
+
+class GroupErrors(NamedTuple):
+    """Per-group statistics of one batch of pairs, each `[B, G]`, float32 or float64.
+
+    Policy errors are always there; gaps need a reference, `anchor` = mean (p_w - q_w)^2 needs its predictions, and
+    `cross` = mean (p_w - y_w)(p_l - y_l) is computed only for objectives that ask for it.
+    """
+
+    policy_chosen: Tensor
+    policy_rejected: Tensor
+    gap_chosen: Tensor | None = None
+    gap_rejected: Tensor | None = None
+    anchor: Tensor | None = None
+    cross: Tensor | None = None
+
+
+class Terms(NamedTuple):
+    """What an objective makes of the errors, each `[B, G]`: the loss (differentiable) and its weights."""
+
+    loss: Tensor
+    logits: Tensor
+    alpha: Tensor
+    gamma: Tensor
+    importance: Tensor
+
+
+class Epilogue(NamedTuple):
+    """An objective in the form the kernels take: which formula, its switches, its numbers."""
+
+    kind: int
+    flags: int
+    parameters: tuple[float, ...]
+
+
+# Epilogue kinds and flag bits, shared with kernels/epilogue.py and csrc/epilogue.h.
+KIND_DPO, KIND_PGDPO, KIND_IPO, KIND_SLIC, KIND_SFT, KIND_DPOP, KIND_DPO_SHIFT, KIND_HINGE = range(8)
+FLAG_ARS, FLAG_IPR_REWARD, FLAG_IPR_ANCHOR, FLAG_ATTACHED = 1, 2, 4, 8
+FLAG_RATIO_SHIFT = 4  # two bits: index into RATIOS
+FLAG_SAFEGUARD, FLAG_IMPORTANCE = 64, 128
+RATIOS = ("logit", "symmetric", "abs", "signed")
+
+
+def _number(objective, name: str, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False) -> None:
+    value = getattr(objective, name)
+    where = f"{type(objective).__name__}({name}={value!r})"
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ConfigError(f"{where}: expected a finite number")
+    if value < low or value > high or (open_low and value == low):
+        raise ConfigError(f"{where}: expected a number in {'(' if open_low else '['}{low:g}, {high:g}]")
+
+
+def _choice(objective, name: str, allowed: tuple) -> None:
+    value = getattr(objective, name)
+    if value not in allowed:
+        raise ConfigError(f"{type(objective).__name__}({name}={value!r}): expected one of {', '.join(map(repr, allowed))}")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Base of all objectives: subclass it, write `terms`, and the objective runs fused through `pf.preference_loss`."""
+
+    needs_reference: ClassVar[bool] = True
+    needs_cross: ClassVar[bool] = False
+    needs_posterior_scale: ClassVar[bool] = False
+
+    @property
+    def needs_anchor(self) -> bool:
+        """Whether the objective uses mean (p_w - q_w)^2, hence the reference's predictions."""
+        return False
+
+    def terms(self, errors: GroupErrors, posterior_scale: Tensor | None = None) -> Terms:
+        """Loss and weights of every group.
+
+        Args:
+            errors: statistics, each `[B, G]`.
+            posterior_scale: `[B, 1]`, c_t of the pair's timestep, for importance-weighted objectives.
+        """
+        raise NotImplementedError
+
+    def epilogue(self) -> Epilogue | None:
+        """The same formula for the kernels, or None: then `terms` runs in torch between two fused kernels."""
+        return None
+
+    @staticmethod
+    def _plain(loss: Tensor, logits: Tensor, alpha: Tensor | None = None, gamma: Tensor | None = None,
+               importance: Tensor | None = None) -> Terms:
+        one = torch.ones_like(logits)
+        return Terms(loss, logits, one if alpha is None else alpha, one if gamma is None else gamma,
+                     one if importance is None else importance)
+
+
+@dataclass(frozen=True)
+class DPO(Objective):
+    """Diffusion-DPO (Wallace et al. 2024, Eq. 14): softplus(-z), z = beta/2 (r_w - r_l).
+
+    Label smoothing eps mixes in the flipped label: (1 - eps) softplus(-z) + eps softplus(z).
+    VideoDPO is this objective with `pair_weight=videodpo_pair_weight(...)`.
+    """
+
+    beta: float = 5000.0
+    label_smoothing: float = 0.0
+
+    def __post_init__(self):
+        _number(self, "beta", 0.0, open_low=True)
+        _number(self, "label_smoothing", 0.0, 0.5)
+
+    def terms(self, errors, posterior_scale=None):
+        logits = 0.5 * self.beta * (errors.gap_rejected - errors.gap_chosen)
+        loss = -(1 - self.label_smoothing) * logsigmoid(logits) - self.label_smoothing * logsigmoid(-logits)
+        return self._plain(loss, logits)
+
+    def epilogue(self):
+        return Epilogue(KIND_DPO, 0, (0.5 * self.beta, self.label_smoothing))
+
+
+@dataclass(frozen=True)
+class PGDPO(Objective):
+    """PG-DPO (arXiv 2511.19049, Eq. 7-9): adaptive rejection scaling alpha and implicit preference regularization gamma.
+
+        alpha = sigmoid(k1 rho)      gamma = sigmoid(-k2 rho)      z = beta/2 (r_w - alpha r_l)
+        loss  = gamma softplus(-z) + (1 - gamma) ipr_weight kappa I
+
+    Args:
+        ratio: rho. "logit" beta/2 (r_w - r_l); "symmetric" (r_w - r_l)/(|r_w| + |r_l| + 2/beta);
+            "abs" (r_w - r_l)/(|r_l| + |eps|); "signed" (r_w - r_l)/(r_l + eps), the printed Eq. 7, with a pole at
+            r_l = -eps, which is where training starts.
+        ars: False fixes alpha = 1.
+        ipr: I = "reward" -r_w (Eq. 9); "anchor" mean (p_w - q_w)^2 (the printed listing); "none" fixes gamma = 1.
+        ipr_scale: kappa. "beta" beta/2, both terms on one scale; "one" 1, as printed.
+        detach_weights: no gradient through alpha and gamma. False is the printed listing; with the signed ratio its
+            first step is about 1e5 times DPO's, in the wrong direction.
+        combine: how groups of one sample meet. "pointwise" mean(gamma P + (1 - gamma) I); "outer"
+            mean(gamma) mean(P) + (1 - mean(gamma)) mean(I), the broadcasting of the printed listing at batch 1.
+    """
+
+    beta: float = 100.0
+    k1: float = 1.0
+    k2: float = 1.0
+    ratio: str = "logit"
+    ars: bool = True
+    ipr: str = "reward"
+    ipr_scale: str = "beta"
+    ipr_weight: float = 1.0
+    detach_weights: bool = True
+    combine: str = "pointwise"
+    eps: float = 1e-8
+
+    def __post_init__(self):
+        for name in ("beta", "k1", "k2"):
+            _number(self, name, 0.0, open_low=True)
+        _number(self, "ipr_weight", 0.0)
+        _number(self, "eps")
+        if self.eps == 0 and self.ratio in ("signed", "abs"):
+            raise ConfigError(f"PGDPO(eps=0, ratio={self.ratio!r}): expected a nonzero eps, the ratio has a pole without it")
+        _choice(self, "ratio", RATIOS)
+        _choice(self, "ipr", ("reward", "anchor", "none"))
+        _choice(self, "ipr_scale", ("beta", "one"))
+        _choice(self, "combine", ("pointwise", "outer"))
+        for name in ("ars", "detach_weights"):
+            _choice(self, name, (True, False))
+
+    @classmethod
+    def equation(cls, beta: float = 100.0, k1: float = 10.0, k2: float = 10.0) -> PGDPO:
+        """Eq. 7-9 of the paper: signed ratio, reward regularizer, kappa = 1."""
+        return cls(beta=beta, k1=k1, k2=k2, ratio="signed", ipr_scale="one")
+
+    @classmethod
+    def listing(cls, beta: float = 100.0, k1: float = 10.0, k2: float = 10.0) -> PGDPO:
+        """Listing A.5.4 of the paper made well-defined; use with `granularity="element"`.
+
+        The listing adds eps to the rejected *gap*, so eps is subtracted from the reward here.
+        """
+        return cls(beta=beta, k1=k1, k2=k2, ratio="signed", ipr="anchor", ipr_scale="one", detach_weights=False,
+                   combine="outer", eps=-1e-8)
+
+    @classmethod
+    def ars_only(cls, **options) -> PGDPO:
+        """The paper's +ARS ablation: gamma = 1."""
+        return cls(ipr="none", **options)
+
+    @classmethod
+    def ipr_only(cls, **options) -> PGDPO:
+        """The paper's +IPR ablation: alpha = 1."""
+        return cls(ars=False, **options)
+
+    @property
+    def needs_anchor(self):
+        return self.ipr == "anchor"
+
+    def _ratio(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+        margin = chosen - rejected
+        half_beta = 0.5 * self.beta
+        if self.ratio == "logit":
+            ratio = half_beta * margin
+        elif self.ratio == "symmetric":
+            ratio = margin / (chosen.abs() + rejected.abs() + 1 / half_beta)
+        elif self.ratio == "abs":
+            ratio = margin / (rejected.abs() + abs(self.eps))
+        else:
+            denominator = rejected + self.eps
+            at_pole = denominator == 0
+            ratio = margin / denominator.masked_fill(at_pole, 1.0)
+            ratio = torch.where(at_pole, margin.sign() * RATIO_LIMIT, ratio)
+        return ratio.clamp(-RATIO_LIMIT, RATIO_LIMIT)
+
+    def terms(self, errors, posterior_scale=None):
+        chosen, rejected = -errors.gap_chosen, -errors.gap_rejected
+        half_beta = 0.5 * self.beta
+        ratio = self._ratio(chosen, rejected)
+        if self.detach_weights:
+            ratio = ratio.detach()
+        one = torch.ones_like(ratio)
+        alpha = torch.sigmoid(self.k1 * ratio) if self.ars else one
+        logits = half_beta * (chosen - alpha * rejected)
+        preference = -logsigmoid(logits)
+        if self.ipr == "none":
+            return self._plain(preference, logits, alpha.detach())
+        gamma, complement = torch.sigmoid(-self.k2 * ratio), torch.sigmoid(self.k2 * ratio)
+        implicit = errors.anchor if self.ipr == "anchor" else -chosen
+        scale = self.ipr_weight * (half_beta if self.ipr_scale == "beta" else 1.0)
+        if self.combine == "outer":
+            mean = [x.mean(-1, keepdim=True) for x in (gamma, preference, complement, implicit)]
+            loss = (mean[0] * mean[1] + scale * mean[2] * mean[3]).expand_as(preference)
+        else:
+            loss = gamma * preference + scale * complement * implicit
+        return self._plain(loss, logits, alpha.detach(), gamma.detach())
+
+    def epilogue(self):
+        half_beta = 0.5 * self.beta
+        flags = (FLAG_ARS * self.ars | FLAG_IPR_REWARD * (self.ipr == "reward") | FLAG_IPR_ANCHOR * self.needs_anchor
+                 | FLAG_ATTACHED * (not self.detach_weights) | RATIOS.index(self.ratio) << FLAG_RATIO_SHIFT)
+        scale = self.ipr_weight * (half_beta if self.ipr_scale == "beta" else 1.0)
+        return Epilogue(KIND_PGDPO, flags, (half_beta, self.k1, self.k2, scale, self.eps))
+
+
+@dataclass(frozen=True)
+class IPO(Objective):
+    """IPO (Azar et al. 2023; arXiv 2511.19049 Eq. 31): (1/2 (r_w - r_l) - 1/(2 beta))^2, target margin 1/beta."""
+
+    beta: float = 5000.0
+
+    def __post_init__(self):
+        _number(self, "beta", 0.0, open_low=True)
+
+    def terms(self, errors, posterior_scale=None):
+        margin = errors.gap_rejected - errors.gap_chosen
+        return self._plain((0.5 * margin - 0.5 / self.beta) ** 2, 0.5 * self.beta * margin)
+
+    def epilogue(self):
+        return Epilogue(KIND_IPO, 0, (0.5 * self.beta, 0.5 / self.beta))
+
+
+@dataclass(frozen=True)
+class SLiC(Objective):
+    """SLiC (Zhao et al. 2023; arXiv 2511.19049 Eq. 32): max(0, delta - 1/2 (e_l - e_w)) + weight 1/2 e_w, reference-free.
+
+    `hinge=True` uses the reference instead: max(0, delta - z) + weight 1/2 e_w with z of DPO.
+    """
+
+    beta: float = 5000.0
+    delta: float = 1.0
+    weight: float = 0.1
+    hinge: bool = False
+
+    def __post_init__(self):
+        _number(self, "beta", 0.0, open_low=True)
+        _number(self, "delta", 0.0)
+        _number(self, "weight", 0.0)
+        _choice(self, "hinge", (True, False))
+
+    @property
+    def needs_reference(self):
+        return self.hinge
+
+    def terms(self, errors, posterior_scale=None):
+        if self.hinge:
+            logits = 0.5 * self.beta * (errors.gap_rejected - errors.gap_chosen)
+        else:
+            logits = 0.5 * (errors.policy_rejected - errors.policy_chosen)
+        loss = (self.delta - logits).clamp(min=0.0) + 0.5 * self.weight * errors.policy_chosen
+        return self._plain(loss, logits)
+
+    def epilogue(self):
+        return Epilogue(KIND_HINGE if self.hinge else KIND_SLIC, 0, (0.5 * self.beta, self.delta, self.weight))
+
+
+@dataclass(frozen=True)
+class SFT(Objective):
+    """Supervised fine-tuning on the chosen video (arXiv 2511.19049 Eq. 18): e_w. A reference only adds telemetry."""
+
+    needs_reference: ClassVar[bool] = False
+
+    def terms(self, errors, posterior_scale=None):
+        return self._plain(errors.policy_chosen.clone(), torch.zeros_like(errors.policy_chosen))
+
+    def epilogue(self):
+        return Epilogue(KIND_SFT, 0, ())
+
+
+@dataclass(frozen=True)
+class DPOP(Objective):
+    """DPO-Positive (Pal et al. 2024): softplus(-beta/2 (r_w - r_l - penalty max(0, -r_w)))."""
+
+    beta: float = 5000.0
+    penalty: float = 5.0
+
+    def __post_init__(self):
+        _number(self, "beta", 0.0, open_low=True)
+        _number(self, "penalty", 0.0)
+
+    def terms(self, errors, posterior_scale=None):
+        chosen, rejected = -errors.gap_chosen, -errors.gap_rejected
+        logits = 0.5 * self.beta * (chosen - rejected - self.penalty * (-chosen).clamp(min=0.0))
+        return self._plain(-logsigmoid(logits), logits)
+
+    def epilogue(self):
+        return Epilogue(KIND_DPOP, 0, (0.5 * self.beta, self.penalty))
+
+
+@dataclass(frozen=True)
+class DPOShift(Objective):
+    """DPO-Shift (Yang et al. 2025): softplus(-beta/2 (r_w - shift r_l)), adaptive rejection scaling with a constant alpha."""
+
+    beta: float = 5000.0
+    shift: float = 0.75
+
+    def __post_init__(self):
+        _number(self, "beta", 0.0, open_low=True)
+        _number(self, "shift", 0.0, 1.0)
+
+    def terms(self, errors, posterior_scale=None):
+        logits = 0.5 * self.beta * (self.shift * errors.gap_rejected - errors.gap_chosen)
+        return self._plain(-logsigmoid(logits), logits, torch.full_like(logits, self.shift))
+
+    def epilogue(self):
+        return Epilogue(KIND_DPO_SHIFT, 0, (0.5 * self.beta, self.shift))
+
+
+@dataclass(frozen=True)
+class SDPO(Objective):
+    """Importance-sampled DPO (arXiv 2505.21893), a reconstruction: the paper has no public code or full equations.
+
+    Assumed: equal Gaussian variances of policy and posterior, so E log w = -c_t e with e the mean squared prediction
+    error; the weight of a pair is the geometric mean of its two videos', w = exp(-c_t (e_w + e_l)/2), detached and
+    clipped to [1 - clip, 1 + clip] (w never exceeds 1); it multiplies the DPO loss. A weight below `threshold` counts
+    as zero; the default masks none. c_t comes from `process.posterior_scale(timestep)`.
+    """
+
+    needs_posterior_scale: ClassVar[bool] = True
+
+    beta: float = 5000.0
+    clip: float = 0.1
+    threshold: float = 0.0
+
+    def __post_init__(self):
+        _number(self, "beta", 0.0, open_low=True)
+        _number(self, "clip", 0.0, 1.0)
+        _number(self, "threshold", 0.0, 1.0)
+
+    def terms(self, errors, posterior_scale=None):
+        raw = torch.exp(-0.5 * posterior_scale * (errors.policy_chosen + errors.policy_rejected)).detach()
+        importance = torch.where(raw < self.threshold, torch.zeros_like(raw), raw.clamp(1 - self.clip, 1 + self.clip))
+        logits = 0.5 * self.beta * (errors.gap_rejected - errors.gap_chosen)
+        return self._plain(-importance * logsigmoid(logits), logits, importance=importance)
+
+    def epilogue(self):
+        return Epilogue(KIND_DPO, FLAG_IMPORTANCE,
+                        (0.5 * self.beta, 0.0, 0.0, 0.0, 0.0, self.threshold, self.clip))
+
+
+@dataclass(frozen=True)
+class DPOClipMask(SDPO):
+    """DPO-C&M (arXiv 2505.21893), a reconstruction: SDPO's weight, zero where it is below `threshold`.
+
+    Timesteps of low importance weight are masked, the rest clipped to [1 - clip, 1 + clip]. Assumptions as in `SDPO`.
+    """
+
+    threshold: float = 0.9
+
+
+@dataclass(frozen=True)
+class Safeguarded(Objective):
+    """Diffusion-SDPO (arXiv 2511.03317), "safeguarded" DPO: any objective with the rejected gradient scaled by
+
+        lambda = clamp((1 - mu) |g_w|^2 / <g_w, g_l>, 0, 1)  where <g_w, g_l> > 0, else 1,
+
+    g = p - y the output-space error gradients. The loss value is the base objective's; only its gradient changes.
+    """
+
+    needs_cross: ClassVar[bool] = True
+    base: Objective = DPO()
+    mu: float = 0.1
+
+    def __post_init__(self):
+        _number(self, "mu", 0.0, 1.0)
+        if not isinstance(self.base, Objective) or isinstance(self.base, Safeguarded):
+            raise ConfigError(f"Safeguarded(base={self.base!r}): expected an objective that is not safeguarded itself")
+
+    @property
+    def needs_reference(self):
+        return self.base.needs_reference
+
+    @property
+    def needs_anchor(self):
+        return self.base.needs_anchor
+
+    @property
+    def needs_posterior_scale(self):
+        return self.base.needs_posterior_scale
+
+    def terms(self, errors, posterior_scale=None):
+        conflict = errors.cross > 0
+        bound = (1 - self.mu) * errors.policy_chosen / errors.cross.masked_fill(~conflict, 1.0)
+        scale = torch.where(conflict, bound.clamp(0.0, 1.0), torch.ones_like(bound)).detach()
+
+        def scaled(x):
+            return None if x is None else scale * x + ((1 - scale) * x).detach()
+
+        errors = errors._replace(policy_rejected=scaled(errors.policy_rejected), gap_rejected=scaled(errors.gap_rejected))
+        return self.base.terms(errors, posterior_scale)
+
+    def epilogue(self):
+        base = self.base.epilogue()
+        if base is None:
+            return None
+        parameters = base.parameters + (0.0,) * (7 - len(base.parameters)) + (self.mu,)
+        return Epilogue(base.kind, base.flags | FLAG_SAFEGUARD, parameters)
+
+
+_BY_NAME = {
+    "pgdpo": PGDPO, "dpo": DPO, "ipo": IPO, "slic": SLiC, "sft": SFT, "dpop": DPOP, "dpo-shift": DPOShift,
+    "sdpo": SDPO, "dpo-clip-mask": DPOClipMask,
+}
+NAMES = tuple(_BY_NAME)
+
+
+def from_name(name: str, **hyperparameters) -> Objective:
+    """An objective by its name in configuration files.
+
+    Raises:
+        ConfigError: the name or a hyper-parameter is unknown, or a value is out of range.
+    """
+    if name not in _BY_NAME:
+        raise ConfigError(f"objective.name={name!r}: expected one of {', '.join(NAMES)}{_did_you_mean(name, NAMES)}")
+    known = [field.name for field in fields(_BY_NAME[name])]
+    for key in hyperparameters:
+        if key not in known:
+            raise ConfigError(f"objective.{key}: {name} takes {', '.join(known) or 'no hyper-parameters'}"
+                              f"{_did_you_mean(key, known)}")
+    return _BY_NAME[name](**hyperparameters)
+
+
+def _did_you_mean(word: str, known) -> str:
+    close = get_close_matches(word, known, 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def beta_from_sum(beta_sum: float, numel: int) -> float:
+    """Our beta (mean over the group, with the 1/2) from one that multiplies the *sum* over `numel` elements, with the 1/2."""
+    return beta_sum * numel
+
+
+def beta_without_half(beta: float) -> float:
+    """The equivalent beta of code that takes the mean but leaves out the 1/2 of Diffusion-DPO."""
+    return beta / 2
+
+
+def videodpo_pair_weight(chosen_score: Tensor, rejected_score: Tensor, exponent: float = 0.72, bin_width: float = 0.01,
+                         form: str = "paper") -> Tensor:
+    """VideoDPO's re-weighting of pairs by how rare their scores are (arXiv 2412.14167).
+
+    Args:
+        chosen_score, rejected_score: `[P]`, the scores of every pair in the data set.
+        exponent: alpha_h; 0.72 or 1 in the paper.
+        bin_width: width of the score histogram's bins.
+        form: "paper" (p_mode / sqrt(p(s_w) p(s_l)))^exponent with p the bin probability over all scores and p_mode
+            that of the fullest bin; "code" (0.72 / s_w)^exponent, what the official code computes, for positive scores.
+
+    Returns:
+        `[P]` float32 weights for `pair_weight`.
+    """
+    chosen, rejected = torch.as_tensor(chosen_score).double(), torch.as_tensor(rejected_score).double()
+    if chosen.ndim != 1 or chosen.shape != rejected.shape or not len(chosen):
+        raise ValueError(f"chosen_score and rejected_score: expected two [P] tensors of one length, "
+                         f"got {tuple(chosen.shape)} and {tuple(rejected.shape)}")
+    if form == "code":
+        if bool((chosen <= 0).any()):
+            raise ValueError("chosen_score: form='code' divides by the score, expected all scores > 0")
+        return (0.72 / chosen).pow(exponent).float()
+    if form != "paper":
+        raise ValueError(f"form={form!r}: expected 'paper' or 'code'")
+    bins = torch.floor(torch.cat([chosen, rejected]) / bin_width).long()
+    _, index, count = bins.unique(return_inverse=True, return_counts=True)
+    probability = (count.double() / count.sum())[index]
+    p_chosen, p_rejected = probability.split(len(chosen))
+    return (probability.max() / (p_chosen * p_rejected).sqrt()).pow(exponent).float()
