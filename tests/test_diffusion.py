@@ -359,11 +359,11 @@ def test_a_timestep_range_is_the_conditional_distribution(sampler):
 
 
 def test_ranges_that_meet_share_no_step():
-    for edge in (0.29, 0.5, 0.875):
-        low = DDPM(num_timesteps=100, timestep_range=(0.0, edge)).timestep(U)
-        high = DDPM(num_timesteps=100, timestep_range=(edge, 1.0)).timestep(U)
-        if edge != 0.875:
-            assert high.min() == low.max() + 1 == round(100 * edge)
+    u = torch.tensor([2.0**-53, 0.5, 1 - 2.0**-53], dtype=torch.float64)
+    for edge in (0.29, 0.5, 0.57):  # 0.29·100 rounds to below 29, and 0.57·100 to below 57
+        low = DDPM(num_timesteps=100, timestep_range=(0.0, edge)).timestep(u)
+        high = DDPM(num_timesteps=100, timestep_range=(edge, 1.0)).timestep(u)
+        assert high.min() == low.max() + 1 == round(100 * edge)
         assert low.min() == 0 and high.max() == 99
 
 

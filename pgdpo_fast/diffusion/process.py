@@ -235,8 +235,7 @@ class _Schedule(NamedTuple):
 @functools.lru_cache(maxsize=64)
 def _ddpm_schedule(process, device):
     """The tables of `process` on `device`, computed on the CPU so that every device sees the same values."""
-    # Cached tensors must be usable under autograd even when the first caller is in inference mode.
-    with torch.inference_mode(False), torch.device("cpu"):
+    with torch.device("cpu"):
         steps, dtype = process.num_timesteps, torch.float64
         if process.beta_schedule == "linear":
             beta = torch.linspace(process.beta_start, process.beta_end, steps, dtype=dtype)
