@@ -1,0 +1,431 @@
+"""Manifest to latent store: decode both clips of every pair, encode them and the prompt, write verified shards.
+
+Which rows share a shard follows from the manifest and the settings alone, and each finished row waits in `staging/`
+under its own hash. So a run killed anywhere is continued by the same call, loses at most the row it was working on,
+and ends with the same bytes as a run that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+
+import torch
+
+from pgdpo_fast import __version__
+from pgdpo_fast.data.codec import Codec, dtype_from_name
+from pgdpo_fast.data.latent_store import INDEX_FILE, SCHEMA, STORE_FILE, LatentStore
+from pgdpo_fast.data.manifest import Manifest, Pair, read_manifest
+from pgdpo_fast.data.preemption import sigterm_watch
+from pgdpo_fast.data.shards import (
+    Shard,
+    atomic_file,
+    canonical_json,
+    check_disk,
+    exclusive_lock,
+    read_json,
+    sha256_bytes,
+    sha256_file,
+    verified,
+    write_json,
+    write_shard,
+)
+from pgdpo_fast.data.text import TextEncoder
+from pgdpo_fast.data.video import decoder_fingerprint, read_video
+from pgdpo_fast.errors import DataError, Preempted
+
+__all__ = ["ClipRule", "encode_manifest"]
+
+STAGING = "staging"
+
+
+@dataclass(frozen=True)
+class ClipRule:
+    """How a clip is brought to the size of the store; the arguments of `read_video`."""
+
+    frames: int
+    height: int
+    width: int
+    fps: float | None = None
+    start: str = "begin"
+    short: str = "error"
+
+    def read(self, path: Path) -> torch.Tensor:
+        return read_video(
+            path,
+            frames=self.frames,
+            height=self.height,
+            width=self.width,
+            fps=self.fps,
+            start=self.start,
+            short=self.short,
+        )
+
+    def to_dict(self) -> dict:
+        fps = None if self.fps is None else str(Fraction(self.fps).limit_denominator(1_000_000))
+        return {
+            "frames": self.frames,
+            "height": self.height,
+            "width": self.width,
+            "fps": fps,
+            "start": self.start,
+            "short": self.short,
+        }
+
+
+def encode_manifest(
+    manifest: Manifest | str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    codec: Codec,
+    text: TextEncoder,
+    frames: int,
+    height: int,
+    width: int,
+    fps: float | None = None,
+    start: str = "begin",
+    short: str = "error",
+    dtype: str = "float32",
+    shard_bytes: int = 256 << 20,
+    strict: bool = False,
+    provenance: dict | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    resume_command: str = "the same call again",
+) -> LatentStore:
+    """Encode every pair of a manifest into the store folder `output` and return the finished store.
+
+    Both clips pass through `read_video` with the same frames, height, width, fps, start and short, then `codec`; the
+    prompt through `text`. Tensors are stored in `dtype`. A pair with an unusable clip is dropped and listed in
+    `store.dropped`, or with `strict` is an error. Existing work in `output` made with the same settings is verified,
+    kept and continued. `progress(done, total)` is called after every pair; `provenance` (paths, versions) is recorded
+    but decides nothing.
+
+    Raises ConfigError on a geometry the codec cannot take (before any work); DataError when the settings differ from
+    the store's, naming the field, when the disk is too small, or when no pair is usable; Preempted on SIGTERM,
+    between two pairs, with `resume_command` in its message.
+    """
+    if not isinstance(manifest, Manifest):
+        manifest = read_manifest(manifest)
+    output = Path(output).absolute()
+    rule = ClipRule(frames, height, width, fps, start, short)
+    latent_shape = codec.latent_shape(frames, height, width)
+    item = torch.empty((), dtype=dtype_from_name(dtype)).element_size()
+    pair_bytes = 2 * item * prod(latent_shape)
+    per_shard = max(1, min(shard_bytes // pair_bytes, 1024))
+    settings = {
+        "codec": codec.fingerprint,
+        "text": text.fingerprint,
+        "clip": rule.to_dict(),
+        "decoder": decoder_fingerprint(),
+        "dtype": dtype,
+        "pairs": len(manifest),
+        "manifest_sha256": _manifest_hash(manifest),
+        "pairs_per_shard": per_shard,
+    }
+    provenance = {
+        "pgdpo_fast": __version__,
+        "torch": torch.__version__,
+        "manifest": manifest.path.name,
+        **(provenance or {}),
+    }
+    with exclusive_lock(output), sigterm_watch() as stop:
+        state = _load_state(output, settings) or {
+            "kind": "latents",
+            "schema": SCHEMA,
+            "complete": False,
+            "settings": settings,
+            "provenance": provenance,
+            "latent_shape": list(latent_shape),
+            "text_dim": text.dim,
+            "groups": [],
+            "dropped": [],
+            "index": None,
+            "truncated_prompts": sum(map(text.truncates, (pair.prompt for pair in manifest.pairs))),
+        }
+        job = _Job(
+            manifest, output, codec, lru_cache(16)(text.encode), rule, dtype_from_name(dtype), state, strict, stop
+        )
+        kept = _verify_groups(output, state)
+        todo = [number for number in range(-(-len(manifest) // per_shard)) if number not in kept]
+        text_rows = sum(text.token_count(pair.prompt) for number in todo for pair in job.pairs(number))
+        check_disk(
+            output,
+            sum(len(job.pairs(number)) for number in todo) * pair_bytes
+            + text_rows * text.dim * item
+            + 2 * min(per_shard, len(manifest)) * pair_bytes * bool(todo),
+            "encoding the remaining pairs",
+        )
+        job.done = sum(len(job.pairs(number)) for number in kept)
+        if todo:
+            state["complete"] = False
+            write_json(output / STORE_FILE, state)
+        for number in todo:
+            job.encode_group(number, progress, resume_command)
+        if len(state["dropped"]) == len(manifest):
+            first = state["dropped"][0]
+            raise DataError(
+                f"{output}: none of {len(manifest)} pairs could be encoded; first: pair {first['id']}, "
+                f"{first['reason']} ({first['detail']})"
+            )
+        _finish(output, manifest, state)
+    return LatentStore(output)
+
+
+@dataclass
+class _Job:
+    """One call of `encode_manifest`: what it works with and how far it is."""
+
+    manifest: Manifest
+    output: Path
+    codec: Codec
+    encode_text: Callable[[str], torch.Tensor]
+    rule: ClipRule
+    dtype: torch.dtype
+    state: dict
+    strict: bool
+    stop: Callable[[], bool]
+    done: int = 0
+
+    def indices(self, number: int) -> range:
+        size = self.state["settings"]["pairs_per_shard"]
+        return range(number * size, min((number + 1) * size, len(self.manifest)))
+
+    def pairs(self, number: int) -> list[Pair]:
+        return [self.manifest.pairs[index] for index in self.indices(number)]
+
+    def encode_group(self, number: int, progress, resume_command: str) -> None:
+        """Encode the rows of one shard, write it, record it in store.json, and clear its staged rows."""
+        staged = _staged_rows(self.output / STAGING, self.indices(number))
+        dropped = {}
+        missing = [index for index in self.indices(number) if index not in staged]
+        self._advance(len(staged), progress)
+        for index, clips in _prefetched(missing, self._read_pair):
+            if self.stop():
+                raise Preempted(
+                    f"stopped by SIGTERM with {self.done} of {len(self.manifest)} pairs encoded in "
+                    f"{self.output}; resume with: {resume_command}"
+                )
+            try:
+                staged[index] = self._stage(index, clips.result())
+            except _Unusable as fault:
+                pair = self.manifest.pairs[index]
+                if self.strict:
+                    raise DataError(f"pair {pair.id}: {fault.args[0]}: {fault.args[1]}") from fault
+                dropped[index] = {"index": index, "id": pair.id, "reason": fault.args[0], "detail": fault.args[1]}
+            self._advance(1, progress)
+
+        tensors = {}
+        for index in sorted(staged):
+            tensors.update({f"{index:08d}.{name}": tensor for name, tensor in _load(staged[index]).items()})
+        file = write_shard(self.output / f"shard-{number:05d}.safetensors", tensors) if tensors else None
+        self.state["groups"] = sorted(
+            [
+                *self.state["groups"],
+                {"number": number, "pairs": len(self.indices(number)), "file": file and file.to_dict()},
+            ],
+            key=lambda group: group["number"],
+        )
+        self.state["dropped"] = sorted([*self.state["dropped"], *dropped.values()], key=lambda item: item["index"])
+        write_json(self.output / STORE_FILE, self.state)
+        for path in staged.values():
+            path.unlink()
+
+    def _advance(self, count: int, progress) -> None:
+        self.done += count
+        if progress and count:
+            progress(self.done, len(self.manifest))
+
+    def _read_pair(self, index: int) -> dict[str, torch.Tensor]:
+        pair, clips = self.manifest.pairs[index], {}
+        for side in ("chosen", "rejected"):
+            try:
+                clips[side] = self.rule.read(getattr(pair, side))
+            except DataError as error:
+                raise _Unusable(f"{side} clip unusable", str(error)) from error
+        return clips
+
+    def _stage(self, index: int, clips: dict[str, torch.Tensor]) -> Path:
+        """Encode one pair and leave it in staging under a name that ends in the hash of its bytes."""
+        row = {side: self.codec.encode(video).to(self.dtype) for side, video in clips.items()}
+        row["text"] = self.encode_text(self.manifest.pairs[index].prompt).to(self.dtype)
+        for name, tensor in row.items():
+            if not torch.isfinite(tensor).all():
+                raise _Unusable(f"{name} not finite once encoded", f"in {self.dtype}; encode and store in float32")
+        path = self.output / STAGING / f"{index:08d}.safetensors"
+        shard = write_shard(path, row)
+        return path.replace(path.with_name(f"{index:08d}-{shard.sha256}.safetensors"))
+
+
+class _Unusable(Exception):
+    """Why a pair cannot be encoded: a reason and its particulars."""
+
+
+def _prefetched(indices: list[int], read: Callable[[int], dict], depth: int = 2) -> Iterator[tuple[int, Future]]:
+    """(index, future of read(index)) in order, reading up to `depth` ahead in one other thread."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        ahead: deque = deque()
+        waiting = iter(indices)
+        try:
+            while True:
+                for index in waiting:
+                    ahead.append((index, pool.submit(read, index)))
+                    if len(ahead) > depth:
+                        break
+                if not ahead:
+                    return
+                yield ahead.popleft()
+        finally:
+            for _, future in ahead:
+                future.cancel()
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def _staged_rows(staging: Path, indices: Iterable[int]) -> dict[int, Path]:
+    """Rows finished by an earlier run. Half-written or damaged ones are removed; so are rows of finished shards."""
+    rows = {}
+    for path in sorted(staging.glob("*")) if staging.is_dir() else ():
+        index, _, digest = path.stem.partition("-")
+        if index.isdigit() and int(index) > max(indices):
+            continue
+        if index.isdigit() and int(index) in indices and digest and sha256_file(path) == digest:
+            rows[int(index)] = path
+        else:
+            path.unlink()
+    return rows
+
+
+def _manifest_hash(manifest: Manifest) -> str:
+    """sha256 over what the store takes from the manifest. Clips count by relative path and size, not by content."""
+    return sha256_bytes(
+        canonical_json(
+            [
+                {**_index_row(manifest, pair), "bytes": [pair.chosen.stat().st_size, pair.rejected.stat().st_size]}
+                for pair in manifest.pairs
+            ]
+        ).encode()
+    )
+
+
+def _index_row(manifest: Manifest, pair: Pair) -> dict:
+    def written(path: Path | None) -> str | None:
+        if path is None:
+            return None
+        folder = manifest.path.parent
+        return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
+
+    return {
+        "id": pair.id,
+        "prompt": pair.prompt,
+        "negative_prompt": pair.negative_prompt,
+        "weight": pair.weight,
+        "chosen_score": pair.chosen_score,
+        "rejected_score": pair.rejected_score,
+        "chosen": written(pair.chosen),
+        "rejected": written(pair.rejected),
+        "first_frame": written(pair.first_frame),
+    }
+
+
+def _load_state(output: Path, settings: dict) -> dict | None:
+    """The store.json of an earlier run with the same settings, or None in a new folder."""
+    if not (output / STORE_FILE).exists():
+        foreign = [path.name for path in output.iterdir() if not _ours(path.name)]
+        if foreign:
+            raise DataError(
+                f"{output}: not empty and no store (it holds {sorted(foreign)[0]}); choose another output folder"
+            )
+        return None
+    state = read_json(output / STORE_FILE)
+    if state.get("kind") != "latents" or state.get("schema") != SCHEMA:
+        raise DataError(
+            f"{output}: holds {state.get('kind')!r} of schema {state.get('schema')}, expected 'latents' of "
+            f"schema {SCHEMA}; choose another output folder"
+        )
+    before, now = _flat(state["settings"]), _flat(settings)
+    differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    if differing:
+        key = differing[0]
+        more = f" (and {', '.join(differing[1:])})" if differing[1:] else ""
+        raise DataError(
+            f"{output}: was made with {key}={before.get(key)!r}, now {key}={now.get(key)!r}{more}; set it back, "
+            "choose another output folder, or delete this one"
+        )
+    return state
+
+
+def _ours(name: str) -> bool:
+    return name in (STAGING, INDEX_FILE, ".lock") or name.endswith(".tmp") or name.startswith("shard-")
+
+
+def _flat(settings: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in settings.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def _verify_groups(output: Path, state: dict) -> set[int]:
+    """Numbers of the finished shards that are whole; the others leave `state`, to be encoded again."""
+    for stray in output.glob(".*.tmp"):
+        stray.unlink()
+    whole = []
+    for group in state["groups"]:
+        try:
+            if group["file"]:
+                verified(output, Shard(**group["file"]))
+            whole.append(group)
+        except DataError:
+            (output / group["file"]["name"]).unlink(missing_ok=True)
+    size = state["settings"]["pairs_per_shard"]
+    numbers = {group["number"] for group in whole}
+    state["groups"] = whole
+    state["dropped"] = [item for item in state["dropped"] if item["index"] // size in numbers]
+    return numbers
+
+
+def _finish(output: Path, manifest: Manifest, state: dict) -> None:
+    """Write the index and then store.json with complete=true, the last write of all."""
+    import pyarrow
+    import pyarrow.parquet
+
+    dropped = {item["index"] for item in state["dropped"]}
+    rows = [
+        {**_index_row(manifest, pair), "shard": index // state["settings"]["pairs_per_shard"], "row": index}
+        for index, pair in enumerate(manifest.pairs)
+        if index not in dropped
+    ]
+    text, real, whole = pyarrow.string(), pyarrow.float64(), pyarrow.int64()
+    schema = pyarrow.schema(
+        [
+            ("id", text),
+            ("prompt", text),
+            ("negative_prompt", text),
+            ("weight", real),
+            ("chosen_score", real),
+            ("rejected_score", real),
+            ("chosen", text),
+            ("rejected", text),
+            ("first_frame", text),
+            ("shard", whole),
+            ("row", whole),
+        ]
+    )
+    with atomic_file(output / INDEX_FILE) as temporary:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), temporary)
+        index = Shard(INDEX_FILE, temporary.stat().st_size, sha256_file(temporary))
+    state.update(index=index.to_dict(), complete=True)
+    write_json(output / STORE_FILE, state)
+    shutil.rmtree(output / STAGING, ignore_errors=True)

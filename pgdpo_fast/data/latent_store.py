@@ -1,0 +1,146 @@
+"""A folder of encoded pairs: latents of both clips and the prompt embedding, memory-mapped, read in any order by id.
+
+`store.json` (sealed) names the settings everything was made with and the size and sha256 of every other file. A shard
+is hashed in full before its first row is handed out by this process, so damage is an error and never a tensor.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pgdpo_fast.data.manifest import Dropped
+from pgdpo_fast.data.shards import Shard, canonical_json, check_size, open_shard, read_json, sha256_bytes, verified
+from pgdpo_fast.errors import DataError
+
+__all__ = ["SCHEMA", "Example", "LatentStore"]
+
+SCHEMA = 1  # version of the layout below
+STORE_FILE, INDEX_FILE = "store.json", "index.parquet"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One pair as the trainer sees it: fp32 latents [C, F, H, W] of both clips, fp32 prompt embedding [L, D]."""
+
+    id: str
+    prompt: str
+    chosen: torch.Tensor
+    rejected: torch.Tensor
+    text: torch.Tensor
+    weight: float = 1.0
+
+
+class LatentStore:
+    """Read access to a finished store. Cheap to open: sizes are checked at once, hashes when a shard is first used.
+
+    The hash check costs one pass over each shard per process (1-2 GB/s); damage that strikes after it, while the file
+    is mapped, is not seen. Instances can be sent to worker processes. Raises DataError when the folder is no store,
+    its encoding has not finished, or a file is missing, of the wrong size or changed.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        import pyarrow.parquet
+
+        self.path = Path(path).absolute()
+        if not self.path.is_dir():
+            raise DataError(
+                f"{self.path}: no such store; make one with: pgdpo-fast encode --manifest <file> --output {self.path}"
+            )
+        self.metadata = read_json(self.path / STORE_FILE)
+        if self.metadata.get("kind") != "latents" or self.metadata.get("schema") != SCHEMA:
+            raise DataError(
+                f"{self.path}: holds {self.metadata.get('kind')!r} of schema {self.metadata.get('schema')}, "
+                f"expected 'latents' of schema {SCHEMA}; encode again with this version"
+            )
+        if not self.metadata["complete"]:
+            done = sum(group["pairs"] for group in self.metadata["groups"])
+            raise DataError(
+                f"{self.path}: encoding has not finished ({done} of {self.metadata['settings']['pairs']} pairs); "
+                "run the same encode command again to resume it"
+            )
+        self._shards = [Shard(**group["file"]) if group["file"] else None for group in self.metadata["groups"]]
+        for shard in filter(None, self._shards):
+            check_size(self.path, shard)
+        index = verified(self.path, Shard(**self.metadata["index"]))
+        rows = pyarrow.parquet.read_table(index).to_pylist()
+        self._rows = {row["id"]: row for row in rows}
+        self._handles: dict[int, object] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Example]:
+        return map(self.get, self.ids)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_handles": {}}
+
+    @property
+    def ids(self) -> list[str]:
+        """Pair ids in manifest order."""
+        return list(self._rows)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(C, F, H, W) of every clip's latents."""
+        return tuple(self.metadata["latent_shape"])
+
+    @property
+    def text_dim(self) -> int:
+        return self.metadata["text_dim"]
+
+    @property
+    def settings(self) -> dict:
+        """Codec, text encoder, sampling of frames, decoder and manifest: all that decides the content."""
+        return self.metadata["settings"]
+
+    @property
+    def dropped(self) -> list[Dropped]:
+        """Pairs of the manifest that could not be encoded."""
+        return [Dropped(f"pair {item['id']}", item["reason"], item["detail"]) for item in self.metadata["dropped"]]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the settings and the hashes of shards and index: equal exactly when the content is."""
+        content = [self.settings, [shard and shard.sha256 for shard in self._shards], self.metadata["index"]["sha256"]]
+        return sha256_bytes(canonical_json(content).encode())
+
+    @property
+    def bytes(self) -> int:
+        """Size of shards and index on disk."""
+        return sum(shard.bytes for shard in filter(None, self._shards)) + self.metadata["index"]["bytes"]
+
+    def row(self, id: str) -> dict:
+        """What the index knows of a pair, without touching tensors: prompt, weight, scores, file names, text_rows."""
+        try:
+            return self._rows[id]
+        except KeyError:
+            raise DataError(
+                f"{self.path}: holds no pair {id!r}; it has {len(self)} pairs, the first is "
+                f"{next(iter(self._rows), None)!r}"
+            ) from None
+
+    def get(self, id: str) -> Example:
+        """One pair. Raises DataError for an unknown id or a damaged shard."""
+        row = self.row(id)
+        handle = self._handle(row["shard"])
+        chosen, rejected, text = (
+            handle.get_tensor(f"{row['row']:08d}.{name}").float() for name in ("chosen", "rejected", "text")
+        )
+        return Example(id, row["prompt"], chosen, rejected, text, row["weight"])
+
+    def verify(self) -> None:
+        """Hash every file now. Raises DataError naming the first damaged one."""
+        for shard in filter(None, self._shards):
+            verified(self.path, shard)
+        verified(self.path, Shard(**self.metadata["index"]))
+
+    def _handle(self, number: int):
+        if number not in self._handles:
+            self._handles[number] = open_shard(self.path, self._shards[number])
+        return self._handles[number]
