@@ -1,0 +1,36 @@
+"""Model families: each adapter knows how to load, adapt, call, check and export one kind of network."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from pgdpo_fast.models.base import ModelAdapter, adapters_off
+from pgdpo_fast.models.config import LoraConfig, ModelConfig
+
+__all__ = [
+    "FAMILIES",
+    "LoraConfig",
+    "ModelAdapter",
+    "ModelConfig",
+    "adapter_class",
+    "adapter_from_config",
+    "adapters_off",
+]
+
+# family -> (module under pgdpo_fast.models, class in it)
+FAMILIES = {"wan": ("wan", "Wan")}
+
+
+def adapter_class(family: str) -> type[ModelAdapter]:
+    """The adapter class of a family of `FAMILIES`."""
+    module, name = FAMILIES[family]
+    return getattr(import_module(f"{__name__}.{module}"), name)
+
+
+def adapter_from_config(config: ModelConfig) -> ModelAdapter:
+    """The adapter of `config.family`.
+
+    Raises:
+        ConfigError: settings of the model section contradict each other.
+    """
+    return adapter_class(config.family)(config)

@@ -1,0 +1,341 @@
+"""What every model family shares: loading under a checked dtype policy, LoRA, attention backend, export and restore.
+
+A family is a subclass with its network class, its layer names, its shape rules and its call. The dtype policy is
+diffusers': weights in the compute dtype except the family's fp32 layers, so a network built here, one loaded by
+diffusers and an exported one compute the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pgdpo_fast.errors import ConfigError, DataError
+from pgdpo_fast.models.config import ModelConfig
+
+__all__ = ["ModelAdapter", "adapters_off"]
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+ADAPTER = "default"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+class ModelAdapter:
+    """One model family behind one interface.
+
+    Subclasses set the class attributes and implement `network_class`, `forward` and `text_dim`; `check_store` where
+    the family has rules of its own.
+    """
+
+    family: ClassVar[str]
+    subfolder: ClassVar[str] = "transformer"
+    lora_prefix: ClassVar[str] = "transformer"  # the pipeline's name for the network, in LoRA files
+    lora_targets: ClassVar[tuple[str, ...]]
+    text_length: ClassVar[int]  # tokens the family's text is padded to
+    process_class: ClassVar[str]  # what the family's weights were trained with
+    default_process: ClassVar[str]
+    repeated_blocks: ClassVar[tuple[str, ...]] = ()  # class names compiled by `compile: true`
+
+    def __init__(self, config: ModelConfig):
+        problems = []
+        if bool(config.path) == bool(config.architecture):
+            problems.append("expected exactly one of model.path (weights) and model.architecture (random weights)")
+        if config.train == "full" and config.reference == "adapter-off":
+            problems.append("model.reference='adapter-off' needs model.train='lora'; use 'copy'")
+        if problems:
+            raise ConfigError("; ".join(problems))
+        self.config = config
+        self.dtype = DTYPES[config.dtype]
+        self.text_tokens = config.text_tokens or self.text_length
+
+    # -- what a family defines
+
+    def network_class(self) -> type[nn.Module]:
+        """The diffusers class of the network."""
+        raise NotImplementedError
+
+    def forward(self, model: nn.Module, noised: Tensor, model_timestep: Tensor, text: Tensor) -> Tensor:
+        """Predict.
+
+        Args:
+            noised: `[N, C, F, H, W]`, any float dtype; cast to the compute dtype.
+            model_timestep: `[N]`, what `process.model_timestep` returns.
+            text: `[N, text_tokens, D]`, zero-padded.
+
+        Returns:
+            `[N, C, F, H, W]` in the compute dtype.
+        """
+        raise NotImplementedError
+
+    def check_store(self, model: nn.Module, shape: Sequence[int], text_dim: int) -> list[str]:
+        """Why latents of `shape` [C, F, H, W] with text embeddings `[L, text_dim]` do not fit; empty when they do."""
+        found = {
+            "latent channels": (shape[0], model.config.in_channels),
+            "text width": (text_dim, self.text_dim(model)),
+        }
+        return [f"{name} {given}, expected {wanted}" for name, (given, wanted) in found.items() if given != wanted]
+
+    def text_dim(self, model: nn.Module) -> int:
+        """Width of the text embeddings the network takes."""
+        raise NotImplementedError
+
+    # -- loading
+
+    def load(self, device: torch.device | str = "cpu") -> nn.Module:
+        """The network, frozen, without dropout, under the dtype policy, with the attention backend in force.
+
+        Raises:
+            ConfigError: weights or constructor arguments do not make this family, or the backend is not honoured.
+        """
+        model = self._from_path() if self.config.path else self._from_architecture()
+        for module in model.modules():
+            if isinstance(module, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)):
+                module.p = 0.0  # policy and reference must see the same network
+        model.requires_grad_(False).to(device)
+        self._set_attention_backend(model)
+        self.check_dtypes(model)
+        return model
+
+    def make_trainable(self, model: nn.Module) -> nn.Module:
+        """Turn a loaded network into the policy: adapters or every weight trainable, train mode, checkpointing."""
+        if self.config.train == "lora":
+            self._add_lora(model)
+        else:
+            model.requires_grad_(True)
+        if self.config.gradient_checkpointing:
+            self._enable_checkpointing(model)
+        self.check_dtypes(model)
+        return model.train()
+
+    def compile(self, model: nn.Module) -> nn.Module:
+        """Compile the repeated blocks in place; parameter names do not change."""
+        blocks = [module for module in model.modules() if type(module).__name__ in self.repeated_blocks]
+        if not blocks:
+            raise ConfigError(
+                f"model.compile=true: the {self.family} family has no repeated blocks to compile; set it to false"
+            )
+        for block in blocks:
+            block.compile(fullgraph=True)
+        return model
+
+    def _from_architecture(self) -> nn.Module:
+        network = self.network_class()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.init_seed)
+            try:
+                model = network(**self.config.architecture)
+            except (TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
+                raise ConfigError(f"model.architecture does not build a {network.__name__}: {error}") from error
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(self.expected_dtype(model, name))
+        return model
+
+    def _from_path(self) -> nn.Module:
+        network, path = self.network_class(), self.config.path
+        subfolder = self.config.subfolder or self.subfolder
+        if Path(path).is_dir() and not (Path(path) / subfolder / "config.json").is_file():
+            raise ConfigError(
+                f"model.path={path!r}: no {subfolder}/config.json in it; give a diffusers folder or set model.subfolder"
+            )
+        source = dict(subfolder=subfolder, revision=self.config.revision)
+        try:
+            found = network.load_config(path, **source).get("_class_name")
+            if found != network.__name__:
+                raise ConfigError(
+                    f"model.path={path!r} holds a {found}, model.family={self.family!r} needs a {network.__name__}"
+                )
+            return network.from_pretrained(path, torch_dtype=self.dtype, **source)
+        except OSError as error:
+            raise ConfigError(f"model.path={path!r} could not be loaded: {' '.join(str(error).split())}") from error
+
+    # -- dtype policy
+
+    def expected_dtype(self, model: nn.Module, name: str) -> torch.dtype:
+        """fp32 for LoRA weights and the family's fp32 layers, the compute dtype for the rest."""
+        parts = name.split(".")
+        islands = getattr(model, "_keep_in_fp32_modules", None) or ()
+        if ADAPTER in parts or any(island in parts for island in islands):
+            return torch.float32
+        return self.dtype
+
+    def check_dtypes(self, model: nn.Module) -> None:
+        """Raises ConfigError when a weight is not in the dtype the policy gives it."""
+        for name, parameter in model.named_parameters():
+            expected = self.expected_dtype(model, name)
+            if parameter.dtype != expected:
+                raise ConfigError(
+                    f"dtype policy: {name} is {parameter.dtype}, expected {expected}; "
+                    f"load the weights through this adapter and do not cast the network afterwards"
+                )
+
+    def dtype_plan(self, model: nn.Module) -> dict[str, int]:
+        """Number of weights by role and dtype, for the banner."""
+        plan: dict[str, int] = {}
+        for parameter in model.parameters():
+            dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[parameter.dtype]
+            key = f"{dtype} {'trained' if parameter.requires_grad else 'frozen'}"
+            plan[key] = plan.get(key, 0) + parameter.numel()
+        return plan
+
+    # -- attention
+
+    def _set_attention_backend(self, model: nn.Module) -> None:
+        backend = self.config.attention_backend
+        processors = list(getattr(model, "attn_processors", {}).values())
+        aware = [processor for processor in processors if hasattr(processor, "_attention_backend")]
+        if backend != "native" and (not processors or len(aware) < len(processors)):
+            raise ConfigError(
+                f"model.attention_backend={backend!r}: {len(processors) - len(aware)} of {len(processors)} attention "
+                f"layers of the {self.family} family ignore it; use 'native'"
+            )
+        if not aware:
+            return  # these call torch's SDPA directly, which is what "native" means
+        from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+        from diffusers.utils import logging
+
+        # set_attention_backend also changes the process-wide default, which would leak into other networks
+        default, _ = _AttentionBackendRegistry.get_active_backend()
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # it warns of an experimental feature; that it took effect is checked below
+        try:
+            model.set_attention_backend(backend)
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(f"model.attention_backend={backend!r}: {' '.join(str(error).split())}") from error
+        finally:
+            logging.set_verbosity(verbosity)
+            _AttentionBackendRegistry.set_active_backend(default)
+        ignored = [processor for processor in aware if processor._attention_backend.value != backend]
+        if ignored:
+            raise ConfigError(
+                f"model.attention_backend={backend!r}: not in force in {len(ignored)} attention layers; use 'native'"
+            )
+
+    def _enable_checkpointing(self, model: nn.Module) -> None:
+        model.enable_gradient_checkpointing()  # non-reentrant in diffusers
+
+    # -- LoRA
+
+    def _add_lora(self, model: nn.Module) -> None:
+        import peft
+
+        lora = self.config.lora
+        targets = list(lora.targets or self.lora_targets)
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        for target in targets:
+            if not any(name == target or name.endswith(f".{target}") for name in linear):
+                known = sorted(
+                    {".".join(part for part in name.split(".")[-3:] if not part.isdigit()) for name in linear}
+                )
+                close = get_close_matches(target, known, 1)
+                raise ConfigError(
+                    f"model.lora.targets: no linear layer is called {target!r}"
+                    f"{f'; did you mean {close[0]!r}?' if close else ''}"
+                )
+        peft_config = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.init_seed)
+            if hasattr(model, "add_adapter"):
+                model.add_adapter(peft_config, adapter_name=ADAPTER)
+            else:
+                peft.inject_adapter_in_model(peft_config, model, ADAPTER)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+    # -- weights in and out
+
+    def export(self, model: nn.Module, directory: Path) -> None:
+        """Write the trained weights as diffusers reads them: a LoRA file for the pipeline, or the whole network."""
+        if self.config.train == "full":
+            model.save_pretrained(directory)
+            return
+        from safetensors.torch import save_file
+
+        options = model.peft_config[ADAPTER].to_dict()
+        metadata = {
+            f"{self.lora_prefix}.{key}": sorted(value) if isinstance(value, set) else value
+            for key, value in options.items()
+        }
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {key: value.detach().cpu().contiguous() for key, value in self._exported(model)},
+            directory / LORA_FILE,
+            metadata={"format": "pt", "lora_adapter_metadata": json.dumps(metadata, indent=2, sort_keys=True)},
+        )
+
+    def restore(self, model: nn.Module, directory: Path) -> None:
+        """Put exported weights back, bit for bit.
+
+        Raises:
+            DataError: a weight is missing, unknown, or of another shape or dtype.
+        """
+        for name, parameter, stored in self._stored(model, directory):
+            if stored.shape != parameter.shape or stored.dtype != parameter.dtype:
+                raise DataError(
+                    f"{directory}: {name} is {stored.dtype} {tuple(stored.shape)}, the network has "
+                    f"{parameter.dtype} {tuple(parameter.shape)}"
+                )
+            with torch.no_grad():
+                parameter.copy_(stored)
+
+    def check_export(self, model: nn.Module, directory: Path) -> None:
+        """Read an export back and compare it with the network, bit for bit; raises DataError where they differ."""
+        for name, parameter, stored in self._stored(model, directory):
+            if stored.dtype != parameter.dtype or not torch.equal(stored, parameter.detach().cpu()):
+                raise DataError(
+                    f"{directory}: {name} read back differs from the network; the disk or its driver is damaging files"
+                )
+
+    def _exported(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in model.named_parameters():
+            if self.config.train == "full":
+                yield name, parameter
+            elif parameter.requires_grad:
+                yield f"{self.lora_prefix}.{name.replace(f'.{ADAPTER}.', '.')}", parameter
+
+    def _stored(self, model: nn.Module, directory: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
+        from safetensors import safe_open
+
+        where = {}
+        for file in sorted(directory.glob("*.safetensors")):
+            with safe_open(file, "pt") as shard:
+                where |= {key: file for key in shard.keys()}
+        exported = dict(self._exported(model))
+        if different := sorted(where.keys() ^ exported.keys()):
+            raise DataError(
+                f"{directory}: {different[0]} is {'not in the network' if different[0] in where else 'missing'} "
+                f"({len(different)} such weights); the export belongs to another network"
+            )
+        for file in sorted(set(where.values())):
+            with safe_open(file, "pt") as shard:
+                for key in shard.keys():
+                    yield key, exported[key], shard.get_tensor(key)
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Run the network without its LoRA adapters; they and their requires_grad come back at the end.
+
+    Run the reference's forward before the policy's: toggling between a checkpointed forward and its backward makes
+    recomputation disagree.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter in trained:
+            parameter.requires_grad_(True)

@@ -1,0 +1,221 @@
+"""Checkpoints that are whole or not there: staged, hashed, listed in a sealed manifest, moved into place by one rename.
+
+`step_00000100/` holds `weights/` (what diffusers loads: a LoRA file or the network), `optimizer.safetensors` and
+`manifest.json` with every file's size and sha256. A kill at any moment leaves the older checkpoints as they were; a
+file that changed on disk is noticed before anything is loaded from it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pgdpo_fast.data.shards import (
+    Shard,
+    check_disk,
+    describe_bytes,
+    open_shard,
+    read_json,
+    sha256_file,
+    verified,
+    write_json,
+    write_shard,
+)
+from pgdpo_fast.errors import ConfigError, DataError
+from pgdpo_fast.models import ModelAdapter
+from pgdpo_fast.training.optimizer import MasterAdamW
+
+__all__ = ["check_checkpoint", "check_space", "find_checkpoint", "load_checkpoint", "rehearse", "save_checkpoint"]
+
+MANIFEST, OPTIMIZER, WEIGHTS = "manifest.json", "optimizer.safetensors", "weights"
+REHEARSED_BYTES = 64 << 20  # of optimizer state written in a rehearsal when all of it would take minutes
+
+
+def save_checkpoint(
+    root: Path,
+    step: int,
+    adapter: ModelAdapter,
+    model: nn.Module,
+    optimizer: MasterAdamW,
+    identity: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write `root/step_XXXXXXXX`, read the weights back and compare, then drop all but the `keep` newest.
+
+    Raises:
+        DataError: the disk is full or changes what is written.
+    """
+    final = root / f"step_{step:08d}"
+    staging = _fresh(root / f".writing_{final.name}")
+    _write(staging, step, adapter, model, optimizer.state(), identity)
+    if final.exists():  # only a damaged one: a whole one would have been resumed from
+        _remove(final)
+    os.replace(staging, final)
+    _sync(root)
+    for path in _finished(root):  # a newer one was damaged or abandoned: the run went on from an older step
+        if path.name > final.name:
+            _remove(path)
+    for path in _finished(root)[keep:]:
+        _remove(path)
+    return final
+
+
+def load_checkpoint(
+    path: Path, adapter: ModelAdapter, model: nn.Module, optimizer: MasterAdamW, identity: Mapping[str, Any]
+) -> int:
+    """Verify `path`, put weights and optimizer state back bit for bit, and return the step.
+
+    Raises:
+        DataError: a file is missing, damaged or made for another network.
+        ConfigError: a setting that decides the numbers differs from the checkpoint's; all such settings are named.
+    """
+    manifest = check_checkpoint(path)
+    saved = manifest["identity"]
+    different = [key for key in sorted(saved.keys() | identity.keys()) if saved.get(key) != identity.get(key)]
+    if different:
+        changes = "; ".join(f"{key} was {saved.get(key)!r}, is {identity.get(key)!r}" for key in different)
+        raise ConfigError(
+            f"{path} cannot be continued with other settings: {changes}. Set them back or choose another output.dir"
+        )
+    adapter.restore(model, path / WEIGHTS)
+    shard = next(shard for shard in _shards(manifest) if shard.name == OPTIMIZER)
+    with open_shard(path, shard) as file:
+        optimizer.load_state({key: file.get_tensor(key) for key in file.keys()})
+    return manifest["step"]
+
+
+def check_checkpoint(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose every file is as it was written; DataError otherwise."""
+    manifest = read_json(path / MANIFEST)
+    for shard in _shards(manifest):
+        verified(path, shard)
+    return manifest
+
+
+def find_checkpoint(root: Path, note: Callable[[str], None]) -> Path | None:
+    """The newest whole checkpoint, or None where there never was one; damaged ones are passed over with a note.
+
+    Raises:
+        DataError: there are checkpoints and all are damaged.
+    """
+    finished = _finished(root)
+    for path in finished:
+        try:
+            check_checkpoint(path)
+            return path
+        except DataError as error:
+            note(f"{path.name} is damaged and passed over: {error}")
+    if finished:
+        raise DataError(
+            f"{root}: all {len(finished)} checkpoints are damaged; restore one from a copy or choose another output.dir"
+        )
+    return None
+
+
+def check_space(root: Path, optimizer: MasterAdamW, keep: int) -> int:
+    """Bytes of one checkpoint; DataError when the disk cannot hold the ones that will be kept and one being written."""
+    trained = sum(parameter.numel() * parameter.element_size() for parameter in optimizer.parameters.values())
+    masters = sum(
+        4 * parameter.numel()
+        for name, parameter in optimizer.parameters.items()
+        if optimizer.masters[name] is not parameter
+    )
+    moments = sum(8 * parameter.numel() for parameter in optimizer.parameters.values())
+    size = trained + masters + moments
+    present = len(_finished(root)) if root.exists() else 0
+    check_disk(
+        root, size * max(1, keep + 1 - present), f"{keep} checkpoints of {describe_bytes(size)} and one being written"
+    )
+    return size
+
+
+def rehearse(
+    root: Path, step: int, adapter: ModelAdapter, model: nn.Module, optimizer: MasterAdamW, identity: Mapping[str, Any]
+) -> str:
+    """Write, verify, read back and remove a checkpoint, so that a run that cannot save fails in its first minute.
+
+    LoRA runs rehearse all of it; where every weight is trained, the network and its state are cut to `REHEARSED_BYTES`.
+    Returns one line for the log.
+    """
+    state, size = {}, 0
+    for key, value in optimizer.state().items():
+        size += value.numel() * value.element_size()
+        if state and size > REHEARSED_BYTES:
+            break
+        state[key] = value
+    whole = len(state) == len(optimizer.state())
+    path = _fresh(root / ".rehearsal")
+    _write(path, step, adapter, model if whole else None, state, identity)
+    manifest = check_checkpoint(path)
+    shard = next(shard for shard in _shards(manifest) if shard.name == OPTIMIZER)
+    with open_shard(path, shard) as file:
+        for key, value in state.items():
+            if not torch.equal(file.get_tensor(key), value.cpu()):
+                raise DataError(f"{path}: {key} read back differs from what was written; the disk is damaging files")
+    written = sum(shard.bytes for shard in _shards(manifest))
+    shutil.rmtree(path)
+    part = "" if whole else ", a part of the state"
+    return f"save rehearsed: {describe_bytes(written)} written, verified and read back{part}"
+
+
+def _write(
+    folder: Path,
+    step: int,
+    adapter: ModelAdapter,
+    model: nn.Module | None,
+    state: Mapping[str, torch.Tensor],
+    identity: Mapping[str, Any],
+) -> None:
+    shards = [write_shard(folder / OPTIMIZER, state)]
+    if model is not None:
+        try:
+            adapter.export(model, folder / WEIGHTS)
+        except OSError as error:
+            raise DataError(f"{folder}: {error.strerror or error}; free space and resume") from error
+        for file in sorted((folder / WEIGHTS).iterdir()):
+            _sync(file)
+            shards.append(Shard(f"{WEIGHTS}/{file.name}", file.stat().st_size, sha256_file(file)))
+        _sync(folder / WEIGHTS)
+        adapter.check_export(model, folder / WEIGHTS)
+    write_json(
+        folder / MANIFEST, {"step": step, "identity": dict(identity), "files": [shard.to_dict() for shard in shards]}
+    )
+
+
+def _shards(manifest: Mapping[str, Any]) -> list[Shard]:
+    return [Shard(**entry) for entry in manifest["files"]]
+
+
+def _finished(root: Path) -> list[Path]:
+    """Checkpoint folders, newest first."""
+    return sorted(root.glob("step_????????"), reverse=True)
+
+
+def _fresh(folder: Path) -> Path:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _remove(folder: Path) -> None:
+    # renamed first: a kill half-way through the deletion must not leave something that looks like a checkpoint
+    doomed = folder.with_name(f".removing_{folder.name}")
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,74 @@
+"""Where the reference's half of the loss comes from: the policy without its adapters, or a frozen copy.
+
+A provider is called with a batch before the policy's forward and returns what `pf.preference_loss` takes as its
+reference: its two errors a group where the objective needs no more, predictions otherwise. A provider that reads
+stored values by (pair id, draw) has the same interface.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pgdpo_fast.loss import ReferenceErrors, reference_errors
+from pgdpo_fast.models import ModelAdapter, adapters_off
+from pgdpo_fast.objectives import Objective
+from pgdpo_fast.training.batches import Batch
+
+__all__ = ["AdapterOffReference", "CopyReference", "ReferenceProvider", "needs_predictions"]
+
+
+class ReferenceProvider(Protocol):
+    """What the loop asks of a reference."""
+
+    def __call__(self, batch: Batch) -> ReferenceErrors | Tensor:
+        """Errors (`[B]`, or `[B, F]` per frame) or predictions `[2B, C, F, H, W]`, without gradient."""
+
+    def cost(self) -> str:
+        """What it costs, for the banner."""
+
+
+def needs_predictions(objective: Objective, granularity: str) -> bool:
+    """Whether the loss needs the reference's predictions, not just its two errors a group."""
+    return granularity == "element" or objective.needs_anchor
+
+
+class _NetworkReference:
+    def __init__(self, adapter: ModelAdapter, model: nn.Module, objective: Objective, granularity: str, backend: str):
+        self.adapter, self.model = adapter, model
+        self.predictions = needs_predictions(objective, granularity)
+        self.options = {"granularity": granularity, "backend": backend}
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> ReferenceErrors | Tensor:
+        prediction = self._predict(batch)
+        return prediction if self.predictions else reference_errors(prediction, batch.target, **self.options)
+
+    def _predict(self, batch: Batch) -> Tensor:
+        return self.adapter.forward(self.model, batch.noised, batch.model_timestep, batch.text)
+
+
+class AdapterOffReference(_NetworkReference):
+    """The policy's own network with its LoRA adapters switched off: no memory, one more forward a step."""
+
+    def _predict(self, batch):
+        with adapters_off(self.model):
+            return super()._predict(batch)
+
+    def cost(self) -> str:
+        return "adapter-off: one extra forward a step, no extra memory"
+
+
+class CopyReference(_NetworkReference):
+    """A frozen copy of the initial weights. Make it before adapters are added and before a checkpoint is loaded."""
+
+    def __init__(self, adapter: ModelAdapter, initial: nn.Module, objective: Objective, granularity: str, backend: str):
+        frozen = copy.deepcopy(initial).requires_grad_(False).eval()
+        super().__init__(adapter, frozen, objective, granularity, backend)
+
+    def cost(self) -> str:
+        size = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
+        return f"copy: one extra forward a step, {size / 2**30:.2f} GiB of weights"

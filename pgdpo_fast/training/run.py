@@ -1,0 +1,297 @@
+"""Everything one run is made of, put together and checked once, and what it writes: rows, checkpoints, settings."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pgdpo_fast.data.latent_store import LatentStore
+from pgdpo_fast.data.shards import atomic_file
+from pgdpo_fast.errors import ConfigError
+from pgdpo_fast.loss import ReferenceErrors
+from pgdpo_fast.models import ModelAdapter, adapter_from_config
+from pgdpo_fast.objectives import Objective
+from pgdpo_fast.training import checkpoint
+from pgdpo_fast.training.batches import Batch, Draw, PairOrder, Stage, hold_out
+from pgdpo_fast.training.config import TrainConfig
+from pgdpo_fast.training.optimizer import MasterAdamW
+from pgdpo_fast.training.reference import AdapterOffReference, CopyReference, ReferenceProvider
+from pgdpo_fast.training.telemetry import MetricsFile, PreferenceHealth, TensorBoard
+
+__all__ = ["Run"]
+
+# Settings that may change between the parts of a run: they decide when and where things happen, not what is computed.
+FREE_SETTINGS = frozenset(
+    (
+        "data.store",
+        "training.steps",
+        "training.accumulation",
+        "training.backend",
+        "training.device",
+        "training.checkpoint_every",
+        "training.checkpoint_keep",
+        "training.evaluation_every",
+        "model.gradient_checkpointing",
+        "model.attention_backend",
+        "model.compile",
+        "output.dir",
+        "output.log_every",
+        "output.tensorboard",
+    )
+)
+
+
+@dataclass
+class Run:
+    """The parts of a run; `assemble` makes them, the loop in `trainer` uses them."""
+
+    config: TrainConfig
+    root: Path
+    note: Callable[[str], None]
+    device: torch.device
+    adapter: ModelAdapter
+    policy: nn.Module
+    reference: ReferenceProvider
+    objective: Objective
+    optimizer: MasterAdamW
+    order: PairOrder
+    stage: Stage
+    held_out: list[Draw]
+    evaluation_stage: Stage
+    identity: dict[str, Any]
+    health: PreferenceHealth
+    metrics: MetricsFile
+    evaluations: MetricsFile
+    tensorboard: TensorBoard | None = None
+    resumed_from: Path | None = None
+    last_evaluation: Mapping[str, Any] | None = None
+    reference_cache: dict[int, ReferenceErrors] = field(default_factory=dict)
+
+    @classmethod
+    def assemble(cls, config: TrainConfig, note: Callable[[str], None]) -> Run:
+        """Open the store, load and check the network, and put everything on its device.
+
+        Raises:
+            ConfigError, DataError: the parts do not fit each other; all misfits of store and network in one message.
+        """
+        options, device = config.training, _device(config.training.device)
+        store = LatentStore(config.data.store)
+        adapter = adapter_from_config(config.model)
+        network = adapter.load(device)
+        if problems := adapter.check_store(network, store.shape, store.text_dim):
+            raise ConfigError(f"data.store={config.data.store!r} does not fit the network: {'; '.join(problems)}")
+        objective, process = config.build_objective(), config.build_process()
+        loss = {"objective": objective, "granularity": options.granularity, "backend": options.backend}
+        copied = CopyReference(adapter, network, **loss) if config.model.reference_mode == "copy" else None
+        policy = adapter.make_trainable(network)
+        reference = copied or AdapterOffReference(adapter, policy, **loss)
+        if config.model.compile:
+            for model in {id(policy): policy, id(reference.model): reference.model}.values():
+                adapter.compile(model)
+        optimizer = MasterAdamW(
+            policy,
+            lr=options.learning_rate,
+            betas=options.betas,
+            eps=options.adam_eps,
+            weight_decay=options.weight_decay,
+            warmup_steps=options.warmup_steps,
+        )
+        training, held_out = hold_out(store.ids, config.data.evaluation_pairs, options.seed)
+        root, stage = Path(config.output.dir), partial(Stage, store, process, adapter.text_tokens, options.seed, device)
+        identity = {key: value for key, value in config.flat().items() if key not in FREE_SETTINGS}
+        identity["store.fingerprint"] = store.fingerprint
+        return cls(
+            config=config,
+            root=root,
+            note=note,
+            device=device,
+            adapter=adapter,
+            policy=policy,
+            reference=reference,
+            objective=objective,
+            optimizer=optimizer,
+            order=PairOrder(training, options.pairs_per_step, options.seed, options.draws_per_pair),
+            stage=stage(strata=max(1, options.draws_per_pair)),
+            evaluation_stage=stage(strata=options.evaluation_draws),
+            held_out=[Draw(pair, draw) for draw in range(options.evaluation_draws) for pair in held_out],
+            identity=json.loads(json.dumps(identity)),
+            health=PreferenceHealth(getattr(objective, "beta", None)),
+            metrics=MetricsFile(root / "metrics.jsonl"),
+            evaluations=MetricsFile(root / "evaluation.jsonl"),
+        )
+
+    # -- going on
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    def resume(self, resume: str | Path) -> int:
+        """Take up the state `resume` asks for and return the number of steps already made.
+
+        Raises:
+            ConfigError: the run directory is taken, or a setting differs from the checkpoint's.
+            DataError: the checkpoint is missing or damaged, or the disk cannot hold the coming ones.
+        """
+        step = 0
+        if resume == "never":
+            if self.metrics.path.exists() or self.checkpoints.exists():
+                raise ConfigError(
+                    f"output.dir={str(self.root)!r} already holds a run; choose another one, or --resume auto"
+                )
+        elif resume == "auto":
+            self.resumed_from = checkpoint.find_checkpoint(self.checkpoints, self.note)
+        else:
+            self.resumed_from = Path(resume)
+        if self.resumed_from:
+            step = checkpoint.load_checkpoint(
+                self.resumed_from, self.adapter, self.policy, self.optimizer, self.identity
+            )
+            if step > self.config.training.steps:
+                raise ConfigError(
+                    f"training.steps={self.config.training.steps}: {self.resumed_from} is at step {step} already"
+                )
+        checkpoint.check_space(self.checkpoints, self.optimizer, self.config.training.checkpoint_keep)
+        # rows after the checkpoint describe steps that will be made again
+        for row in self.metrics.keep_until(step):
+            self.health.update(row)
+        for row in self.evaluations.keep_until(step if self.resumed_from else -1):
+            self.last_evaluation = row
+        self.tensorboard = TensorBoard(self.root / "tensorboard", self.config.output.tensorboard, purge_step=step + 1)
+        with atomic_file(self.root / "config.yaml") as temporary:
+            temporary.write_text(self.config.to_yaml(), encoding="utf-8")
+        with atomic_file(self.root / "environment.json") as temporary:
+            temporary.write_text(json.dumps(_environment(self.device), indent=1), encoding="utf-8")
+        return step
+
+    def announce(self, step: int) -> None:
+        """Say what is about to run."""
+        model, options = self.config.model, self.config.training
+        trained = sum(parameter.numel() for parameter in self.optimizer.parameters.values())
+        total = sum(parameter.numel() for parameter in self.policy.parameters())
+        plan = ", ".join(f"{count:,} {kind}" for kind, count in self.adapter.dtype_plan(self.policy).items())
+        pairs, held = len(self.order.ids), len(self.held_out) // options.evaluation_draws
+        chosen = [
+            key
+            for key in self.config.objective
+            if key == "beta" or (key != "name" and self.config.origins[f"objective.{key}"] != "default")
+        ]
+        objective = ", ".join(f"{key}={self.config.objective[key]}" for key in chosen)
+        visits = options.steps * options.pairs_per_step / pairs
+        lines = [
+            f"run        {self.root} on {_device_name(self.device)}",
+            f"model      {model.family} {model.path or 'with random weights'}, {model.train}: "
+            f"trains {trained:,} of {total:,} weights ({plan})",
+            f"reference  {self.reference.cost()}",
+            f"objective  {self.config.objective['name']} ({objective}), {options.granularity} granularity",
+            f"data       {pairs} pairs of latents {'x'.join(map(str, self.stage.store.shape))}, {held} held out; "
+            f"{options.steps} steps of {options.pairs_per_step} pairs in {options.accumulation} forward(s), "
+            f"{visits:.1f} visits a pair",
+            f"state      {f'continues {self.resumed_from} at step {step}' if self.resumed_from else 'starts at step 0'}",
+        ]
+        if model.compile:
+            lines.append("compiling the repeated blocks: the first steps take longer")
+        for line in lines:
+            self.note(line)
+
+    # -- the parts of a step
+
+    def read(self, step: int) -> list[tuple[list[Draw], tuple[Tensor, Tensor, Tensor]]]:
+        """The visits of a step and their tensors on the host, one entry a forward."""
+        visits, count = self.order.visits(step), self.config.training.accumulation
+        size = len(visits) // count
+        return [(part, self.stage.read(part)) for part in (visits[i * size : (i + 1) * size] for i in range(count))]
+
+    def loss_options(self, batch: Batch) -> dict[str, Any]:
+        """Arguments of `preference_loss` that stay the same from step to step, and the timestep's posterior scale."""
+        scale = self.stage.process.posterior_scale(batch.timestep) if self.objective.needs_posterior_scale else None
+        return {
+            "objective": self.objective,
+            "granularity": self.config.training.granularity,
+            "backend": self.config.training.backend,
+            "posterior_scale": scale,
+        }
+
+    def record(self, step: int, row: dict[str, Any], seconds: float, waited: float) -> None:
+        """Complete the row of a finished step in place and write it."""
+        row |= {
+            "step": step,
+            "time": time.time(),
+            "lr": self.optimizer.learning_rate(step - 1),
+            "step_seconds": seconds,
+            "data_wait_seconds": waited,
+            "peak_memory_gib": _peak_memory(self.device) / 2**30,
+        }
+        self.health.update(row)
+        row["alarms"] = self.health.alarms()
+        self.metrics.append(row)
+        self.tensorboard.write(row, "train")
+
+    def save(self, step: int) -> Path:
+        """Write a checkpoint of `step` finished steps."""
+        self.metrics.sync()
+        started = time.perf_counter()
+        path = checkpoint.save_checkpoint(
+            self.checkpoints,
+            step,
+            self.adapter,
+            self.policy,
+            self.optimizer,
+            self.identity,
+            self.config.training.checkpoint_keep,
+        )
+        self.note(f"saved {path} in {time.perf_counter() - started:.1f} s")
+        return path
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"training.device={name!r}: expected auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"training.device={name!r}: no CUDA device is visible; use cpu, or check the driver")
+    return device
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Peak bytes of the process: device memory on a GPU, else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _environment(device: torch.device) -> dict[str, Any]:
+    packages = {}
+    for name in ("pgdpo-fast", "torch", "triton", "diffusers", "transformers", "peft", "safetensors", "numpy"):
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            packages[name] = None
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": _device_name(device),
+        "cuda": torch.version.cuda,
+        "threads": torch.get_num_threads(),
+        "packages": packages,
+    }

@@ -1,0 +1,235 @@
+"""The training loop: objective x model adapter x store x configuration.
+
+One step reads pairs, asks the reference, then the policy, takes the loss, and waits for the device once, to see that
+everything is finite before any weight changes. Order, timesteps and noise are pure functions of the seed, so the step
+number is all a resumed run needs to go on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pgdpo_fast.data.preemption import sigterm_watch
+from pgdpo_fast.data.shards import exclusive_lock
+from pgdpo_fast.errors import OutOfMemoryError, PgdpoError, Preempted
+from pgdpo_fast.loss import ReferenceErrors, preference_loss
+from pgdpo_fast.training import checkpoint, measure
+from pgdpo_fast.training.config import TrainConfig
+from pgdpo_fast.training.run import Run
+from pgdpo_fast.training.telemetry import Display, RunLog, open_display
+
+__all__ = ["Hook", "RunResult", "train"]
+
+Hook = Callable[[int, Run], None]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a run ended.
+
+    Attributes:
+        run_dir: metrics, checkpoints, configuration and log.
+        step: optimizer steps made, those before a resume included.
+        checkpoint: the last checkpoint; its `weights/` is what diffusers loads.
+        evaluation: the last row of evaluation.jsonl, or None without held-out pairs.
+    """
+
+    run_dir: Path
+    step: int
+    checkpoint: Path
+    evaluation: Mapping[str, Any] | None
+
+
+def train(
+    config: TrainConfig,
+    *,
+    resume: str | Path | None = "auto",
+    display: str | Display = "auto",
+    hooks: Sequence[Hook] = (),
+) -> RunResult:
+    """Train, or go on training, into `config.output.dir`.
+
+    Args:
+        resume: "auto" (or None) continues the newest whole checkpoint of the run directory if there is one; a path
+            continues that checkpoint; "never" wants a run directory without a run.
+        display: "auto", "live", "plain", "none" or a `Display`.
+        hooks: called as hook(step, run) whenever an evaluation is due, to sample from `run.policy` and the like.
+
+    Raises:
+        ConfigError: settings that do not fit each other, the store or the checkpoint.
+        DataError: store or checkpoint missing or damaged, disk full.
+        NonFiniteError: a loss or gradient is not finite; the weights are those of the last finished step.
+        OutOfMemoryError: names the settings that lower memory.
+        Preempted: SIGTERM came; the state is saved and the message says how to resume.
+    """
+    root = Path(config.output.dir)
+    with exclusive_lock(root), sigterm_watch() as stopping:
+        log = RunLog(root / "log.txt")
+        shown = open_display(display, config.output.log_every) if isinstance(display, str) else display
+
+        def note(text: str) -> None:
+            log.write(text)
+            shown.note(text)
+
+        try:
+            run = Run.assemble(config, note)
+            start = run.resume(resume or "auto")
+            run.announce(start)
+            return _loop(run, start, shown, stopping, hooks)
+        except BaseException as error:
+            log.write(traceback.format_exc())
+            if _is_out_of_memory(error):
+                raise OutOfMemoryError(_memory_advice(config, error)) from error
+            raise
+        finally:
+            shown.close()
+
+
+def _loop(run: Run, start: int, display: Display, stopping: Callable[[], bool], hooks: Sequence[Hook]) -> RunResult:
+    options, last = run.config.training, run.config.training.steps
+    saved = run.resumed_from if start else None
+    _evaluate(run, start, stopping, hooks)
+    with closing(_read_ahead(run, start, last)) as steps:
+        for step, micro_batches, waited in steps:
+            if stopping():
+                _preempt(run, step, saved)
+            began = time.perf_counter()
+            run.optimizer.zero_grad()
+            measured = []
+            for draws, tensors in micro_batches:
+                batch = run.stage.noise(draws, tensors)
+                reference = run.reference(batch)  # before the policy's forward: see `adapters_off`
+                prediction = run.adapter.forward(run.policy, batch.noised, batch.model_timestep, batch.text)
+                # a forward's share of the step is a pair weight: fp32, before gradients are rounded
+                out = preference_loss(
+                    prediction,
+                    batch.target,
+                    reference,
+                    **run.loss_options(batch),
+                    pair_weight=batch.weight / options.accumulation,
+                )
+                out.loss.backward()
+                measured.append(measure.on_device(batch, out))
+            norm = run.optimizer.clip(options.clip_norm)
+            row = measure.to_row(measured, norm)  # the one wait for the device
+            measure.check_finite(row, step, options.seed, run.root)
+            run.optimizer.step(step)
+
+            done = step + 1
+            run.record(done, row, seconds=time.perf_counter() - began + waited, waited=waited)
+            display.step(row, last, run.health)
+            if step == start:
+                run.note(
+                    checkpoint.rehearse(run.checkpoints, done, run.adapter, run.policy, run.optimizer, run.identity)
+                )
+            if done % options.evaluation_every == 0 or done == last:
+                _evaluate(run, done, stopping, hooks)
+            if done % options.checkpoint_every == 0 or done == last:
+                saved = run.save(done)
+    if stopping():  # it may have cut the last evaluation short
+        _preempt(run, last, saved)
+    run.tensorboard.close()
+    run.note(f"finished at step {last}; weights in {saved / checkpoint.WEIGHTS}")
+    return RunResult(run.root, last, saved, run.last_evaluation)
+
+
+@torch.no_grad()
+def _evaluate(run: Run, step: int, stopping: Callable[[], bool], hooks: Sequence[Hook]) -> None:
+    """Measure the held-out pairs at their fixed draws. SIGTERM cuts it short; the resumed run then does it again."""
+    if run.last_evaluation is not None and run.last_evaluation["step"] == step:
+        return
+    size = run.config.training.pairs_per_step // run.config.training.accumulation
+    measured = []
+    for place in range(0, len(run.held_out), size):
+        if stopping():
+            return
+        draws = run.held_out[place : place + size]
+        batch = run.evaluation_stage.noise(draws, run.evaluation_stage.read(draws))
+        reference = run.reference_cache.get(place)
+        if reference is None:
+            reference = run.reference(batch)
+            if isinstance(reference, ReferenceErrors):  # fixed draws: a few numbers save every later pass
+                run.reference_cache[place] = reference
+        prediction = run.adapter.forward(run.policy, batch.noised, batch.model_timestep, batch.text)
+        out = preference_loss(prediction, batch.target, reference, **run.loss_options(batch))
+        measured.append(measure.on_device(batch, out))
+    if measured:
+        row = measure.to_row(measured)
+        row = {
+            "step": step,
+            **{key: value for key, value in row.items() if key not in ("pairs", "grad_norm")},
+            "loss": statistics.fmean(row["pairs"]["loss"]),
+            "by_timestep": measure.timestep_bins(row),
+        }
+        run.last_evaluation = row
+        run.evaluations.append(row)
+        run.tensorboard.write(row, "evaluation")
+        run.note(
+            f"evaluation at step {step}: accuracy {row['rewards/accuracies']:.2f}, "
+            f"margin {row['rewards/margins']:+.2e}, chosen {row['rewards/chosen']:+.2e}, rejected {row['rewards/rejected']:+.2e}"
+        )
+    for hook in hooks:
+        hook(step, run)
+
+
+def _read_ahead(run: Run, start: int, last: int) -> Iterator[tuple[int, list, float]]:
+    """(step, its host tensors, seconds spent waiting for them); one other thread reads the next step meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        upcoming = pool.submit(run.read, start) if start < last else None
+        for step in range(start, last):
+            began = time.perf_counter()
+            tensors = upcoming.result()
+            waited = time.perf_counter() - began
+            if step + 1 < last:
+                upcoming = pool.submit(run.read, step + 1)
+            yield step, tensors, waited
+
+
+def _preempt(run: Run, step: int, saved: Path | None) -> None:
+    if saved is None or not saved.name.endswith(f"{step:08d}"):
+        run.save(step)
+    run.tensorboard.close()
+    raise Preempted(
+        f"stopped by SIGTERM after step {step}, state saved; resume with: "
+        f"pgdpo-fast train {run.root / 'config.yaml'} --resume auto"
+    )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, PgdpoError):
+        return False
+    host = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return host or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
+def _memory_advice(config: TrainConfig, error: BaseException) -> str:
+    model, training = config.model, config.training
+    size = training.pairs_per_step // training.accumulation
+    advice = []
+    if size > 1:
+        divisor = next(
+            n for n in range(training.accumulation + 1, training.pairs_per_step + 1) if training.pairs_per_step % n == 0
+        )
+        advice.append(f"training.accumulation={divisor}")
+    if not model.gradient_checkpointing:
+        advice.append("model.gradient_checkpointing=true")
+    if model.dtype == "fp32":
+        advice.append("model.dtype=bf16")
+    if model.train == "lora" and model.reference_mode == "copy":
+        advice.append("model.reference=adapter-off")
+    if model.train == "full":
+        advice.append("model.train=lora")
+    return (
+        f"out of memory with {size} pair(s) in one forward; "
+        f"set {', then '.join(advice) or 'fewer frames or a smaller size'} ({' '.join(str(error).split())[:200]})"
+    )

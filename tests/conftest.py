@@ -1,0 +1,68 @@
+"""Fixtures more than one area uses: a tiny latent store of real clips and a tiny configuration that trains on it."""
+
+from __future__ import annotations
+
+import pytest
+
+TINY_WAN = dict(
+    patch_size=[1, 2, 2],
+    num_attention_heads=2,
+    attention_head_dim=12,
+    in_channels=12,
+    out_channels=12,
+    text_dim=16,
+    freq_dim=32,
+    ffn_dim=32,
+    num_layers=2,
+    rope_max_seq_len=32,
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tmp_path_factory):
+    """Folder of a latent store: 10 pairs of 12x3x8x8 latents, prompts of 16-wide embeddings."""
+    from pgdpo_fast.data.codec import PixelUnshuffleCodec
+    from pgdpo_fast.data.encode import encode_manifest
+    from pgdpo_fast.data.synthetic import render_pairs
+    from pgdpo_fast.data.text import HashTextEncoder
+
+    root = tmp_path_factory.mktemp("tiny")
+    manifest = render_pairs(root / "clips", pairs=10, seed=3, frames=3, height=16, width=16)
+    encode_manifest(
+        manifest,
+        root / "store",
+        codec=PixelUnshuffleCodec(spatial=2),
+        text=HashTextEncoder(16, 16),
+        frames=3,
+        height=16,
+        width=16,
+    )
+    return root / "store"
+
+
+@pytest.fixture
+def tiny_config(tiny_store, tmp_path):
+    """make(**sections) -> TrainConfig of a small LoRA run on `tiny_store` in a folder of the test's own."""
+    from pgdpo_fast.training.config import TrainConfig
+
+    def make(run: str = "run", **sections):
+        base = {
+            "model": {"architecture": TINY_WAN, "dtype": "fp32", "text_tokens": 16, "lora": {"rank": 4, "alpha": 4}},
+            "data": {"store": str(tiny_store), "evaluation_pairs": 2},
+            "objective": {"name": "pgdpo", "beta": 100},
+            "training": {
+                "steps": 4,
+                "pairs_per_step": 2,
+                "learning_rate": 1e-3,
+                "evaluation_every": 2,
+                "evaluation_draws": 2,
+                "checkpoint_every": 2,
+                "device": "cpu",
+            },
+            "output": {"dir": str(tmp_path / run), "tensorboard": False},
+        }
+        for name, values in sections.items():
+            base[name] = values if name in ("process", "objective") else {**base[name], **values}
+        return TrainConfig.from_mapping(base)
+
+    return make
