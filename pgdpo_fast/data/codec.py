@@ -1,5 +1,4 @@
-"""Codecs between uint8 video and the latents a diffusion model works on, each with a fingerprint of all that shapes
-them.
+"""Codecs between uint8 video and latents, each with a fingerprint of everything that shapes what it returns.
 
 Clips are encoded one at a time, so a clip's latents do not depend on its neighbours. Frame counts and sides that a VAE
 would crop or merge without a word are errors here, naming the key and the nearest values that work.
@@ -257,9 +256,11 @@ class DiffusersVAECodec:
 
 
 def codec_from_name(name: str, **options) -> Codec:
-    """ "pixel-unshuffle" (options spatial, temporal) or a VAE family "wan", "cogvideox", "image" (options path,
-    revision,
-    dtype, mode, device). Raises ConfigError on an unknown name or option."""
+    """Make a codec from its name and options.
+
+    "pixel-unshuffle" takes spatial and temporal; "wan", "cogvideox" and "image" take path, revision, dtype, mode and
+    device. Raises ConfigError on an unknown name or option, DataError when the VAE cannot be loaded.
+    """
     if name not in CODECS:
         raise ConfigError(f"codec {name!r} is not known; expected one of {', '.join(CODECS)}")
     try:

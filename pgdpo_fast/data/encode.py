@@ -126,8 +126,7 @@ def encode_manifest(
         "clip": rule.to_dict(),
         "decoder": decoder_fingerprint(),
         "dtype": dtype,
-        "pairs": len(manifest),
-        "manifest_sha256": _manifest_hash(manifest),
+        "manifest": {"pairs": len(manifest), "sha256": _manifest_hash(manifest)},
         "pairs_per_shard": per_shard,
     }
     provenance = {
@@ -163,7 +162,7 @@ def encode_manifest(
             + 2 * min(per_shard, len(manifest)) * pair_bytes * bool(todo),
             "encoding the remaining pairs",
         )
-        job.done = sum(len(job.pairs(number)) for number in kept)
+        job.advance(sum(len(job.pairs(number)) for number in kept), progress)
         if todo:
             state["complete"] = False
             write_json(output / STORE_FILE, state)
@@ -206,7 +205,7 @@ class _Job:
         staged = _staged_rows(self.output / STAGING, self.indices(number))
         dropped = {}
         missing = [index for index in self.indices(number) if index not in staged]
-        self._advance(len(staged), progress)
+        self.advance(len(staged), progress)
         for index, clips in _prefetched(missing, self._read_pair):
             if self.stop():
                 raise Preempted(
@@ -220,7 +219,7 @@ class _Job:
                 if self.strict:
                     raise DataError(f"pair {pair.id}: {fault.args[0]}: {fault.args[1]}") from fault
                 dropped[index] = {"index": index, "id": pair.id, "reason": fault.args[0], "detail": fault.args[1]}
-            self._advance(1, progress)
+            self.advance(1, progress)
 
         tensors = {}
         for index in sorted(staged):
@@ -238,7 +237,7 @@ class _Job:
         for path in staged.values():
             path.unlink()
 
-    def _advance(self, count: int, progress) -> None:
+    def advance(self, count: int, progress) -> None:
         self.done += count
         if progress and count:
             progress(self.done, len(self.manifest))
@@ -260,7 +259,7 @@ class _Job:
             if not torch.isfinite(tensor).all():
                 raise _Unusable(f"{name} not finite once encoded", f"in {self.dtype}; encode and store in float32")
         path = self.output / STAGING / f"{index:08d}.safetensors"
-        shard = write_shard(path, row)
+        shard = write_shard(path, row, durable=False)
         return path.replace(path.with_name(f"{index:08d}-{shard.sha256}.safetensors"))
 
 

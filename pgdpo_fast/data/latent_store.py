@@ -60,7 +60,7 @@ class LatentStore:
         if not self.metadata["complete"]:
             done = sum(group["pairs"] for group in self.metadata["groups"])
             raise DataError(
-                f"{self.path}: encoding has not finished ({done} of {self.metadata['settings']['pairs']} pairs); "
+                f"{self.path}: encoding has not finished ({done} of {self.settings['manifest']['pairs']} pairs); "
                 "run the same encode command again to resume it"
             )
         self._shards = [Shard(**group["file"]) if group["file"] else None for group in self.metadata["groups"]]

@@ -62,28 +62,28 @@ def sha256_file(path: str | os.PathLike) -> str:
 
 
 def canonical_json(value) -> str:
-    """One text per value:
-
-    sorted keys, two-space indent, no NaN. Equal values give equal bytes, so they can be hashed.
-    """
+    """One text per value (sorted keys, two-space indent, no NaN), so that equal values have equal hashes."""
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
 
 
 @contextmanager
-def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_file(path: str | os.PathLike, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends well, fsync it and move it into place.
 
-    An exception removes the temporary file and leaves `path` as it was. A full disk surfaces as DataError.
+    An exception removes the temporary file and leaves `path` as it was. A full disk surfaces as DataError. Without
+    `durable` there is no fsync: a kill is still harmless, a power cut is not; for files that are cheap to redo.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
-        _fsync_folder(path.parent)
+        if durable:
+            _fsync_folder(path.parent)
     except OSError as error:
         raise DataError(
             f"{path}: could not be written ({error.strerror or error}); free space or fix the folder's "
@@ -148,7 +148,9 @@ def _seal(value: Mapping) -> tuple[bytes, str]:
     return (canonical_json({**value, "sha256": seal}) + "\n").encode(), seal
 
 
-def write_shard(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], description: str = "") -> Shard:
+def write_shard(
+    path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], description: str = "", durable: bool = True
+) -> Shard:
     """Write tensors as one safetensors file, atomically, and return its name, size and sha256.
 
     Equal tensors and description give equal bytes. The file carries `description` as its only metadata entry: the
@@ -159,7 +161,7 @@ def write_shard(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], de
     path = Path(path)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     data = save(tensors, metadata={"description": description} if description else None)
-    with atomic_file(path) as temporary:
+    with atomic_file(path, durable) as temporary:
         temporary.write_bytes(data)
     return Shard(path.name, len(data), sha256_bytes(data))
 
@@ -229,8 +231,7 @@ def describe_bytes(count: float) -> str:
 
 @contextmanager
 def exclusive_lock(folder: str | os.PathLike) -> Iterator[None]:
-    """Hold the folder for one writer (flock on `.lock`, released by the system when the process dies, however it
-    dies)."""
+    """Hold the folder for one writer: flock on `.lock`, which the system releases however the process ends."""
     import fcntl
 
     folder = Path(folder)

@@ -10,7 +10,7 @@ import hashlib
 import math
 import os
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -76,13 +76,15 @@ class Scene:
 
 @dataclass(frozen=True)
 class _Frames:
-    """Per-frame state of a scene, each `[F]`: position of the shape, its scale and turn, and how far it has morphed."""
+    """Per-frame state, each `[F]`: place of the shape, its scale, turn and morph, and place of the camera."""
 
     x: torch.Tensor
     y: torch.Tensor
     scale: torch.Tensor
     turn: torch.Tensor
     morph: torch.Tensor
+    camera_x: torch.Tensor
+    camera_y: torch.Tensor
 
 
 def render_pairs(
@@ -163,10 +165,9 @@ def render_scene(
     severity: float = 0.0,
     noise: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """uint8 [frames, height, width, 3]. `fault` (one of FAULTS) at `severity` in (0, 1] takes its randomness from
-    `noise`.
+    """uint8 [frames, height, width, 3] of a scene, clean or with a fault at a severity in (0, 1] drawn from `noise`.
 
-    flicker: brightness and tint jump from frame to frame. jitter: the shape leaves its path at random and the picture
+    flicker: brightness and tint jump from frame to frame. jitter: the shape leaves its path at random and the camera
     shakes. freeze: frames stand still and then jump. blur: detail is lost, more as time goes on. morph: the shape
     swells, wobbles and turns into another one on its way.
     """
@@ -177,11 +178,8 @@ def render_scene(
         )
     state = _motion(scene, torch.linspace(0, 1, frames))
     if fault == "jitter":
-        state = replace(
-            state,
-            x=state.x + 0.22 * severity * _normal(noise, frames),
-            y=state.y + 0.22 * severity * _normal(noise, frames),
-        )
+        x, y, camera_x, camera_y = severity * torch.randn(4, frames, generator=noise) / 10
+        state = replace(state, x=state.x + 2 * x, y=state.y + 2 * y, camera_x=camera_x, camera_y=camera_y)
     if fault == "morph":
         wobble = 1 + 0.45 * severity * torch.sin(torch.linspace(0, 4 * math.pi, frames))
         state = replace(state, scale=state.scale * wobble, morph=severity * torch.linspace(0, 1, frames).sqrt())
@@ -189,26 +187,12 @@ def render_scene(
         state = _held(state, 1 + round(severity * max(2, frames // 3)), noise)
     video = _paint(scene, state, height, width)  # fp32 [F, 3, H, W] in [0, 1]
     if fault == "flicker":
-        gain = 1 + 0.5 * severity * _normal(noise, frames).clamp(-1.5, 1.5)
+        gain = 1 + 0.5 * severity * torch.randn(frames, generator=noise).clamp(-1.5, 1.5)
         tint = 0.18 * severity * torch.randn(frames, 3, generator=noise)
         video = video * gain.view(-1, 1, 1, 1) + tint.view(-1, 3, 1, 1)
-    if fault == "jitter":
-        reach = 0.08 * severity * min(height, width)
-        video = torch.stack(
-            [
-                frame.roll((round(float(dy)), round(float(dx))), (1, 2))
-                for frame, dy, dx in zip(
-                    video, reach * _normal(noise, frames), reach * _normal(noise, frames), strict=True
-                )
-            ]
-        )
     if fault == "blur":
         video = _blurred(video, 0.06 * severity * min(height, width))
     return (video.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-
-def _normal(noise: torch.Generator, count: int) -> torch.Tensor:
-    return torch.randn(count, generator=noise)
 
 
 def _motion(scene: Scene, time: torch.Tensor) -> _Frames:
@@ -227,7 +211,8 @@ def _motion(scene: Scene, time: torch.Tensor) -> _Frames:
     elif scene.motion == "zoom":
         scale = 0.6 + 1.2 * time
     turn = 2 * math.pi * (scene.phase + scene.spin * time)
-    return _Frames(x, y, scale, turn, torch.zeros_like(time))
+    still = torch.zeros_like(time)
+    return _Frames(x, y, scale, turn, still, still, still)
 
 
 def _held(state: _Frames, longest: int, noise: torch.Generator) -> _Frames:
@@ -237,7 +222,7 @@ def _held(state: _Frames, longest: int, noise: torch.Generator) -> _Frames:
         run = int(torch.randint(longest, longest + 2, (), generator=noise))
         source += [len(source)] * run
     picks = torch.tensor(source[:frames])
-    return _Frames(state.x[picks], state.y[picks], state.scale[picks], state.turn[picks], state.morph[picks])
+    return _Frames(*(getattr(state, field.name)[picks] for field in fields(state)))
 
 
 def _paint(scene: Scene, state: _Frames, height: int, width: int) -> torch.Tensor:
@@ -246,6 +231,7 @@ def _paint(scene: Scene, state: _Frames, height: int, width: int) -> torch.Tenso
     rows = ((torch.arange(height) + 0.5) - height / 2) / half
     columns = ((torch.arange(width) + 0.5) - width / 2) / half
     y, x = torch.meshgrid(rows, columns, indexing="ij")
+    y, x = y + state.camera_y.view(-1, 1, 1), x + state.camera_x.view(-1, 1, 1)
     background = _background(scene, x, y)
 
     def local(offset: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -263,12 +249,12 @@ def _paint(scene: Scene, state: _Frames, height: int, width: int) -> torch.Tenso
     shadow = (0.5 - _distance(scene.shape, *local(0.08)) * edge / 4).clamp(0, 1)[:, None]
     paint = torch.tensor(COLOURS[scene.colour]).view(3, 1, 1)
     shade = (1.05 - 0.25 * (u + v)).clamp(0.75, 1.25)[:, None] * _texture(scene.texture, u, v)[:, None]
-    video = background[None] * (1 - 0.35 * shadow)
+    video = background * (1 - 0.35 * shadow)
     return torch.lerp(video, (paint * shade).clamp(0, 1), cover)
 
 
 def _background(scene: Scene, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """fp32 [3, H, W], dim enough for any shape to stand out."""
+    """fp32 [F, 3, H, W], dim enough for any shape to stand out."""
     colour = torch.tensor(COLOURS[scene.background_colour]).view(3, 1, 1)
     if scene.background == "checker":
         level = 0.30 + 0.14 * ((x * 2).floor() + (y * 2).floor()).remainder(2)
@@ -276,7 +262,7 @@ def _background(scene: Scene, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         level = 0.36 + 0.10 * (6 * y + 1.5 * (3 * x + 6 * scene.phase).sin()).sin()
     else:
         level = 0.36 + 0.16 * (y * math.cos(6 * scene.phase) + x * math.sin(6 * scene.phase)) / 1.4
-    return colour * level
+    return colour * level[:, None]
 
 
 def _texture(texture: str, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

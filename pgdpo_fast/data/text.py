@@ -205,9 +205,11 @@ def _clean(prompt: str) -> str:
 
 
 def text_encoder_from_name(name: str, **options) -> TextEncoder:
-    """ "hash" (options dim, max_length) or a family "wan", "cogvideox", "clip" (options path, revision, dtype,
-    max_length,
-    device). Raises ConfigError on an unknown name or option."""
+    """Make a text encoder from its name and options.
+
+    "hash" takes dim and max_length; "wan", "cogvideox" and "clip" take path, revision, dtype, max_length and device.
+    Raises ConfigError on an unknown name or option, DataError when the model cannot be loaded.
+    """
     if name not in TEXT_ENCODERS:
         raise ConfigError(f"text encoder {name!r} is not known; expected one of {', '.join(TEXT_ENCODERS)}")
     try:

@@ -164,7 +164,7 @@ def write_video(path: str | os.PathLike, video: torch.Tensor, fps: float | Fract
     if not 0 <= crf <= 51 or not fps > 0:
         raise ConfigError(f"crf={crf}, fps={fps}; expected crf from 0 to 51 and fps above 0")
     rate = Fraction(fps).limit_denominator(1001)
-    with atomic_file(path) as temporary:
+    with atomic_file(path, durable=False) as temporary:
         with av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"}) as container:
             stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "preset": "medium"})
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
