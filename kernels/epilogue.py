@@ -1,7 +1,8 @@
 """The scalar end of every objective: group errors in, loss, weights and gradient coefficients out.
 
-The formulas are those of `pgdpo_fast.objectives` with their derivatives written out; `KIND` and `FLAGS` are compile-time,
-the hyper-parameters come from a small device tensor. All values are blocks of groups, in the accumulation dtype.
+The formulas are those of `pgdpo_fast.objectives` with their derivatives written out; `KIND` and `FLAGS` are
+compile-time, the hyper-parameters come from a small device tensor. All values are blocks of groups, in the
+accumulation dtype.
 """
 
 import triton
@@ -88,6 +89,57 @@ def ratio_and_slopes(chosen, rejected, half_beta, eps, RATIO: tl.constexpr):
 
 
 @triton.jit
+def pgdpo_terms(e_w, d_w, d_l, anchor, params_ptr, FLAGS: tl.constexpr, COMPUTE: tl.constexpr):
+    """PG-DPO's parts: logits, preference term P, regularizer I, alpha, gamma, 1 - gamma, the ratio and its slopes."""
+    half_beta = tl.load(params_ptr)
+    chosen = -d_w
+    rejected = -d_l
+    ratio, by_chosen, by_rejected = ratio_and_slopes(
+        chosen, rejected, half_beta, tl.load(params_ptr + 4), (FLAGS >> 4) & 3)
+    alpha = 0.0 * e_w + 1.0
+    gamma = alpha
+    complement = 0.0 * e_w
+    implicit = complement
+    if FLAG_ARS & FLAGS:
+        alpha = sigmoid(tl.load(params_ptr + 1) * ratio)
+    if (FLAG_IPR_REWARD | FLAG_IPR_ANCHOR) & FLAGS:
+        k2 = tl.load(params_ptr + 2)
+        gamma = sigmoid(-k2 * ratio)
+        complement = sigmoid(k2 * ratio)
+    if FLAG_IPR_REWARD & FLAGS:
+        implicit = d_w
+    if FLAG_IPR_ANCHOR & FLAGS:
+        implicit = anchor
+    logits = half_beta * (chosen - alpha * rejected)
+    return logits, softplus(-logits, COMPUTE), implicit, alpha, gamma, complement, ratio, by_chosen, by_rejected
+
+
+@triton.jit
+def pgdpo_slopes(d_l, logits, alpha, gamma, complement, ratio, by_chosen, by_rejected,
+                 by_preference, by_implicit, by_gamma, params_ptr, FLAGS: tl.constexpr):
+    """Derivatives of the loss by the chosen error, the rejected error and the anchor, from those by P, I and gamma."""
+    half_beta = tl.load(params_ptr)
+    slope = by_preference * sigmoid(-logits) * half_beta
+    g_w = slope
+    g_l = -slope * alpha
+    g_anchor = 0.0 * logits
+    if FLAG_IPR_REWARD & FLAGS:
+        g_w += by_implicit
+    if FLAG_IPR_ANCHOR & FLAGS:
+        g_anchor += by_implicit
+    if FLAG_ATTACHED & FLAGS:
+        by_ratio = 0.0 * logits
+        if FLAG_ARS & FLAGS:
+            k1 = tl.load(params_ptr + 1)
+            by_ratio -= slope * d_l * k1 * alpha * sigmoid(-k1 * ratio)
+        if (FLAG_IPR_REWARD | FLAG_IPR_ANCHOR) & FLAGS:
+            by_ratio -= tl.load(params_ptr + 2) * gamma * complement * by_gamma
+        g_w -= by_ratio * by_chosen
+        g_l -= by_ratio * by_rejected
+    return g_w, g_l, g_anchor
+
+
+@triton.jit
 def objective(e_w, e_l, d_w, d_l, anchor, cross, posterior_scale, params_ptr,
               KIND: tl.constexpr, FLAGS: tl.constexpr, COMPUTE: tl.constexpr):
     """One block of groups through the objective.
@@ -127,42 +179,15 @@ def objective(e_w, e_l, d_w, d_l, anchor, cross, posterior_scale, params_ptr,
         g_w = -off_target
         g_l = off_target
     elif KIND == KIND_PGDPO:
-        k1 = tl.load(params_ptr + 1)
-        k2 = tl.load(params_ptr + 2)
+        logits, preference, implicit, alpha, gamma, complement, ratio, by_chosen, by_rejected = pgdpo_terms(
+            e_w, d_w, d_l, anchor, params_ptr, FLAGS, COMPUTE)
         ipr_scale = tl.load(params_ptr + 3)
-        chosen = -d_w
-        rejected = -d_l
-        ratio, by_chosen, by_rejected = ratio_and_slopes(
-            chosen, rejected, half_beta, tl.load(params_ptr + 4), (FLAGS >> 4) & 3)
-        if FLAG_ARS & FLAGS:
-            alpha = sigmoid(k1 * ratio)
-        complement = 0.0 * e_w
-        if (FLAG_IPR_REWARD | FLAG_IPR_ANCHOR) & FLAGS:
-            gamma = sigmoid(-k2 * ratio)
-            complement = sigmoid(k2 * ratio)
-        logits = half_beta * (chosen - alpha * rejected)
-        preference = softplus(-logits, COMPUTE)
-        slope = gamma * sigmoid(-logits) * half_beta
         loss = gamma * preference
-        g_w = slope
-        g_l = -slope * alpha
-        implicit = 0.0 * e_w
-        if FLAG_IPR_REWARD & FLAGS:
-            implicit = -chosen
-            g_w += complement * ipr_scale
-        if FLAG_IPR_ANCHOR & FLAGS:
-            implicit = anchor
-            g_anchor = complement * ipr_scale
         if (FLAG_IPR_REWARD | FLAG_IPR_ANCHOR) & FLAGS:
             loss += complement * (ipr_scale * implicit)
-        if FLAG_ATTACHED & FLAGS:
-            by_ratio = 0.0 * e_w
-            if FLAG_ARS & FLAGS:
-                by_ratio += slope * rejected * k1 * alpha * sigmoid(-k1 * ratio)
-            if (FLAG_IPR_REWARD | FLAG_IPR_ANCHOR) & FLAGS:
-                by_ratio -= k2 * gamma * complement * (preference - ipr_scale * implicit)
-            g_w -= by_ratio * by_chosen
-            g_l -= by_ratio * by_rejected
+        g_w, g_l, g_anchor = pgdpo_slopes(
+            d_l, logits, alpha, gamma, complement, ratio, by_chosen, by_rejected,
+            gamma, complement * ipr_scale, preference - ipr_scale * implicit, params_ptr, FLAGS)
     elif KIND == KIND_DPOP:
         chosen = -d_w
         penalty = tl.load(params_ptr + 1)

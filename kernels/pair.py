@@ -10,7 +10,6 @@ float32 scale per PACK_BLOCK elements. TARGET_BUILT makes the target as noise_sc
 
 import triton
 import triton.language as tl
-
 from pgdpo_fast.kernels.epilogue import FLAG_IMPORTANCE, objective
 
 # Planes of the statistics: policy errors, gaps, anchor, cross (all as sums until the fold divides them).
@@ -21,14 +20,15 @@ TELEMETRY = 9
 
 @triton.jit
 def load(ptr, offsets, mask, MASKED: tl.constexpr, COMPUTE: tl.constexpr):
-    """A block in the accumulation dtype; the cast follows the load at once, or low-precision arithmetic would creep in."""
+    """A block in the accumulation dtype. The cast follows the load at once: no low-precision arithmetic creeps in."""
     if MASKED:
         return tl.load(ptr + offsets, mask=mask, other=0.0).to(COMPUTE)
     return tl.load(ptr + offsets).to(COMPUTE)
 
 
 @triton.jit
-def load_float8(ptr, scale_ptr, phase, offsets, mask, PACK_BLOCK: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr):
+def load_float8(ptr, scale_ptr, phase, offsets, mask,
+                PACK_BLOCK: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr):
     """e4m3 bytes times their block's scale; `phase` is where in its block the segment starts.
 
     Decoded by bit moves, so every architecture and the interpreter agree.

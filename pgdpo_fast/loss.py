@@ -146,7 +146,7 @@ class PreferenceLossOutput:
         if bad:
             names = [pair_ids[i] for i in bad] if pair_ids is not None else bad
             raise NonFiniteError(f"loss is NaN or infinite for pair(s) {', '.join(map(str, names))} of "
-                                 f"{self.per_pair_loss.shape[0]}; their predictions, targets or reference are not finite")
+                                 f"{len(self.per_pair_loss)}; their predictions, targets or reference are not finite")
 
 
 def _describe(x) -> str:
@@ -166,7 +166,8 @@ def _halves(x, name: str) -> tuple[Tensor, Tensor]:
 def _pair(x, name: str) -> tuple[Tensor, Tensor | None]:
     """A stacked tensor as (tensor, None), a tuple as its two tensors; types, ranks and dtypes checked."""
     items = (x,) if isinstance(x, Tensor) else x
-    if not isinstance(items, (tuple, list)) or len(items) not in (1, 2) or not all(isinstance(t, Tensor) for t in items):
+    tensors = isinstance(items, (tuple, list)) and all(isinstance(t, Tensor) for t in items)
+    if not tensors or len(items) not in (1, 2):
         raise ValueError(f"{name}: expected a tensor or a (chosen, rejected) tuple of tensors, got {_describe(x)}")
     for t in items:
         if t.ndim < 2 or t.numel() == 0:
@@ -215,7 +216,7 @@ def _check(prediction, target, reference) -> _Call:
     policy, policy_rejected = _pair(prediction, "prediction")
     _expect_floating(policy.dtype, "prediction")
     if policy_rejected is None and policy.shape[0] % 2:
-        raise ValueError(f"prediction: expected [2B, ...] with the chosen half first, got an odd batch of {policy.shape[0]}")
+        raise ValueError(f"prediction: expected [2B, ...] with the chosen half first, got an odd batch {_describe(policy)}")
     pairs = policy.shape[0] // (2 if policy_rejected is None else 1)
     video, device = tuple(policy.shape[1:]), policy.device
     stacked, single = (2 * pairs, *video), (pairs, *video)
@@ -288,7 +289,8 @@ def _group_errors(call: _Call, granularity: str, anchor: bool, cross: bool, back
                                                              anchor, cross, backend))
     if call.reference_errors is not None:
         chosen, rejected = _reference_errors(call, call.groups(granularity), errors.policy_chosen.dtype)
-        errors = errors._replace(gap_chosen=errors.policy_chosen - chosen, gap_rejected=errors.policy_rejected - rejected)
+        errors = errors._replace(gap_chosen=errors.policy_chosen - chosen,
+                                 gap_rejected=errors.policy_rejected - rejected)
     return errors
 
 
@@ -330,14 +332,15 @@ def reference_errors(prediction, target, *, granularity: str = "sample", backend
     They come from the same kernel as the policy's, so a policy that equals the reference has gaps of exactly zero.
     """
     if granularity == "element":
-        raise ValueError("granularity='element': errors per element are the size of the video; use PackedReference.pack")
+        raise ValueError("granularity='element': errors per element are as large as the video; use PackedReference.pack")
     errors = paired_errors(prediction, target, granularity=granularity, backend=backend)
-    squeeze = (lambda x: x[:, 0].contiguous()) if granularity == "sample" else (lambda x: x)
-    return ReferenceErrors(squeeze(errors.policy_chosen), squeeze(errors.policy_rejected))
+    values = errors.policy_chosen, errors.policy_rejected
+    return ReferenceErrors(*(x.squeeze(1) if granularity == "sample" else x for x in values))
 
 
 def preference_loss(prediction, target, reference=None, *, objective: Objective, granularity: str = "sample",
-                    pair_weight: Tensor | None = None, posterior_scale: Tensor | None = None, backend: str = "auto",
+                    pair_weight: Tensor | None = None, frame_weight: Tensor | None = None,
+                    frame_label: Tensor | None = None, posterior_scale: Tensor | None = None, backend: str = "auto",
                     process_group=None) -> PreferenceLossOutput:
     """Any diffusion preference objective on a batch of pairs; `out.loss.backward()` gives the fused gradients.
 
@@ -350,6 +353,10 @@ def preference_loss(prediction, target, reference=None, *, objective: Objective,
         objective: e.g. `pf.PGDPO(beta=100.0)`.
         granularity: what one scalar reward covers: "sample", "frame" (one latent frame) or "element".
         pair_weight: `[B]`, multiplies each pair's loss (VideoDPO weights, importance weights); no gradient.
+        frame_weight: `[B, F]` >= 0 at frame granularity: a pair's loss is the weighted mean over its frames.
+        frame_label: `[B, F]` at frame granularity, segment labels as in DenseDPO (arXiv 2506.03517): 1 the chosen
+            video is better here, -1 the rejected one is, 0 a tie that counts for nothing. "Chosen" in the output then
+            means the video preferred at that frame.
         posterior_scale: `[B]`, c_t of `process.posterior_scale(timestep)`, for SDPO and DPOClipMask.
         backend: "auto", "triton", "native" or "eager". An explicit choice never falls back.
         process_group: latents are sharded over its ranks (context parallel): errors are averaged over them, every
@@ -372,23 +379,33 @@ def preference_loss(prediction, target, reference=None, *, objective: Objective,
     backend = backends.select(backend, device)
     compute = torch.float64 if call.tensors[0].dtype == torch.float64 else torch.float32
     weight = None if pair_weight is None else pair_weight.detach().to(compute)[:, None]
+    if frame_weight is not None or frame_label is not None:
+        per_frame = _frame_weights(call, granularity, objective, frame_weight, frame_label, compute)
+        weight = per_frame if weight is None else weight * per_frame
     if posterior_scale is not None:
         posterior_scale = posterior_scale.detach().to(compute)
 
     epilogue = objective.epilogue()
-    outer = getattr(objective, "combine", "pointwise") == "outer" and groups > 1
-    if backend != "eager" and granularity != "element" and epilogue and not outer and process_group is None:
+    outer = groups > 1 and objective.outer
+    scalar_epilogue = epilogue is not None and process_group is None and frame_label is None
+    if backend != "eager" and scalar_epilogue and (granularity == "element" or not outer):
         from pgdpo_fast.backends import fused
 
         plan = fused.Plan(call.reference_form, groups, objective.needs_anchor, objective.needs_cross, backend)
-        cached = None if call.reference_errors is None else _reference_errors(call, groups, compute)
-        row_weight = None if weight is None else weight.expand(-1, groups).contiguous()
-        loss, telemetry = fused.objective(call.tensors, plan, epilogue, cached, row_weight, posterior_scale)
+        if granularity == "element":
+            row_weight = None if weight is None else weight[:, 0]
+            loss, telemetry = fused.elements(call.tensors, plan, epilogue, outer, row_weight, posterior_scale)
+        else:
+            cached = None if call.reference_errors is None else _reference_errors(call, groups, compute)
+            row_weight = None if weight is None else weight.expand(-1, groups).contiguous()
+            loss, telemetry = fused.objective(call.tensors, plan, epilogue, cached, row_weight, posterior_scale)
         return _output(loss, telemetry, granularity)
 
     errors = _group_errors(call, granularity, objective.needs_anchor, objective.needs_cross, backend)
     if process_group is not None:
         errors = _all_reduce_mean(errors, granularity, process_group)
+    if frame_label is not None:
+        errors = _relabel(errors, frame_label)
     scale = None if posterior_scale is None else posterior_scale[:, None]
     terms = objective.terms(errors, scale)
     loss = (terms.loss if weight is None else weight * terms.loss).mean()
@@ -405,6 +422,36 @@ def preference_loss(prediction, target, reference=None, *, objective: Objective,
 
 def _output(loss: Tensor, telemetry: Tensor, granularity: str) -> PreferenceLossOutput:
     return PreferenceLossOutput(loss, *(telemetry if granularity == "frame" else telemetry[..., 0]))
+
+
+def _frame_weights(call: _Call, granularity: str, objective, weight, label, dtype) -> Tensor:
+    """`[B, F]` weights that average to one over each pair's frames, zero where the label is a tie."""
+    if granularity != "frame":
+        raise ValueError(f"frame_weight, frame_label: need granularity='frame', got {granularity!r}")
+    shape = (call.pairs, call.groups("frame"))
+    for value, name in ((weight, "frame_weight"), (label, "frame_label")):
+        if value is not None:
+            _expect(value, name, (shape,), call.tensors[0].device)
+    if label is not None and objective.needs_anchor:
+        raise ValueError("frame_label: the anchor regularizer is defined on the chosen video alone; use ipr='reward'")
+    weight = torch.ones(shape, dtype=dtype, device=call.tensors[0].device) if weight is None else weight.detach().to(dtype)
+    if label is not None:
+        weight = weight * (label != 0)
+    total = weight.sum(1, keepdim=True)
+    return weight * (shape[1] / total.masked_fill(total == 0, 1.0))
+
+
+def _relabel(errors: GroupErrors, label: Tensor) -> GroupErrors:
+    """Chosen and rejected exchanged in the frames where the rejected video is the better one."""
+    flip = label < 0
+
+    def exchanged(chosen, rejected):
+        if chosen is None:
+            return None, None
+        return torch.where(flip, rejected, chosen), torch.where(flip, chosen, rejected)
+
+    return GroupErrors(*exchanged(errors.policy_chosen, errors.policy_rejected),
+                       *exchanged(errors.gap_chosen, errors.gap_rejected), errors.anchor, errors.cross)
 
 
 class _MeanOverRanks(torch.autograd.Function):
@@ -424,8 +471,8 @@ class _MeanOverRanks(torch.autograd.Function):
 
 def _all_reduce_mean(errors: GroupErrors, granularity: str, group) -> GroupErrors:
     if granularity == "element":
-        raise ValueError("process_group: granularity='element' has no sums to reduce over ranks unless combine='outer', "
-                         "which is not supported with sharded latents; use 'sample' or 'frame'")
+        raise ValueError("process_group: needs granularity 'sample' or 'frame', got 'element', which has no sums to "
+                         "reduce over ranks; average the losses of the shards instead")
     present = [x for x in errors if x is not None]
     reduced = iter(_MeanOverRanks.apply(torch.stack(present), group))
     return GroupErrors(*(None if x is None else next(reduced) for x in errors))
@@ -445,10 +492,11 @@ class PreferenceLoss(nn.Module):
         self.objective, self.granularity, self.backend = objective, granularity, backend
         self.process_group = process_group
 
-    def forward(self, prediction, target, reference=None, *, pair_weight=None, posterior_scale=None):
+    def forward(self, prediction, target, reference=None, *, pair_weight=None, frame_weight=None, frame_label=None,
+                posterior_scale=None):
         return preference_loss(prediction, target, reference, objective=self.objective, granularity=self.granularity,
-                               pair_weight=pair_weight, posterior_scale=posterior_scale, backend=self.backend,
-                               process_group=self.process_group)
+                               pair_weight=pair_weight, frame_weight=frame_weight, frame_label=frame_label,
+                               posterior_scale=posterior_scale, backend=self.backend, process_group=self.process_group)
 
     def extra_repr(self) -> str:
         return f"{self.objective}, granularity={self.granularity!r}, backend={self.backend!r}"

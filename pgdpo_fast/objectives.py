@@ -80,7 +80,8 @@ def _number(objective, name: str, low: float = -math.inf, high: float = math.inf
 def _choice(objective, name: str, allowed: tuple) -> None:
     value = getattr(objective, name)
     if value not in allowed:
-        raise ConfigError(f"{type(objective).__name__}({name}={value!r}): expected one of {', '.join(map(repr, allowed))}")
+        where = f"{type(objective).__name__}({name}={value!r})"
+        raise ConfigError(f"{where}: expected one of {', '.join(map(repr, allowed))}")
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,11 @@ class Objective:
     @property
     def needs_anchor(self) -> bool:
         """Whether the objective uses mean (p_w - q_w)^2, hence the reference's predictions."""
+        return False
+
+    @property
+    def outer(self) -> bool:
+        """Whether the loss multiplies means over the groups of a sample, so that groups do not stand alone."""
         return False
 
     def terms(self, errors: GroupErrors, posterior_scale: Tensor | None = None) -> Terms:
@@ -143,7 +149,7 @@ class DPO(Objective):
 
 @dataclass(frozen=True)
 class PGDPO(Objective):
-    """PG-DPO (arXiv 2511.19049, Eq. 7-9): adaptive rejection scaling alpha and implicit preference regularization gamma.
+    """PG-DPO (arXiv 2511.19049, Eq. 7-9): adaptive rejection scaling (alpha), implicit preference regularization (gamma).
 
         alpha = sigmoid(k1 rho)      gamma = sigmoid(-k2 rho)      z = beta/2 (r_w - alpha r_l)
         loss  = gamma softplus(-z) + (1 - gamma) ipr_weight kappa I
@@ -179,7 +185,7 @@ class PGDPO(Objective):
         _number(self, "ipr_weight", 0.0)
         _number(self, "eps")
         if self.eps == 0 and self.ratio in ("signed", "abs"):
-            raise ConfigError(f"PGDPO(eps=0, ratio={self.ratio!r}): expected a nonzero eps, the ratio has a pole without it")
+            raise ConfigError(f"PGDPO(eps=0, ratio={self.ratio!r}): expected a nonzero eps, without it the ratio divides by 0")
         _choice(self, "ratio", RATIOS)
         _choice(self, "ipr", ("reward", "anchor", "none"))
         _choice(self, "ipr_scale", ("beta", "one"))
@@ -215,6 +221,10 @@ class PGDPO(Objective):
     def needs_anchor(self):
         return self.ipr == "anchor"
 
+    @property
+    def outer(self):
+        return self.combine == "outer" and self.ipr != "none"
+
     def _ratio(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         margin = chosen - rejected
         half_beta = 0.5 * self.beta
@@ -246,7 +256,7 @@ class PGDPO(Objective):
         gamma, complement = torch.sigmoid(-self.k2 * ratio), torch.sigmoid(self.k2 * ratio)
         implicit = errors.anchor if self.ipr == "anchor" else -chosen
         scale = self.ipr_weight * (half_beta if self.ipr_scale == "beta" else 1.0)
-        if self.combine == "outer":
+        if self.outer:
             mean = [x.mean(-1, keepdim=True) for x in (gamma, preference, complement, implicit)]
             loss = (mean[0] * mean[1] + scale * mean[2] * mean[3]).expand_as(preference)
         else:
@@ -280,7 +290,7 @@ class IPO(Objective):
 
 @dataclass(frozen=True)
 class SLiC(Objective):
-    """SLiC (Zhao et al. 2023; arXiv 2511.19049 Eq. 32): max(0, delta - 1/2 (e_l - e_w)) + weight 1/2 e_w, reference-free.
+    """SLiC (Zhao et al. 2023; arXiv 2511.19049 Eq. 32), reference-free: max(0, delta - 1/2 (e_l - e_w)) + weight 1/2 e_w.
 
     `hinge=True` uses the reference instead: max(0, delta - z) + weight 1/2 e_w with z of DPO.
     """
@@ -347,7 +357,7 @@ class DPOP(Objective):
 
 @dataclass(frozen=True)
 class DPOShift(Objective):
-    """DPO-Shift (Yang et al. 2025): softplus(-beta/2 (r_w - shift r_l)), adaptive rejection scaling with a constant alpha."""
+    """DPO-Shift (Yang et al. 2025): softplus(-beta/2 (r_w - shift r_l)), rejection scaling with a constant alpha."""
 
     beta: float = 5000.0
     shift: float = 0.75
@@ -436,6 +446,10 @@ class Safeguarded(Objective):
     def needs_posterior_scale(self):
         return self.base.needs_posterior_scale
 
+    @property
+    def outer(self):
+        return self.base.outer
+
     def terms(self, errors, posterior_scale=None):
         conflict = errors.cross > 0
         bound = (1 - self.mu) * errors.policy_chosen / errors.cross.masked_fill(~conflict, 1.0)
@@ -444,7 +458,8 @@ class Safeguarded(Objective):
         def scaled(x):
             return None if x is None else scale * x + ((1 - scale) * x).detach()
 
-        errors = errors._replace(policy_rejected=scaled(errors.policy_rejected), gap_rejected=scaled(errors.gap_rejected))
+        errors = errors._replace(policy_rejected=scaled(errors.policy_rejected),
+                                 gap_rejected=scaled(errors.gap_rejected))
         return self.base.terms(errors, posterior_scale)
 
     def epilogue(self):
@@ -484,7 +499,7 @@ def _did_you_mean(word: str, known) -> str:
 
 
 def beta_from_sum(beta_sum: float, numel: int) -> float:
-    """Our beta (mean over the group, with the 1/2) from one that multiplies the *sum* over `numel` elements, with the 1/2."""
+    """Our beta (mean over the group, with the 1/2) from one that multiplies the *sum* over its `numel` elements."""
     return beta_sum * numel
 
 

@@ -1,9 +1,12 @@
-"""The fused operators as torch sees them: three custom ops and the autograd functions over them.
+"""The fused operators as torch sees them: custom ops and the autograd functions over them.
 
-`pair_objective` makes the loss in two launches (errors, then fold and objective); `pair_gradient` makes both gradients
-in one, when backward runs, with the incoming gradient folded into the coefficient. Doing it then costs no pass over
-the gradients for loss scaling or accumulation, keeps small float16 gradients from vanishing before they are scaled,
-and allocates nothing in forward.
+Sample and frame groups: `pair_objective` makes the loss in two launches (errors, then fold and objective) and
+`pair_gradient` both gradients in one, when backward runs, with the incoming gradient folded into the coefficient.
+Doing it then costs no pass over the gradients for loss scaling or accumulation, keeps small float16 gradients from
+vanishing before they are scaled, and allocates nothing in forward.
+
+Elements: `pair_elements` makes loss and gradients in one pass, betting on an incoming gradient of 1;
+`pair_elements_gradient` has nothing to do when the bet was right and writes them again when it was not.
 """
 
 from __future__ import annotations
@@ -31,6 +34,13 @@ library.define(
 library.define(
     f"pair_gradient({_OPERANDS}, Tensor coefficients, Tensor incoming, int reference_form, int groups, bool anchor, "
     "str backend) -> (Tensor, Tensor)")
+library.define(
+    f"pair_elements({_OPERANDS}, Tensor? weight, Tensor? posterior_scale, int reference_form, int kind, int flags, "
+    "float[] parameters, bool outer, bool with_gradients, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+library.define(
+    f"pair_elements_gradient({_OPERANDS}, Tensor? weight, Tensor? posterior_scale, Tensor means, Tensor incoming, "
+    "Tensor(a!) chosen, Tensor(b!) rejected, int reference_form, int kind, int flags, float[] parameters, bool outer, "
+    "bool speculative, str backend) -> ()")
 
 
 def _backend(name: str):
@@ -57,12 +67,34 @@ def _pair_objective(*args):
 
 def _pair_gradient(*args):
     *tensors, coefficients, incoming, reference_form, groups, anchor, backend = args
-    policy, policy_rejected = tensors[:2]
     x = operands.gather(*tensors)
-    chosen, rejected = _like(policy), _like(policy_rejected)
-    halves = (chosen[: x.pairs], chosen[x.pairs:]) if policy_rejected is None else (chosen, rejected)
-    _backend(backend).gradients(x, reference_form, groups, anchor, coefficients, incoming, *halves)
+    chosen, rejected = _like(tensors[0]), _like(tensors[1])
+    _backend(backend).gradients(x, reference_form, groups, anchor, coefficients, incoming,
+                                *_halves(chosen, rejected, x.pairs))
     return chosen, rejected
+
+
+def _pair_elements(*args):
+    *tensors, weight, posterior_scale, reference_form, kind, flags, parameters, outer, with_gradients, backend = args
+    x = operands.gather(*tensors)
+    chosen, rejected = (_like(tensors[0]), _like(tensors[1])) if with_gradients else (torch.empty(0), torch.empty(0))
+    outputs = _backend(backend).element_objective(
+        x, reference_form, weight, posterior_scale, kind, flags, parameters, outer,
+        _halves(chosen, rejected, x.pairs) if with_gradients else None)
+    return *outputs, chosen, rejected
+
+
+def _pair_elements_gradient(*args):
+    (*tensors, weight, posterior_scale, means, incoming, chosen, rejected,
+     reference_form, kind, flags, parameters, outer, speculative, backend) = args
+    x = operands.gather(*tensors)
+    _backend(backend).element_gradients(x, reference_form, weight, posterior_scale, kind, flags, parameters, outer, means,
+                                        incoming, *_halves(chosen, rejected, x.pairs), speculative)
+
+
+def _halves(chosen: Tensor, rejected: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
+    """The chosen and rejected rows of a gradient that may be one stacked tensor."""
+    return (chosen, rejected) if rejected.numel() else (chosen[:pairs], chosen[pairs:])
 
 
 def _like(x: Tensor | None) -> Tensor:
@@ -92,9 +124,21 @@ def _fake_pair_gradient(*args):
     return _like(args[0]), _like(args[1])
 
 
+def _fake_pair_elements(*args):
+    telemetry = _fake_statistics(*args[:2], 9, 1)
+    gradients = (_like(args[0]), _like(args[1])) if args[17] else (torch.empty(0), torch.empty(0))
+    return telemetry.new_empty(()), telemetry, telemetry.new_empty((4, telemetry.shape[1])), *gradients
+
+
+def _fake_pair_elements_gradient(*args):
+    return None
+
+
 for _name, _run, _fake in (("pair_errors", _pair_errors, _fake_pair_errors),
                            ("pair_objective", _pair_objective, _fake_pair_objective),
-                           ("pair_gradient", _pair_gradient, _fake_pair_gradient)):
+                           ("pair_gradient", _pair_gradient, _fake_pair_gradient),
+                           ("pair_elements", _pair_elements, _fake_pair_elements),
+                           ("pair_elements_gradient", _pair_elements_gradient, _fake_pair_elements_gradient)):
     library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pgdpo_fast::{_name}", _fake, lib=library)
 _ops = torch.ops.pgdpo_fast
@@ -127,6 +171,29 @@ class _Objective(torch.autograd.Function):
         return (None,) * 7 + _input_gradients(ctx.plan, tensors, coefficients, incoming)
 
 
+class _Elements(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, plan, kind, flags, parameters, outer, weight, posterior_scale, *tensors):
+        settings = (plan.reference_form, kind, flags, parameters, outer)
+        bet = not outer and any(ctx.needs_input_grad[7:9])
+        loss, telemetry, means, chosen, rejected = _ops.pair_elements(
+            *tensors, weight, posterior_scale, *settings, bet, plan.backend)
+        ctx.settings, ctx.backend, ctx.bet = settings, plan.backend, bet
+        ctx.save_for_backward(weight, posterior_scale, means, chosen, rejected, *tensors)
+        ctx.mark_non_differentiable(telemetry)
+        return loss, telemetry
+
+    @staticmethod
+    def backward(ctx, incoming, _):
+        weight, posterior_scale, means, chosen, rejected, *tensors = ctx.saved_tensors
+        bet, ctx.bet = ctx.bet, False  # a second backward must not write over gradients already handed out
+        if not bet:
+            chosen, rejected = _like(tensors[0]), _like(tensors[1])
+        _ops.pair_elements_gradient(*tensors, weight, posterior_scale, means, incoming, chosen, rejected,
+                                    *ctx.settings, bet, ctx.backend)
+        return (None,) * 7 + (chosen, None if tensors[1] is None else rejected) + (None,) * (len(tensors) - 2)
+
+
 class _Errors(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan, *tensors):
@@ -152,13 +219,25 @@ def _input_gradients(plan: Plan, tensors, coefficients: Tensor, incoming: Tensor
 
 def objective(tensors, plan: Plan, epilogue, reference_errors: Tensor | None, weight: Tensor | None,
               posterior_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Loss `[]` (differentiable by the predictions) and telemetry `[9, B, G]` of an objective with a kernel epilogue."""
+    """Loss `[]` (differentiable by the predictions) and telemetry `[9, B, G]`, with the objective's kernel epilogue."""
     return _Objective.apply(plan, epilogue.kind, epilogue.flags, list(epilogue.parameters), reference_errors, weight,
                             posterior_scale, *tensors)
 
 
+def elements(tensors, plan: Plan, epilogue, outer: bool, weight: Tensor | None,
+             posterior_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same at element granularity: loss `[]` and telemetry `[9, B, 1]`, means over each video.
+
+    Args:
+        weight: `[B]`.
+        outer: PG-DPO's combine="outer".
+    """
+    return _Elements.apply(plan, epilogue.kind, epilogue.flags, list(epilogue.parameters), outer, weight,
+                           posterior_scale, *tensors)
+
+
 def group_errors(tensors, plan: Plan) -> GroupErrors:
-    """Statistics `[B, G]`, differentiable by the predictions (the cross term is not), in two launches and one backward."""
+    """Statistics `[B, G]`, differentiable by the predictions (the cross term is not): two launches, one in backward."""
     e_w, e_l, d_w, d_l, anchor, cross = _Errors.apply(plan, *tensors)
     gaps = plan.reference_form != 0
     return GroupErrors(e_w, e_l, d_w if gaps else None, d_l if gaps else None, anchor if plan.anchor else None,

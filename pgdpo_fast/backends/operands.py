@@ -55,7 +55,7 @@ def rows_contiguous(x: Tensor) -> Tensor:
 
 
 def side(tensor: Tensor | None, rejected: Tensor | None, pairs: int) -> Side | None:
-    """One operand as passed to an operator: a stacked `[2B, ...]`, a shared `[B, ...]`, or the chosen half and `rejected`."""
+    """One operand as passed to an operator: stacked `[2B, ...]`, shared `[B, ...]`, or the chosen half and `rejected`."""
     if tensor is None:
         return None
     rows = rows_contiguous(tensor)
@@ -75,7 +75,7 @@ def gather(policy, policy_rejected, target, target_rejected, noise, target_scale
 
 
 class Segments(NamedTuple):
-    """How a row of latents is cut: `segments` runs of `length` elements (the last may be short), run s in group s % groups."""
+    """How a row of latents is cut: `segments` runs of `length` elements (the last may be short); s is in s % groups."""
 
     segments: int
     length: int

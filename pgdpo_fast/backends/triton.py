@@ -1,4 +1,4 @@
-"""Launches the Triton kernels. On a CPU they run in Triton's interpreter, when TRITON_INTERPRET=1 was set before import.
+"""Launches the Triton kernels. On a CPU they run in Triton's interpreter, if TRITON_INTERPRET=1 was set before import.
 
 One launch table for all devices so far; no device has been measured that asks for another.
 """
@@ -23,7 +23,7 @@ class Launch(NamedTuple):
 
 
 DEFAULT_LAUNCH = Launch()
-FOLD_ROWS, FOLD_STEP = 8, 64
+FOLD_ROWS, FOLD_STEP, FOLD_WARPS = 8, 128, 8
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -103,7 +103,7 @@ def fold(partial: Tensor, groups: int, count: int) -> Tensor:
         fold_kernel[(1,)](
             partial, partial, partial, partial, partial, out, out, out, pairs * groups, parts, groups, count,
             KIND=-1, FLAGS=0, GAPS=False, REFERENCE_ERRORS=False, WEIGHTED=False, COMPUTE=_triton_dtype(partial.dtype),
-            ROWS=FOLD_ROWS, FOLD=FOLD_STEP, num_warps=4, enable_fp_fusion=True)
+            ROWS=FOLD_ROWS, FOLD=FOLD_STEP, num_warps=FOLD_WARPS, enable_fp_fusion=True)
     return out
 
 
@@ -125,7 +125,7 @@ def fold_objective(partial: Tensor, groups: int, count: int, gaps: bool, referen
             pairs * groups, parts, groups, count,
             KIND=kind, FLAGS=flags, GAPS=gaps, REFERENCE_ERRORS=reference_errors is not None,
             WEIGHTED=weight is not None, COMPUTE=_triton_dtype(partial.dtype),
-            ROWS=FOLD_ROWS, FOLD=FOLD_STEP, num_warps=4, enable_fp_fusion=True)
+            ROWS=FOLD_ROWS, FOLD=FOLD_STEP, num_warps=FOLD_WARPS, enable_fp_fusion=True)
     return loss, telemetry, coefficients
 
 
@@ -140,6 +140,60 @@ def gradients(x: Operands, reference_form: int, groups: int, anchor: bool, coeff
         pair_gradient_kernel[(cut.segments, x.pairs)](
             chosen, rejected, *pointers, target_scale, coefficients, incoming, chosen.stride(0), rejected.stride(0),
             *strides, x.pairs, groups, x.numel, cut.length, ANCHOR=anchor, ALIGN=_alignment(cut.length), **switches)
+
+
+def element_objective(x: Operands, reference_form: int, weight: Tensor | None, posterior_scale: Tensor | None, kind: int,
+                      flags: int, parameters: tuple[float, ...], outer: bool, gradients: tuple[Tensor, Tensor] | None,
+                      ) -> tuple[Tensor, Tensor, Tensor]:
+    """Every element its own group: loss `[]`, telemetry `[9, B, 1]`, means `[4, B]` (written for `outer` alone).
+
+    `gradients`, when given, is filled with both gradients for an incoming gradient of 1, in the same pass.
+    """
+    from pgdpo_fast.kernels.element import ELEMENT_MEANS, ELEMENT_SUMS, fold_elements_kernel
+    from pgdpo_fast.kernels.pair import TELEMETRY
+
+    gaps, compute = x.reference is not None, x.compute_dtype
+    device = x.policy.chosen.device
+    cut = segments(x.policy.chosen.shape[1:], 1)
+    partial = torch.empty((ELEMENT_SUMS, x.pairs, cut.segments), dtype=compute, device=device)
+    loss, means = partial.new_empty(()), partial.new_empty((ELEMENT_MEANS, x.pairs))
+    telemetry = partial.new_empty((TELEMETRY, x.pairs, 1))
+    _launch_elements(x, reference_form, weight, posterior_scale, kind, flags, parameters, outer, means=means,
+                     incoming=None, partial=partial, gradients=gradients, speculative=False)
+    with _guard(device):
+        fold_elements_kernel[(1,)](
+            partial, partial if weight is None else weight, _parameters(tuple(parameters), compute, device), loss,
+            telemetry, means, x.pairs, cut.segments, x.numel, OUTER=outer, GAPS=gaps, WEIGHTED=weight is not None,
+            COMPUTE=_triton_dtype(compute), ROWS=FOLD_ROWS, FOLD=FOLD_STEP, num_warps=FOLD_WARPS, enable_fp_fusion=True)
+    return loss, telemetry, means
+
+
+def element_gradients(x: Operands, reference_form: int, weight: Tensor | None, posterior_scale: Tensor | None, kind: int,
+                      flags: int, parameters: tuple[float, ...], outer: bool, means: Tensor, incoming: Tensor,
+                      chosen: Tensor, rejected: Tensor, speculative: bool) -> None:
+    """Write both gradients; with `speculative` they are already there for an incoming gradient of 1."""
+    _launch_elements(x, reference_form, weight, posterior_scale, kind, flags, parameters, outer, means=means,
+                     incoming=incoming, partial=None, gradients=(chosen, rejected), speculative=speculative)
+
+
+def _launch_elements(x, reference_form, weight, posterior_scale, kind, flags, parameters, outer, *, means, incoming,
+                     partial, gradients, speculative):
+    from pgdpo_fast.kernels.element import pair_elements_kernel
+
+    cut = segments(x.policy.chosen.shape[1:], 1)
+    pointers, strides, target_scale, switches = _arguments(x, reference_form)
+    absent = pointers[0]
+    gw, gl = gradients or (absent, absent)
+    with _guard(absent.device):
+        pair_elements_kernel[(cut.segments, x.pairs)](
+            gw, gl, *pointers, target_scale, absent if weight is None else weight,
+            absent if posterior_scale is None else posterior_scale,
+            _parameters(tuple(parameters), x.compute_dtype, absent.device), means,
+            absent if incoming is None else incoming, absent if partial is None else partial,
+            gw.stride(0), gl.stride(0), *strides, x.pairs, x.numel, cut.length,
+            KIND=kind, FLAGS=flags, OUTER=outer, SUMS=partial is not None, GRADS=gradients is not None,
+            INCOMING=incoming is not None, SPECULATIVE=speculative, WEIGHTED=weight is not None,
+            ALIGN=_alignment(cut.length), **switches)
 
 
 def _triton_dtype(dtype: torch.dtype):
