@@ -1,0 +1,281 @@
+// The scalar end of every objective: group errors in, loss, weights and derivatives out.
+//
+// The formulas are those of pgdpo_fast/objectives.py with their derivatives written out, torch's conventions at kinks
+// included. One template serves host scalars, CUDA threads and the CPU's vectors: T is float, double or a Vec (vector.h).
+// With kind and flags compile-time constants at the call, inlining leaves only the branches taken.
+#pragma once
+
+#include <math.h>
+
+#if defined(__CUDACC__)
+#define PGDPO_HD __host__ __device__ __forceinline__
+#else
+#define PGDPO_HD inline __attribute__((always_inline))
+#endif
+
+// The CPU passes are compiled once per instruction set; a namespace each keeps the linker from merging their templates.
+#if !defined(PGDPO_ISA)
+#define PGDPO_ISA generic
+#endif
+
+namespace pgdpo {
+inline namespace PGDPO_ISA {
+
+// Mirrors of the constants in pgdpo_fast/objectives.py.
+enum Kind : int {
+  KIND_DPO = 0,
+  KIND_PGDPO = 1,
+  KIND_IPO = 2,
+  KIND_SLIC = 3,
+  KIND_SFT = 4,
+  KIND_DPOP = 5,
+  KIND_DPO_SHIFT = 6,
+  KIND_HINGE = 7,
+};
+enum Flag : int {
+  FLAG_ARS = 1,
+  FLAG_IPR_REWARD = 2,
+  FLAG_IPR_ANCHOR = 4,
+  FLAG_ATTACHED = 8,
+  FLAG_RATIO_SHIFT = 4,
+  FLAG_SAFEGUARD = 64,
+  FLAG_IMPORTANCE = 128,
+};
+enum Ratio : int { RATIO_LOGIT = 0, RATIO_SYMMETRIC = 1, RATIO_ABS = 2, RATIO_SIGNED = 3 };
+constexpr double RATIO_LIMIT = 1e6;
+constexpr int PARAMETERS = 8;
+
+template <class T>
+struct ScalarOf {
+  using type = T;
+};
+template <class T>
+using scalar_of = typename ScalarOf<T>::type;
+
+PGDPO_HD float select(bool mask, float a, float b) { return mask ? a : b; }
+PGDPO_HD double select(bool mask, double a, double b) { return mask ? a : b; }
+PGDPO_HD float absolute(float x) { return fabsf(x); }
+PGDPO_HD double absolute(double x) { return fabs(x); }
+PGDPO_HD float exponential(float x) { return expf(x); }
+PGDPO_HD double exponential(double x) { return exp(x); }
+// log(1 + t), 0 <= t <= 1.
+PGDPO_HD float log1p_unit(float t) { return log1pf(t); }
+PGDPO_HD double log1p_unit(double t) { return log1p(t); }
+
+// NaN stays NaN, as in torch.clamp.
+template <class T>
+PGDPO_HD T clamp(T x, T low, T high) {
+  return select(x > high, high, select(x < low, low, x));
+}
+
+template <class T>
+PGDPO_HD T sign(T x) {
+  return select(x > T(0), T(1), select(x < T(0), T(-1), T(0)));
+}
+
+// sigmoid(x), sigmoid(-x) (never by subtraction) and softplus(-x) = -log sigmoid(x), all from one exponential.
+template <class T>
+struct Logistic {
+  T x, decay, up, down;
+
+  PGDPO_HD explicit Logistic(T value) : x(value), decay(exponential(T(0) - absolute(value))) {
+    const T large = T(1) / (T(1) + decay);
+    const T small = decay * large;
+    up = select(x >= T(0), large, small);
+    down = select(x >= T(0), small, large);
+  }
+  PGDPO_HD T softplus_minus() const { return select(x < T(0), T(0) - x, T(0)) + log1p_unit(decay); }
+  PGDPO_HD T softplus_plus() const { return select(x > T(0), x, T(0)) + log1p_unit(decay); }
+};
+
+// What the errors of one group (or one element) are: policy errors, gaps, mean (p_w - q_w)^2, mean (p_w - y_w)(p_l - y_l),
+// and c_t of the pair. Members an objective does not use may hold anything finite.
+template <class T>
+struct Errors {
+  T policy_chosen, policy_rejected, gap_chosen, gap_rejected, anchor, cross, posterior_scale;
+};
+
+// What the objective makes of them. The derivatives are by the chosen error, the rejected error and the anchor: a gap
+// and its policy error have the same derivative by the prediction, so they are added. The last three serve Outer.
+template <class T>
+struct Terms {
+  T loss, logits, alpha, gamma, importance;
+  T by_chosen, by_rejected, by_anchor;
+  T preference, complement, implicit;
+};
+
+// PG-DPO with combine="outer": the loss of a sample is gamma * preference + scale * complement * implicit of these
+// means over its groups, so they stand where the group's own values would in the derivatives.
+template <class T>
+struct Outer {
+  T gamma, preference, complement, implicit;
+};
+
+// PG-DPO's rho, cut to +-RATIO_LIMIT, and its derivatives by the chosen and the rejected reward (zero where it is cut).
+template <class T>
+PGDPO_HD T ratio_and_slopes(int which, bool slopes, T chosen, T rejected, T half_beta, T eps, T& by_chosen,
+                            T& by_rejected) {
+  const T margin = chosen - rejected;
+  const T limit = T(RATIO_LIMIT);
+  T ratio;
+  if (which == RATIO_LOGIT) {
+    ratio = half_beta * margin;
+    by_chosen = half_beta;
+    by_rejected = T(0) - half_beta;
+  } else {
+    T denominator;
+    if (which == RATIO_SYMMETRIC) {
+      denominator = absolute(chosen) + absolute(rejected) + T(1) / half_beta;
+      ratio = margin / denominator;
+    } else if (which == RATIO_ABS) {
+      denominator = absolute(rejected) + absolute(eps);
+      ratio = margin / denominator;
+    } else {
+      denominator = rejected + eps;
+      const auto at_pole = denominator == T(0);
+      denominator = select(at_pole, T(1), denominator);
+      ratio = select(at_pole, sign(margin) * limit, margin / denominator);
+    }
+    if (slopes) {
+      const T inverse = T(1) / denominator;
+      if (which == RATIO_SYMMETRIC) {
+        by_chosen = (T(1) - ratio * sign(chosen)) * inverse;
+        by_rejected = (T(-1) - ratio * sign(rejected)) * inverse;
+      } else if (which == RATIO_ABS) {
+        by_chosen = inverse;
+        by_rejected = (T(-1) - ratio * sign(rejected)) * inverse;
+      } else {
+        const auto at_pole = rejected + eps == T(0);
+        by_chosen = select(at_pole, T(0), inverse);
+        by_rejected = select(at_pole, T(0), (T(-1) - ratio) * inverse);
+      }
+    }
+  }
+  if (slopes) {
+    const auto inside = absolute(ratio) <= limit;
+    by_chosen = select(inside, by_chosen, T(0));
+    by_rejected = select(inside, by_rejected, T(0));
+  }
+  return clamp(ratio, T(0) - limit, limit);
+}
+
+// Runs one group through the objective. `parameters` are the PARAMETERS numbers of Epilogue.parameters, zero-padded.
+template <class T>
+PGDPO_HD Terms<T> objective(int kind, int flags, const scalar_of<T>* parameters, const Errors<T>& errors,
+                            const Outer<T>* outer = nullptr) {
+  const T zero = T(0), one = T(1), half = T(0.5);
+  const T half_beta = T(parameters[0]);
+  const T d_w = errors.gap_chosen, d_l = errors.gap_rejected;
+  Terms<T> out{zero, zero, one, one, one, zero, zero, zero, zero, zero, zero};
+  if (kind == KIND_SFT) {
+    out.loss = errors.policy_chosen;
+    out.by_chosen = one;
+  } else if (kind == KIND_SLIC || kind == KIND_HINGE) {
+    const T weight = half * T(parameters[2]);
+    const T slope = kind == KIND_SLIC ? half : half_beta;
+    out.logits = kind == KIND_SLIC ? half * (errors.policy_rejected - errors.policy_chosen) : half_beta * (d_l - d_w);
+    const T hinge = T(parameters[1]) - out.logits;
+    const T active = select(hinge >= zero, slope, zero);
+    out.loss = select(hinge < zero, zero, hinge) + weight * errors.policy_chosen;
+    out.by_chosen = active + weight;
+    out.by_rejected = zero - active;
+  } else if (kind == KIND_IPO) {
+    const T off_target = half * (d_l - d_w) - T(parameters[1]);
+    out.logits = half_beta * (d_l - d_w);
+    out.loss = off_target * off_target;
+    out.by_chosen = zero - off_target;
+    out.by_rejected = off_target;
+  } else if (kind == KIND_PGDPO) {
+    const bool ars = flags & FLAG_ARS, regularized = flags & (FLAG_IPR_REWARD | FLAG_IPR_ANCHOR);
+    const bool attached = flags & FLAG_ATTACHED;
+    const T k1 = T(parameters[1]), k2 = T(parameters[2]), scale = T(parameters[3]);
+    const T chosen = zero - d_w, rejected = zero - d_l;
+    T by_chosen = zero, by_rejected = zero;
+    const T ratio = ratio_and_slopes((flags >> FLAG_RATIO_SHIFT) & 3, attached, chosen, rejected, half_beta,
+                                     T(parameters[4]), by_chosen, by_rejected);
+    T alpha_complement = zero;
+    if (regularized) {
+      const Logistic<T> switched(k2 * ratio);
+      out.complement = switched.up;
+      out.gamma = switched.down;
+    }
+    if (ars) {
+      if (regularized && parameters[1] == parameters[2]) {
+        out.alpha = out.complement;
+        alpha_complement = out.gamma;
+      } else {
+        const Logistic<T> scaled(k1 * ratio);
+        out.alpha = scaled.up;
+        alpha_complement = scaled.down;
+      }
+    }
+    out.logits = half_beta * (chosen - out.alpha * rejected);
+    const Logistic<T> preferred(out.logits);
+    out.preference = preferred.softplus_minus();
+    out.loss = out.gamma * out.preference;
+    if (regularized) {
+      out.implicit = flags & FLAG_IPR_REWARD ? d_w : errors.anchor;
+      out.loss = out.loss + scale * out.complement * out.implicit;
+    }
+    const bool averaged = outer != nullptr && regularized;
+    const Outer<T> mean = averaged ? *outer : Outer<T>{out.gamma, out.preference, out.complement, out.implicit};
+    const T slope = mean.gamma * preferred.down * half_beta;
+    out.by_chosen = slope;
+    out.by_rejected = zero - slope * out.alpha;
+    if (flags & FLAG_IPR_REWARD) out.by_chosen = out.by_chosen + scale * mean.complement;
+    if (flags & FLAG_IPR_ANCHOR) out.by_anchor = scale * mean.complement;
+    if (attached) {
+      T by_ratio = zero;
+      if (ars) by_ratio = slope * rejected * (k1 * out.alpha * alpha_complement);
+      if (regularized)
+        by_ratio = by_ratio - k2 * out.gamma * out.complement * (mean.preference - scale * mean.implicit);
+      out.by_chosen = out.by_chosen - by_ratio * by_chosen;
+      out.by_rejected = out.by_rejected - by_ratio * by_rejected;
+    }
+  } else if (kind == KIND_DPOP) {
+    const T penalty = T(parameters[1]);
+    const auto ahead = d_w < zero;
+    out.logits = half_beta * (d_l - d_w - penalty * select(ahead, zero, d_w));
+    const Logistic<T> preferred(out.logits);
+    const T slope = half_beta * preferred.down;
+    out.loss = preferred.softplus_minus();
+    out.by_chosen = slope * (one + select(ahead, zero, penalty));
+    out.by_rejected = zero - slope;
+  } else if (kind == KIND_DPO_SHIFT) {
+    out.alpha = T(parameters[1]);
+    out.logits = half_beta * (out.alpha * d_l - d_w);
+    const Logistic<T> preferred(out.logits);
+    const T slope = half_beta * preferred.down;
+    out.loss = preferred.softplus_minus();
+    out.by_chosen = slope;
+    out.by_rejected = zero - slope * out.alpha;
+  } else {
+    const T smoothing = T(parameters[1]);
+    out.logits = half_beta * (d_l - d_w);
+    const Logistic<T> preferred(out.logits);
+    out.loss = preferred.softplus_minus();
+    T slope = half_beta * preferred.down;
+    if (parameters[1] != 0) {
+      out.loss = (one - smoothing) * out.loss + smoothing * preferred.softplus_plus();
+      slope = half_beta * ((one - smoothing) * preferred.down - smoothing * preferred.up);
+    }
+    if (flags & FLAG_IMPORTANCE) {
+      const T raw = exponential(T(-0.5) * errors.posterior_scale * (errors.policy_chosen + errors.policy_rejected));
+      const T clip = T(parameters[6]);
+      out.importance = select(raw < T(parameters[5]), zero, clamp(raw, one - clip, one + clip));
+      out.loss = out.importance * out.loss;
+      slope = out.importance * slope;
+    }
+    out.by_chosen = slope;
+    out.by_rejected = zero - slope;
+  }
+  if (flags & FLAG_SAFEGUARD) {
+    const auto conflict = errors.cross > zero;
+    const T bound = (one - T(parameters[7])) * errors.policy_chosen / select(conflict, errors.cross, one);
+    out.by_rejected = out.by_rejected * select(conflict, clamp(bound, zero, one), one);
+  }
+  return out;
+}
+
+}  // namespace PGDPO_ISA
+}  // namespace pgdpo
