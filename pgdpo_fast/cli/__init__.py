@@ -6,6 +6,7 @@ Errors raised on purpose end as one line on stderr and the exit code of their cl
 
 from __future__ import annotations
 
+import inspect
 import sys
 from importlib import import_module
 
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if len(names) == 1:
             command = tyro.cli(classes[names[0]], prog=f"pgdpo-fast {names[0]}", args=argv[1:],
-                               description=classes[names[0]].__doc__)
+                               description=inspect.getdoc(classes[names[0]]))
         else:
             command = tyro.extras.subcommand_cli_from_dict(classes, prog="pgdpo-fast", args=argv, description=__doc__)
         return command.run() or 0

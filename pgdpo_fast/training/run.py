@@ -199,7 +199,7 @@ class Run:
             f"data       {pairs} pairs of latents {'x'.join(map(str, self.stage.store.shape))}, {held} held out; "
             f"{options.steps} steps of {options.pairs_per_step} pairs in {options.accumulation} forward(s), "
             f"{visits:.1f} visits a pair",
-            f"state      {f'continues {self.resumed_from} at step {step}' if self.resumed_from else 'starts at step 0'}",
+            f"state      continues {self.resumed_from} at step {step}" if step else "state      starts at step 0",
         ]
         if model.compile:
             lines.append("compiling the repeated blocks: the first steps take longer")

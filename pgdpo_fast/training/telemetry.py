@@ -275,7 +275,8 @@ def format_health(health: PreferenceHealth) -> list[str]:
     beta = health.suggested_beta()
     lines = [
         f"gradient factor {health.mean('gradient_factor'):.3f}   "
-        f"alpha {alpha[1]:.2f} [{alpha[0]:.2f}, {alpha[2]:.2f}]   gamma {gamma[1]:.2f} [{gamma[0]:.2f}, {gamma[2]:.2f}]   "
+        f"alpha {alpha[1]:.2f} [{alpha[0]:.2f}, {alpha[2]:.2f}]   "
+        f"gamma {gamma[1]:.2f} [{gamma[0]:.2f}, {gamma[2]:.2f}]   "
         f"beta {health.beta if health.beta is not None else '-'}, suggested {f'{beta:.3g}' if beta else '-'}",
         "accuracy by timestep "
         + "  ".join(

@@ -174,10 +174,8 @@ def _evaluate(run: Run, step: int, stopping: Callable[[], bool], hooks: Sequence
         run.last_evaluation = row
         run.evaluations.append(row)
         run.tensorboard.write(row, "evaluation")
-        run.note(
-            f"evaluation at step {step}: accuracy {row['rewards/accuracies']:.2f}, "
-            f"margin {row['rewards/margins']:+.2e}, chosen {row['rewards/chosen']:+.2e}, rejected {row['rewards/rejected']:+.2e}"
-        )
+        rewards = ", ".join(f"{name} {row[f'rewards/{name}']:+.2e}" for name in ("margins", "chosen", "rejected"))
+        run.note(f"evaluation at step {step}: accuracy {row['rewards/accuracies']:.2f}, {rewards}")
     for hook in hooks:
         hook(step, run)
 

@@ -1,0 +1,132 @@
+"""A run's settings: every mistake is named at once, every value knows where it came from."""
+
+from pathlib import Path
+
+import pytest
+
+from pgdpo_fast.errors import ConfigError
+from pgdpo_fast.training.config import _KEYS, TrainConfig, describe_settings, load_config
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+NEEDED = ["data.store=store", "output.dir=runs/x", "model.architecture={num_layers: 1}"]
+
+
+def write(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def problems_of(path, overrides=()):
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return str(caught.value)
+
+
+def test_all_problems_are_reported_at_once_with_what_was_meant(tmp_path):
+    path = write(
+        tmp_path,
+        """
+model: {architecture: {num_layers: 1}, dtyp: bf16, train: lor, gradient_checkpointing: 1}
+data: {stor: somewhere}
+objective: {name: pgdpo, bta: 5}
+process: {name: wan, shft: 5}
+training: {stepps: 3, pairs_per_step: 3, accumulation: 2, clip_norm: -1, learning_rate: 0, seed: 1.5}
+outputs: {dir: x}
+""",
+    )
+    message = problems_of(path, ["nonsense"])
+    for expected in (
+        "'nonsense': expected key=value", "model.dtyp: unknown key; did you mean model.dtype?",
+        "model.train='lor': expected one of lora, full", "model.gradient_checkpointing=1: expected true or false",
+        "data.stor: unknown key; did you mean data.store?", "objective.bta", "did you mean 'beta'?", "did you mean 'shift'?",
+        "training.stepps: unknown key; did you mean training.steps?", "training.accumulation=2: expected a divisor",
+        "training.clip_norm=-1.0: expected at least 0", "training.learning_rate=0.0: expected more than 0",
+        "training.seed=1.5: expected a whole number", "outputs: unknown key; did you mean output?",
+        "data.store: required", "output.dir: required",
+    ):  # fmt: skip
+        assert expected in message
+
+
+def test_a_key_in_the_wrong_section_is_found(tmp_path):
+    message = problems_of(write(tmp_path, "training: {gradient_checkpointing: true}\n"), NEEDED)
+    assert "training.gradient_checkpointing: unknown key; did you mean model.gradient_checkpointing?" in message
+
+
+def test_numbers_are_read_as_people_write_them(tmp_path):
+    path = write(tmp_path, "training: {learning_rate: 1e-4, adam_eps: 1E-7}\nobjective: {name: dpo, beta: 5e3}\n")
+    config = load_config(path, NEEDED)
+    assert config.training.learning_rate == 1e-4 and config.training.adam_eps == 1e-7
+    assert config.objective["beta"] == 5000.0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("training: {steps: 1, steps: 2}\n", "'steps' is given twice"),
+        ("training: [1, 2]\n", "expected a section"),
+        ("- a\n", "expected sections"),
+        ("training: {steps: 1\n", "not valid YAML"),
+        ("training: {steps: '5'}\n", "training.steps='5': expected a whole number"),
+        ("training: {steps: true}\n", "training.steps=True: expected a whole number"),
+        ("training: {learning_rate: .inf}\n", "training.learning_rate=inf: expected a number"),
+        ("process: {name: ddpm}\n", "was trained with FlowMatching"),
+        ("process: {name: wann}\n", "did you mean 'wan'?"),
+        ("objective: {name: pgpdo}\n", "did you mean 'pgdpo'?"),
+        ("objective: {name: pgdpo, beta: -1}\n", "beta=-1"),
+        ("model: {path: somewhere}\n", "exactly one of model.path"),
+        ("model: {train: full, reference: adapter-off}\n", "needs model.train='lora'"),
+    ],
+)
+def test_a_mistake_is_one_clear_sentence(tmp_path, text, expected):
+    assert expected in problems_of(write(tmp_path, text), NEEDED)
+
+
+def test_the_command_line_beats_the_file_beats_the_defaults_and_each_value_says_so(tmp_path):
+    path = write(tmp_path, "training: {steps: 7, seed: 3}\nobjective: {name: dpo, beta: 10}\n")
+    config = load_config(path, [*NEEDED, "training.seed=4", "objective.beta=500"])
+    assert (config.training.steps, config.training.seed, config.objective["beta"]) == (7, 4, 500)
+    origins = config.origins
+    assert origins["training.steps"] == "run.yaml" and origins["training.seed"] == "command line"
+    assert origins["training.clip_norm"] == "default" and origins["objective.label_smoothing"] == "default"
+
+
+def test_another_objective_does_not_inherit_the_settings_of_the_first(tmp_path):
+    path = write(tmp_path, "objective: {name: dpo, beta: 10, label_smoothing: 0.1}\n")
+    config = load_config(path, [*NEEDED, "objective.name=ipo"])
+    assert config.objective == {"name": "ipo", "beta": 5000.0} and config.origins["objective.beta"] == "default"
+
+
+def test_one_constructor_argument_can_be_overridden(tmp_path):
+    path = write(tmp_path, "model: {architecture: {num_layers: 2, ffn_dim: 8}}\n")
+    config = load_config(path, [*NEEDED[:2], "model.architecture.num_layers=5"])
+    assert config.model.architecture == {"num_layers": 5, "ffn_dim": 8}
+
+
+def test_the_resolved_configuration_reads_back_as_itself(tmp_path):
+    config = load_config(None, [*NEEDED, "process.timestep_sampler.name=logit-normal", "training.learning_rate=3e-7",
+                                "model.lora.targets=[to_q, 'yes']", "objective={name: sdpo, clip: 0.2}"])  # fmt: skip
+    again = load_config(write(tmp_path, config.to_yaml()))
+    assert again == config and again.to_mapping() == config.to_mapping()
+    assert TrainConfig.from_mapping(config.to_mapping()) == config
+    assert "beta: 5000.0  # default" in config.to_yaml() and "clip: 0.2  # command line" in config.to_yaml()
+
+
+def test_every_setting_is_explained():
+    listing = describe_settings()
+    assert [key for key in _KEYS if f"  {key} (" not in listing] == []
+
+
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
+def test_the_examples_are_valid(example):
+    load_config(example)
+
+
+def test_the_command_reports_mistakes_with_exit_code_2_and_lists_settings(tmp_path, capsys):
+    from pgdpo_fast.cli import main
+
+    assert main(["train", str(write(tmp_path, "trainin: {}\n")), "--set", *NEEDED]) == 2
+    assert "did you mean training?" in capsys.readouterr().err
+    assert main(["train", str(tmp_path / "absent.yaml")]) == 2
+    assert main(["train", "--list-settings"]) == 0
+    assert "training.steps" in capsys.readouterr().out
