@@ -1,8 +1,18 @@
-"""Fixtures more than one area uses: a tiny latent store of real clips and a tiny configuration that trains on it."""
+"""Fixtures more than one area uses: a tiny latent store of real clips and a tiny configuration that trains on it.
+
+Without a GPU the Triton kernels run in Triton's interpreter, which has to be chosen before they are imported, hence
+here; tests of compiled code start processes of their own without it.
+"""
 
 from __future__ import annotations
 
+import os
+
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 TINY_WAN = dict(
     patch_size=[1, 2, 2],
