@@ -1,0 +1,36 @@
+# Two commands do all set-up on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test gradcheck bench gpu lint clean
+
+demo: $(READY)  ## render clips, encode, train, fine-tune with DPO and PG-DPO, write out/demo/report.html
+	$(BIN)/pgdpo-fast demo
+
+test: $(READY)  ## the whole suite, two workers
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+gradcheck: $(READY)  ## parity and gradcheck tests of the loss alone
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q tests/test_objectives.py tests/test_loss.py tests/test_fused.py tests/test_native.py
+
+bench: $(READY)  ## fused loss against eager and torch.compile on this machine
+	$(BIN)/pgdpo-fast bench --quick
+
+gpu:  ## everything that needs a GPU: correctness, then speed; uses the environment's own torch and triton
+	$(PYTHON) bench/gpu.py
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) out build *.egg-info
+
+# The venv counts as ready only once everything is installed; a broken install is redone.
+$(READY): pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt torch setuptools wheel
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[train,bench,dev]'
+	touch $@
