@@ -72,7 +72,7 @@ def _devices() -> list[Row]:
     import torch
 
     if not torch.cuda.is_available():
-        return [Row("device", "ok", f"CPU, {torch.get_num_threads()} threads", "no CUDA device: training runs on the CPU")]
+        return [Row("device", "ok", f"CPU, {torch.get_num_threads()} threads; no CUDA device")]
     rows = []
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
@@ -134,5 +134,5 @@ def _print(rows: list[Row]) -> None:
     marks = {"ok": "[green]ok[/]", "optional": "[yellow]optional[/]", "missing": "[red]missing[/]"}
     table = Table("", "", "found", "fix", box=None, pad_edge=False)
     for row in rows:
-        table.addRow(row.area, marks[row.state], row.found, row.fix)
+        table.add_row(row.area, marks[row.state], row.found, row.fix)
     Console().print(table)
