@@ -25,6 +25,8 @@ from pgdpo_fast.errors import ConfigError
 
 # The ratio of PG-DPO has a pole; beyond this size every sigmoid of it is saturated, so it is cut here, never NaN.
 RATIO_LIMIT = 1e6
+# What float32, the kernels' arithmetic, holds.
+MAX_NUMBER, MIN_EPS = 3e38, 1e-30
 
 
 class GroupErrors(NamedTuple):
@@ -71,7 +73,7 @@ RATIOS = ("logit", "symmetric", "abs", "signed")
 def _number(objective, name: str, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False) -> None:
     value = getattr(objective, name)
     where = f"{type(objective).__name__}({name}={value!r})"
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= MAX_NUMBER:
         raise ConfigError(f"{where}: expected a finite number")
     if value < low or value > high or (open_low and value == low):
         raise ConfigError(f"{where}: expected a number in {'(' if open_low else '['}{low:g}, {high:g}]")
@@ -79,7 +81,7 @@ def _number(objective, name: str, low: float = -math.inf, high: float = math.inf
 
 def _choice(objective, name: str, allowed: tuple) -> None:
     value = getattr(objective, name)
-    if value not in allowed:
+    if not isinstance(value, type(allowed[0])) or value not in allowed:
         where = f"{type(objective).__name__}({name}={value!r})"
         raise ConfigError(f"{where}: expected one of {', '.join(map(repr, allowed))}")
 
@@ -149,7 +151,7 @@ class DPO(Objective):
 
 @dataclass(frozen=True)
 class PGDPO(Objective):
-    """PG-DPO (arXiv 2511.19049, Eq. 7-9): adaptive rejection scaling (alpha), implicit preference regularization (gamma).
+    """PG-DPO (arXiv 2511.19049, Eq. 7-9): adaptive rejection scaling alpha, implicit preference regularization gamma.
 
         alpha = sigmoid(k1 rho)      gamma = sigmoid(-k2 rho)      z = beta/2 (r_w - alpha r_l)
         loss  = gamma softplus(-z) + (1 - gamma) ipr_weight kappa I
@@ -161,8 +163,9 @@ class PGDPO(Objective):
         ars: False fixes alpha = 1.
         ipr: I = "reward" -r_w (Eq. 9); "anchor" mean (p_w - q_w)^2 (the printed listing); "none" fixes gamma = 1.
         ipr_scale: kappa. "beta" beta/2, both terms on one scale; "one" 1, as printed.
-        detach_weights: no gradient through alpha and gamma. False is the printed listing; with the signed ratio its
-            first step is about 1e5 times DPO's, in the wrong direction.
+        detach_weights: no gradient through alpha and gamma. False is the printed listing: where the policy equals the
+            reference its gradient is k2 ln2 / (4 |eps|), about 1e5 times that of DPO at its usual beta, and with the
+            listing's negative eps it pushes the chosen reward down.
         combine: how groups of one sample meet. "pointwise" mean(gamma P + (1 - gamma) I); "outer"
             mean(gamma) mean(P) + (1 - mean(gamma)) mean(I), the broadcasting of the printed listing at batch 1.
     """
@@ -184,8 +187,9 @@ class PGDPO(Objective):
             _number(self, name, 0.0, open_low=True)
         _number(self, "ipr_weight", 0.0)
         _number(self, "eps")
-        if self.eps == 0 and self.ratio in ("signed", "abs"):
-            raise ConfigError(f"PGDPO(eps=0, ratio={self.ratio!r}): expected a nonzero eps, without it the ratio divides by 0")
+        if abs(self.eps) < MIN_EPS and self.ratio in ("signed", "abs"):
+            raise ConfigError(f"PGDPO(eps={self.eps!r}, ratio={self.ratio!r}): expected |eps| >= {MIN_EPS:g}, "
+                              "the ratio divides by it where training starts")
         _choice(self, "ratio", RATIOS)
         _choice(self, "ipr", ("reward", "anchor", "none"))
         _choice(self, "ipr_scale", ("beta", "one"))
@@ -290,7 +294,7 @@ class IPO(Objective):
 
 @dataclass(frozen=True)
 class SLiC(Objective):
-    """SLiC (Zhao et al. 2023; arXiv 2511.19049 Eq. 32), reference-free: max(0, delta - 1/2 (e_l - e_w)) + weight 1/2 e_w.
+    """SLiC (Zhao et al. 2023; arXiv 2511.19049 Eq. 32), reference-free: max(0, delta - (e_l - e_w)/2) + weight e_w/2.
 
     `hinge=True` uses the reference instead: max(0, delta - z) + weight 1/2 e_w with z of DPO.
     """
@@ -456,7 +460,7 @@ class Safeguarded(Objective):
         scale = torch.where(conflict, bound.clamp(0.0, 1.0), torch.ones_like(bound)).detach()
 
         def scaled(x):
-            return None if x is None else scale * x + ((1 - scale) * x).detach()
+            return None if x is None else x.detach() + scale * (x - x.detach())
 
         errors = errors._replace(policy_rejected=scaled(errors.policy_rejected),
                                  gap_rejected=scaled(errors.gap_rejected))
@@ -483,7 +487,7 @@ def from_name(name: str, **hyperparameters) -> Objective:
     Raises:
         ConfigError: the name or a hyper-parameter is unknown, or a value is out of range.
     """
-    if name not in _BY_NAME:
+    if not isinstance(name, str) or name not in _BY_NAME:
         raise ConfigError(f"objective.name={name!r}: expected one of {', '.join(NAMES)}{_did_you_mean(name, NAMES)}")
     known = [field.name for field in fields(_BY_NAME[name])]
     for key in hyperparameters:
@@ -494,7 +498,7 @@ def from_name(name: str, **hyperparameters) -> Objective:
 
 
 def _did_you_mean(word: str, known) -> str:
-    close = get_close_matches(word, known, 1)
+    close = get_close_matches(str(word).lower(), known, 1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
@@ -526,13 +530,19 @@ def videodpo_pair_weight(chosen_score: Tensor, rejected_score: Tensor, exponent:
     if chosen.ndim != 1 or chosen.shape != rejected.shape or not len(chosen):
         raise ValueError(f"chosen_score and rejected_score: expected two [P] tensors of one length, "
                          f"got {tuple(chosen.shape)} and {tuple(rejected.shape)}")
+    for scores, name in ((chosen, "chosen_score"), (rejected, "rejected_score")):
+        if not bool(torch.isfinite(scores).all()):
+            raise ValueError(f"{name}: expected finite scores, got NaN or infinity")
     if form == "code":
         if bool((chosen <= 0).any()):
             raise ValueError("chosen_score: form='code' divides by the score, expected all scores > 0")
         return (0.72 / chosen).pow(exponent).float()
     if form != "paper":
         raise ValueError(f"form={form!r}: expected 'paper' or 'code'")
-    bins = torch.floor(torch.cat([chosen, rejected]) / bin_width).long()
+    if not bin_width > 0:
+        raise ValueError(f"bin_width={bin_width!r}: expected a positive number")
+    # A thousandth of a bin up, so that a score printed to the bin's precision falls into its own (0.29 / 0.01 < 29).
+    bins = torch.floor(torch.cat([chosen, rejected]) / bin_width + 1e-3).long()
     _, index, count = bins.unique(return_inverse=True, return_counts=True)
     probability = (count.double() / count.sum())[index]
     p_chosen, p_rejected = probability.split(len(chosen))

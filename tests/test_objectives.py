@@ -322,8 +322,8 @@ def test_the_listing_multiplies_means_over_the_elements_of_one_video():
 
 
 def test_attached_weights_blow_up_the_first_step():
-    """Where policy == reference the printed listing's gradient is k2 ln2 / (4 |eps|): about 1e5 times that of DPO at its
-    usual beta of 5000, and it pushes the chosen reward down."""
+    """Where policy == reference the printed listing's gradient is k2 ln2 / (4 |eps|), about 1e5 times that of DPO at
+    its usual beta of 5000, and it pushes the chosen reward down."""
     rows = [(0.7, 0.8, 0.0, 0.0, 0.0, 0.1)]
     _, listing = evaluate(pf.PGDPO.listing(), rows)
     _, usual = evaluate(pf.DPO(beta=5000.0), rows)
@@ -354,8 +354,8 @@ def test_importance_weights_are_geometric_means_clipped_and_masked():
 
 # Safeguarded.
 
-SAFEGUARDED = [pf.DPO(100.0), pf.PGDPO(), pf.PGDPO.equation(), pf.DPOShift(100.0), pf.DPOP(100.0), pf.SLiC(),
-               pf.SLiC(100.0, hinge=True), pf.SDPO(100.0)]
+SAFEGUARDED = [pf.DPO(100.0), pf.PGDPO(), pf.PGDPO.equation(k1=0.1, k2=0.1), pf.DPOShift(100.0), pf.DPOP(100.0),
+               pf.SLiC(), pf.SLiC(100.0, hinge=True), pf.SDPO(100.0)]
 
 
 @pytest.mark.parametrize("mu", [0.0, 0.1, 1.0])
