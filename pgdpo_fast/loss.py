@@ -216,7 +216,7 @@ def _check(prediction, target, reference) -> _Call:
     policy, policy_rejected = _pair(prediction, "prediction")
     _expect_floating(policy.dtype, "prediction")
     if policy_rejected is None and policy.shape[0] % 2:
-        raise ValueError(f"prediction: expected [2B, ...] with the chosen half first, got an odd batch {_describe(policy)}")
+        raise ValueError(f"prediction: expected [2B, ...], the chosen half first; got an odd batch, {_describe(policy)}")
     pairs = policy.shape[0] // (2 if policy_rejected is None else 1)
     video, device = tuple(policy.shape[1:]), policy.device
     stacked, single = (2 * pairs, *video), (pairs, *video)
@@ -332,7 +332,7 @@ def reference_errors(prediction, target, *, granularity: str = "sample", backend
     They come from the same kernel as the policy's, so a policy that equals the reference has gaps of exactly zero.
     """
     if granularity == "element":
-        raise ValueError("granularity='element': errors per element are as large as the video; use PackedReference.pack")
+        raise ValueError("granularity='element': errors per element are the video's size; use PackedReference.pack")
     errors = paired_errors(prediction, target, granularity=granularity, backend=backend)
     values = errors.policy_chosen, errors.policy_rejected
     return ReferenceErrors(*(x.squeeze(1) if granularity == "sample" else x for x in values))
@@ -434,7 +434,8 @@ def _frame_weights(call: _Call, granularity: str, objective, weight, label, dtyp
             _expect(value, name, (shape,), call.tensors[0].device)
     if label is not None and objective.needs_anchor:
         raise ValueError("frame_label: the anchor regularizer is defined on the chosen video alone; use ipr='reward'")
-    weight = torch.ones(shape, dtype=dtype, device=call.tensors[0].device) if weight is None else weight.detach().to(dtype)
+    weight = torch.ones(shape, device=call.tensors[0].device) if weight is None else weight.detach()
+    weight = weight.to(dtype)
     if label is not None:
         weight = weight * (label != 0)
     total = weight.sum(1, keepdim=True)

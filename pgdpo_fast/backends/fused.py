@@ -88,8 +88,9 @@ def _pair_elements_gradient(*args):
     (*tensors, weight, posterior_scale, means, incoming, chosen, rejected,
      reference_form, kind, flags, parameters, outer, speculative, backend) = args
     x = operands.gather(*tensors)
-    _backend(backend).element_gradients(x, reference_form, weight, posterior_scale, kind, flags, parameters, outer, means,
-                                        incoming, *_halves(chosen, rejected, x.pairs), speculative)
+    _backend(backend).element_gradients(
+        x, reference_form, weight, posterior_scale, kind, flags, parameters, outer, means, incoming,
+        *_halves(chosen, rejected, x.pairs), speculative)
 
 
 def _halves(chosen: Tensor, rejected: Tensor, pairs: int) -> tuple[Tensor, Tensor]:

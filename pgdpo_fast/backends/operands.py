@@ -55,7 +55,7 @@ def rows_contiguous(x: Tensor) -> Tensor:
 
 
 def side(tensor: Tensor | None, rejected: Tensor | None, pairs: int) -> Side | None:
-    """One operand as passed to an operator: stacked `[2B, ...]`, shared `[B, ...]`, or the chosen half and `rejected`."""
+    """An operand as passed to an operator: stacked `[2B, ...]`, shared `[B, ...]`, or chosen and `rejected`."""
     if tensor is None:
         return None
     rows = rows_contiguous(tensor)

@@ -142,9 +142,9 @@ def gradients(x: Operands, reference_form: int, groups: int, anchor: bool, coeff
             *strides, x.pairs, groups, x.numel, cut.length, ANCHOR=anchor, ALIGN=_alignment(cut.length), **switches)
 
 
-def element_objective(x: Operands, reference_form: int, weight: Tensor | None, posterior_scale: Tensor | None, kind: int,
-                      flags: int, parameters: tuple[float, ...], outer: bool, gradients: tuple[Tensor, Tensor] | None,
-                      ) -> tuple[Tensor, Tensor, Tensor]:
+def element_objective(x: Operands, reference_form: int, weight: Tensor | None, posterior_scale: Tensor | None,
+                      kind: int, flags: int, parameters: tuple[float, ...], outer: bool,
+                      gradients: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
     """Every element its own group: loss `[]`, telemetry `[9, B, 1]`, means `[4, B]` (written for `outer` alone).
 
     `gradients`, when given, is filled with both gradients for an incoming gradient of 1, in the same pass.
@@ -168,9 +168,9 @@ def element_objective(x: Operands, reference_form: int, weight: Tensor | None, p
     return loss, telemetry, means
 
 
-def element_gradients(x: Operands, reference_form: int, weight: Tensor | None, posterior_scale: Tensor | None, kind: int,
-                      flags: int, parameters: tuple[float, ...], outer: bool, means: Tensor, incoming: Tensor,
-                      chosen: Tensor, rejected: Tensor, speculative: bool) -> None:
+def element_gradients(x: Operands, reference_form: int, weight: Tensor | None, posterior_scale: Tensor | None,
+                      kind: int, flags: int, parameters: tuple[float, ...], outer: bool, means: Tensor,
+                      incoming: Tensor, chosen: Tensor, rejected: Tensor, speculative: bool) -> None:
     """Write both gradients; with `speculative` they are already there for an incoming gradient of 1."""
     _launch_elements(x, reference_form, weight, posterior_scale, kind, flags, parameters, outer, means=means,
                      incoming=incoming, partial=None, gradients=(chosen, rejected), speculative=speculative)

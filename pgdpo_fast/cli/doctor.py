@@ -129,10 +129,11 @@ def _disk() -> Row:
 
 def _print(rows: list[Row]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     marks = {"ok": "[green]ok[/]", "optional": "[yellow]optional[/]", "missing": "[red]missing[/]"}
     table = Table("", "", "found", "fix", box=None, pad_edge=False)
     for row in rows:
-        table.add_row(row.area, marks[row.state], row.found, row.fix)
+        table.add_row(row.area, marks[row.state], escape(row.found), escape(row.fix))
     Console().print(table)
