@@ -216,7 +216,7 @@ def _check(prediction, target, reference) -> _Call:
     policy, policy_rejected = _pair(prediction, "prediction")
     _expect_floating(policy.dtype, "prediction")
     if policy_rejected is None and policy.shape[0] % 2:
-        raise ValueError(f"prediction: expected [2B, ...], the chosen half first; got an odd batch, {_describe(policy)}")
+        raise ValueError(f"prediction: expected [2B, ...], chosen half first; got an odd batch, {_describe(policy)}")
     pairs = policy.shape[0] // (2 if policy_rejected is None else 1)
     video, device = tuple(policy.shape[1:]), policy.device
     stacked, single = (2 * pairs, *video), (pairs, *video)
