@@ -1,0 +1,627 @@
+"""From manifest to latents: codecs follow their families, stores survive kills and damage, and nothing is silent."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from pgdpo_fast.data.codec import PixelUnshuffleCodec, codec_from_name
+from pgdpo_fast.data.encode import encode_manifest
+from pgdpo_fast.data.latent_store import LatentStore
+from pgdpo_fast.data.manifest import read_manifest
+from pgdpo_fast.data.shards import open_shard, read_json, write_json, write_shard
+from pgdpo_fast.data.synthetic import render_pairs
+from pgdpo_fast.data.text import HashTextEncoder, TransformersTextEncoder, pad_text, text_encoder_from_name
+from pgdpo_fast.data.video import read_video
+from pgdpo_fast.errors import ConfigError, DataError, Preempted
+
+
+def video_of(frames, height, width, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (frames, height, width, 3), dtype=torch.uint8, generator=generator)
+
+
+# Codecs
+
+
+@pytest.mark.parametrize("spatial, temporal, frames", [(1, 1, 3), (4, 1, 6), (8, 4, 9), (2, 3, 1)])
+def test_pixel_unshuffle_gives_every_bit_back(spatial, temporal, frames):
+    codec, video = PixelUnshuffleCodec(spatial, temporal), video_of(frames, 16, 24)
+    latents = codec.encode(video)
+    assert latents.dtype == torch.float32 and tuple(latents.shape) == codec.latent_shape(frames, 16, 24)
+    assert latents.shape[0] == 3 * temporal * spatial**2 and latents.abs().max() <= 1
+    assert torch.equal(codec.decode(latents), video)
+
+
+def test_a_latent_pixel_holds_the_block_it_stands_for():
+    video = torch.zeros(5, 8, 8, 3, dtype=torch.uint8)
+    video[2, 4:8, 0:4] = 255
+    latents = PixelUnshuffleCodec(4, 2).encode(video)
+    lit = (latents > 0).any(0).nonzero().tolist()
+    assert lit == [[1, 1, 0]]  # frames 1 and 2 are the second latent frame
+
+
+def save_vae(folder, name):
+    import diffusers
+
+    torch.manual_seed(0)
+    four = (8,) * 4
+    vae = {
+        "wan": lambda: diffusers.AutoencoderKLWan(
+            base_dim=3, z_dim=4, dim_mult=[1] * 4, num_res_blocks=1, temperal_downsample=[False, True, True],
+            latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.0, 2.0, 0.5, 1.5]),
+        "cogvideox": lambda: diffusers.AutoencoderKLCogVideoX(
+            block_out_channels=four, latent_channels=4, layers_per_block=1, norm_num_groups=2,
+            temporal_compression_ratio=4, sample_height=32, sample_width=32, scaling_factor=0.7),
+        "image": lambda: diffusers.AutoencoderKL(
+            block_out_channels=four, down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, norm_num_groups=4, sample_size=32),
+    }[name]()  # fmt: skip
+    vae.save_pretrained(folder)
+    return vae.eval()
+
+
+@pytest.fixture(scope="module")
+def vaes(tmp_path_factory):
+    """{family: (folder, vae)} of tiny autoencoders saved as diffusers saves them; Wan's as a `vae` subfolder."""
+    root = tmp_path_factory.mktemp("vaes")
+    return {name: (root / name, save_vae(root / name / ("vae" if name == "wan" else ""), name))
+            for name in ("wan", "cogvideox", "image")}  # fmt: skip
+
+
+def load(vaes, name, **options):
+    return codec_from_name(name, path=vaes[name][0], device="cpu", **options)
+
+
+@pytest.mark.parametrize("name, frames", [("wan", 5), ("cogvideox", 9), ("image", 3)])
+@torch.no_grad()
+def test_vae_latents_are_normalised_as_their_transformers_expect(vaes, name, frames):
+    codec, vae, video = load(vaes, name), vaes[name][1], video_of(frames, 32, 48)
+    latents = codec.encode(video)
+    assert latents.dtype == torch.float32 and tuple(latents.shape) == codec.latent_shape(frames, 32, 48)
+    pixels = (video.permute(3, 0, 1, 2).float() / 127.5 - 1)[None]
+    if name == "wan":
+        z = vae.encode(pixels).latent_dist.mode()[0]
+        expected = torch.stack([(z[0] - 0.1) / 1.0, (z[1] + 0.2) / 2.0, (z[2] - 0.3) / 0.5, z[3] / 1.5])
+        unit = vae.decode(z[None]).sample
+    elif name == "cogvideox":
+        z = vae.encode(pixels).latent_dist.mode()[0]
+        expected, unit = z * 0.7, vae.decode(z[None]).sample
+    else:
+        z = torch.stack([vae.encode(pixels[:, :, k]).latent_dist.mode()[0] for k in range(frames)], 1)
+        expected = z * 0.18215
+        unit = torch.stack([vae.decode(z[None, :, k]).sample for k in range(frames)], 2)
+    torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-6)
+    decoded = codec.decode(latents)
+    assert decoded.shape == video.shape
+    wanted = ((unit[0].permute(1, 2, 3, 0) + 1) * 127.5).clamp(0, 255)
+    assert (decoded.float() - wanted).abs().max() <= 0.51
+
+
+@pytest.mark.parametrize(
+    "name, size, message",
+    [
+        ("wan", (10, 32, 32), "frames=10.*4k.1 frames; use 9 or 13"),
+        ("wan", (9, 40, 32), "height=40.*multiples of 16 pixels; use 32 or 48"),
+        ("wan", (9, 32, 8), "width=8.*use 16 or 32"),
+        ("cogvideox", (13, 32, 32), "frames=13.*8k.1 frames; use 9 or 17"),
+        ("image", (4, 32, 36), "width=36.*multiples of 8 pixels; use 32 or 40"),
+    ],
+)
+def test_sizes_a_vae_would_change_in_silence_are_errors_with_the_nearest_valid(vaes, name, size, message):
+    codec = load(vaes, name)
+    with pytest.raises(ConfigError, match=message):
+        codec.latent_shape(*size)
+    with pytest.raises(ConfigError, match=message):
+        codec.encode(video_of(*size))
+
+
+def test_sampled_latents_are_a_function_of_the_clip(vaes):
+    codec, video = load(vaes, "wan", mode="sample"), video_of(5, 32, 32)
+    first = codec.encode(video)
+    codec.encode(video_of(5, 32, 32, seed=1))
+    torch.manual_seed(123)
+    assert torch.equal(codec.encode(video), first)
+    assert not torch.equal(load(vaes, "wan").encode(video), first)
+
+
+def test_the_fingerprint_sees_weights_config_mode_and_dtype_but_not_the_place(vaes, tmp_path):
+    base = load(vaes, "wan").fingerprint
+    shutil.copytree(vaes["wan"][0], tmp_path / "copy")
+    assert codec_from_name("wan", path=tmp_path / "copy", device="cpu").fingerprint == base
+    assert load(vaes, "wan", mode="sample").fingerprint != base != load(vaes, "wan", dtype="bfloat16").fingerprint
+    config = tmp_path / "copy" / "vae" / "config.json"
+    config.write_text(config.read_text().replace("1.5", "1.25"))
+    changed = codec_from_name("wan", path=tmp_path / "copy", device="cpu").fingerprint
+    assert {key for key in base if base[key] != changed[key]} == {"config_sha256"}
+    from safetensors.torch import load_file, save_file
+
+    weights = tmp_path / "copy" / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    next(iter(tensors.values())).view(-1)[0] += 1
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert codec_from_name("wan", path=tmp_path / "copy", device="cpu").fingerprint["weights_sha256"] != base[
+        "weights_sha256"]  # fmt: skip
+
+
+def test_codecs_and_text_encoders_are_refused_by_name_option_and_path(tmp_path):
+    for make in (codec_from_name, text_encoder_from_name):
+        with pytest.raises(ConfigError, match="expected one of"):
+            make("jpeg")
+        with pytest.raises(ConfigError, match="needs the path"):
+            make("wan")
+        with pytest.raises(DataError, match=f"{tmp_path}.*could not be loaded"):
+            make("wan", path=tmp_path)
+    with pytest.raises(ConfigError, match="spatail"):
+        codec_from_name("pixel-unshuffle", spatail=2)
+    with pytest.raises(ConfigError, match="spatial=0"):
+        codec_from_name("pixel-unshuffle", spatial=0)
+
+
+# Prompts
+
+
+def test_hash_embeddings_are_fixed_and_shared_by_equal_words():
+    encoder = HashTextEncoder(24, 8)
+    text = encoder.encode("A red, red square")
+    assert tuple(text.shape) == (4, 24) and torch.equal(text[1], text[2]) and not torch.equal(text[0], text[3])
+    assert torch.equal(encoder.encode("square")[0], text[3])
+    many = torch.cat([encoder.encode(f"word{i}") for i in range(500)])
+    assert many.mean().abs() < 0.02 and many.var().sub(1).abs() < 0.03
+    assert text[3, :3].tolist() == HashTextEncoder(3).encode("square")[0].tolist()  # a prefix, whatever the width
+    long = "one two three four five six seven eight nine"
+    assert encoder.truncates(long) and encoder.encode(long).shape[0] == encoder.token_count(long) == 8
+    assert encoder.encode("").shape == (1, 24)
+
+
+@pytest.fixture(scope="module")
+def text_models(tmp_path_factory):
+    """{family: folder} of tiny text encoders with a tokenizer of single characters."""
+    import string
+
+    import tokenizers
+    import transformers
+
+    root = tmp_path_factory.mktemp("text")
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    vocabulary += [(letter, -3.0) for letter in string.printable[:95]]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, unk_id=2))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
+                                                unk_token="<unk>")  # fmt: skip
+    size = dict(vocab_size=len(vocabulary), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    folders = {}
+    for name, config, model in (("wan", transformers.UMT5Config, transformers.UMT5EncoderModel),
+                                ("cogvideox", transformers.T5Config, transformers.T5EncoderModel)):  # fmt: skip
+        torch.manual_seed(0)
+        fast.save_pretrained(root / name / "tokenizer")
+        model(config(**size)).save_pretrained(root / name / "text_encoder")
+        folders[name] = root / name
+    return folders
+
+
+PROMPT = "A red  square &amp; a blue\tcircle"
+
+
+def pipeline_embedding(family, encoder, length):
+    """The prompt embedding of the diffusers pipeline built on the same tokenizer and model."""
+    from diffusers import CogVideoXPipeline, WanPipeline
+
+    parts = dict(tokenizer=encoder.tokenizer, text_encoder=encoder.model, transformer=None, vae=None, scheduler=None)
+    pipe = (WanPipeline if family == "wan" else CogVideoXPipeline)(**parts)
+    return pipe._get_t5_prompt_embeds(PROMPT, max_sequence_length=length, device=torch.device("cpu"))[0].detach()
+
+
+@pytest.mark.parametrize("family, length", [("wan", 512), ("cogvideox", 226)])
+def test_prompt_embeddings_equal_the_diffusers_pipelines(text_models, family, length):
+    encoder = TransformersTextEncoder(text_models[family], family, device="cpu")
+    text = encoder.encode(PROMPT)
+    assert text.shape[0] == encoder.token_count(PROMPT) and text.dtype == torch.float32
+    assert torch.equal(pad_text([text], length)[0], pipeline_embedding(family, encoder, length))
+    if family == "wan":
+        assert text.shape[0] == len("A red square & a blue circle") + 2  # one mark before the text, one end after it
+    else:
+        assert text.shape[0] == 226 and text[200:].abs().min() > 0
+
+
+def test_text_encoders_tell_truncation_and_their_rules(text_models):
+    encoder = TransformersTextEncoder(text_models["wan"], "wan", max_length=10, device="cpu")
+    assert encoder.truncates(PROMPT) and encoder.encode(PROMPT).shape == (10, 16) and not encoder.truncates("a cat")
+    whole = TransformersTextEncoder(text_models["wan"], "wan", device="cpu")
+    assert {key for key in whole.fingerprint if whole.fingerprint[key] != encoder.fingerprint[key]} == {"max_length"}
+    with pytest.raises(ConfigError, match="1 to 512"):
+        TransformersTextEncoder(text_models["wan"], "wan", max_length=513)
+
+
+def test_padding_puts_zeros_after_each_prompt():
+    batch = pad_text([torch.ones(2, 3), torch.ones(4, 3)], 5)
+    assert batch.shape == (2, 5, 3) and batch.sum((1, 2)).tolist() == [6, 12] and batch[0, 2:].abs().sum() == 0
+    with pytest.raises(DataError, match="max_length=3"):
+        pad_text([torch.ones(4, 3)], 3)
+
+
+# Stores
+
+SIZE = dict(frames=3, height=16, width=16)
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    return read_manifest(render_pairs(tmp_path_factory.mktemp("pairs"), pairs=7, seed=2, **SIZE))
+
+
+def encode(manifest, output, **changes):
+    options = dict(codec=PixelUnshuffleCodec(4), text=HashTextEncoder(8), shard_bytes=2 * 2 * 4 * 48 * 3 * 16, **SIZE)
+    return encode_manifest(manifest, output, **{**options, **changes})
+
+
+def files_of(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def store(manifest, tmp_path_factory):
+    """A finished store of 7 pairs in 4 shards. Read only."""
+    return encode(manifest, tmp_path_factory.mktemp("store") / "s")
+
+
+def test_a_store_gives_back_what_was_encoded(store, manifest):
+    assert len(store) == 7 and store.ids == [pair.id for pair in manifest.pairs] and store.shape == (48, 3, 4, 4)
+    codec, text = PixelUnshuffleCodec(4), HashTextEncoder(8)
+    for pair, example in zip(manifest.pairs, store, strict=True):
+        assert (example.id, example.prompt, example.weight) == (pair.id, pair.prompt, 1.0)
+        assert torch.equal(codec.decode(example.chosen), read_video(pair.chosen))
+        assert torch.equal(example.rejected, codec.encode(read_video(pair.rejected)))
+        assert torch.equal(example.text, text.encode(pair.prompt))
+    names = sorted(files_of(store.path))
+    assert names == [".lock", "index.parquet", *(f"shard-{k:05d}.safetensors" for k in range(4)), "store.json"]
+    assert store.row(store.ids[0])["chosen"] == "clips/0000_chosen.mp4"
+    with pytest.raises(DataError, match="no pair 'x'"):
+        store.get("x")
+
+
+def test_pairs_of_different_size_and_rate_share_one_store(tmp_path):
+    from pgdpo_fast.data.manifest import Pair, write_manifest
+    from pgdpo_fast.data.video import write_video
+
+    chosen = write_video(tmp_path / "a.mp4", video_of(12, 64, 96), 12)
+    rejected = write_video(tmp_path / "b.mp4", video_of(40, 80, 48), 30)
+    path = write_manifest(tmp_path / "m.jsonl", [Pair("p", "a cat", chosen, rejected, weight=0.5)])
+    example = encode(path, tmp_path / "s", frames=5, height=32, width=32, fps=6).get("p")
+    assert example.chosen.shape == example.rejected.shape == (48, 5, 8, 8) and example.weight == 0.5
+
+
+def test_half_precision_stores_are_half_as_large_and_read_as_fp32(manifest, store, tmp_path):
+    half = encode(manifest, tmp_path / "s", dtype="bfloat16")
+    assert half.get(half.ids[0]).chosen.dtype == torch.float32
+    assert torch.equal(half.get(half.ids[0]).chosen, store.get(store.ids[0]).chosen.bfloat16().float())
+    shards = [sum(path.stat().st_size for path in s.path.glob("shard*")) for s in (half, store)]
+    assert shards[0] < 0.6 * shards[1] and half.fingerprint != store.fingerprint
+
+
+def test_encoding_twice_elsewhere_gives_the_same_files_and_fingerprint(manifest, store, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(manifest.path.parent, moved)
+    again = encode(moved / "manifest.jsonl", tmp_path / "s")
+    assert files_of(again.path) == files_of(store.path) and again.fingerprint == store.fingerprint
+
+
+def test_a_finished_store_is_not_encoded_again(manifest, store, tmp_path):
+    class Forbidden(PixelUnshuffleCodec):
+        def encode(self, video):
+            raise AssertionError("encoded again")
+
+    shutil.copytree(store.path, tmp_path / "s")
+    calls = []
+    encode(manifest, tmp_path / "s", codec=Forbidden(4), progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(7, 7)] and files_of(tmp_path / "s") == files_of(store.path)
+
+
+def test_a_store_opened_in_another_process_reads_the_same(store):
+    copy = pickle.loads(pickle.dumps(store))
+    assert torch.equal(copy.get(store.ids[5]).chosen, store.get(store.ids[5]).chosen)
+
+
+@pytest.mark.parametrize(
+    "change, field",
+    [
+        ({"frames": 2}, "clip.frames=3, now clip.frames=2"),
+        ({"fps": 4}, "clip.fps=None, now clip.fps='4'"),
+        ({"codec": PixelUnshuffleCodec(2)}, "codec.spatial=4, now codec.spatial=2"),
+        ({"text": HashTextEncoder(9)}, "text.dim=8, now text.dim=9"),
+        ({"dtype": "float16"}, "dtype='float32', now dtype='float16'"),
+    ],
+)
+def test_other_settings_over_a_store_name_the_field_and_touch_nothing(manifest, store, change, field):
+    before = files_of(store.path)
+    with pytest.raises(DataError, match=f"{field}.*choose another output folder"):
+        encode(manifest, store.path, **change)
+    assert files_of(store.path) == before
+
+
+def test_another_manifest_over_a_store_is_refused(manifest, store, tmp_path):
+    shutil.copytree(manifest.path.parent, tmp_path / "m")
+    lines = (tmp_path / "m/manifest.jsonl").read_text().splitlines()
+    (tmp_path / "m/manifest.jsonl").write_text("\n".join(lines[:-1]))
+    with pytest.raises(DataError, match="manifest.pairs=7, now manifest.pairs=6"):
+        encode(tmp_path / "m/manifest.jsonl", store.path)
+    (tmp_path / "m/manifest.jsonl").write_text("\n".join(lines).replace(" over ", " under "))
+    with pytest.raises(DataError, match="manifest.sha256"):
+        encode(tmp_path / "m/manifest.jsonl", store.path)
+
+
+def test_a_folder_with_other_files_is_left_alone(manifest, tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(DataError, match="no store .it holds thesis.tex"):
+        encode(manifest, tmp_path)
+    with pytest.raises(DataError, match="no such store"):
+        LatentStore(tmp_path / "nothing")
+    with pytest.raises(DataError, match="store.json: no such file"):
+        LatentStore(tmp_path)
+
+
+def test_geometry_errors_come_before_any_work(manifest, tmp_path):
+    with pytest.raises(ConfigError, match="height=18"):
+        encode(manifest, tmp_path / "s", height=18)
+    assert not (tmp_path / "s").exists()
+
+
+def test_too_small_a_disk_is_an_error_before_anything_is_encoded(manifest, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(DataError, match="needs .* KiB, 1000 B are free"):
+        encode(manifest, tmp_path / "s")
+    assert not (tmp_path / "s/store.json").exists() and not list((tmp_path / "s").glob("s*"))
+
+
+@pytest.fixture
+def faulty(manifest, tmp_path):
+    """The manifest with the second pair's rejected clip cut short and the fifth's chosen clip replaced by text."""
+    shutil.copytree(manifest.path.parent, tmp_path / "m")
+    clip = tmp_path / "m/clips/0001_rejected.mp4"
+    clip.write_bytes(clip.read_bytes()[:-200])
+    (tmp_path / "m/clips/0004_chosen.mp4").write_text("no video")
+    return tmp_path / "m/manifest.jsonl"
+
+
+def test_unusable_clips_drop_their_pairs_with_reasons_and_keep_the_others(faulty, manifest, store, tmp_path):
+    partial = encode(faulty, tmp_path / "s")
+    kept = [pair.id for index, pair in enumerate(manifest.pairs) if index not in (1, 4)]
+    assert partial.ids == kept
+    assert [(item.where, item.reason) for item in partial.dropped] == [
+        (f"pair {manifest.pairs[1].id}", "rejected clip unusable"),
+        (f"pair {manifest.pairs[4].id}", "chosen clip unusable")]  # fmt: skip
+    assert "0004_chosen.mp4" in partial.dropped[1].detail
+    assert all(torch.equal(partial.get(id).chosen, store.get(id).chosen) for id in kept)
+    assert encode(faulty, tmp_path / "s").dropped == partial.dropped
+
+
+def test_strict_encoding_stops_at_the_first_unusable_clip(faulty, tmp_path):
+    with pytest.raises(DataError, match="0001-jitter: rejected clip unusable.*0001_rejected.mp4"):
+        encode(faulty, tmp_path / "s", strict=True)
+
+
+def test_no_usable_pair_is_an_error(manifest, tmp_path):
+    with pytest.raises(DataError, match="none of 7 pairs could be encoded; first: pair 0000-flicker.*99 needed"):
+        encode(manifest, tmp_path / "s", frames=99)
+
+
+def test_latents_that_are_not_finite_never_reach_a_store(manifest, store, tmp_path):
+    class Overflowing(PixelUnshuffleCodec):
+        def encode(self, video):
+            latents = super().encode(video)
+            return latents * 1e5 if torch.equal(video, read_video(manifest.pairs[2].chosen)) else latents
+
+    partial = encode(manifest, tmp_path / "s", codec=Overflowing(4), dtype="float16")
+    assert len(partial) == 6 and partial.dropped[0].reason == "chosen not finite once encoded"
+
+
+# Interruptions
+
+
+def test_sigterm_stops_between_pairs_and_the_rest_is_done_on_resume(manifest, store, tmp_path):
+    def terminate(done, total):
+        if done == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Preempted, match="3 of 7 pairs.*resume with: do it again"):
+        encode(manifest, tmp_path / "s", progress=terminate, resume_command="do it again")
+    with pytest.raises(DataError, match="2 of 7 pairs.*same encode command"):
+        LatentStore(tmp_path / "s")
+    seen = []
+    encode(manifest, tmp_path / "s", progress=lambda done, total: seen.append(done))
+    assert seen == [2, 3, 4, 5, 6, 7] and files_of(tmp_path / "s") == files_of(store.path)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+KILLER = """
+    import os, pathlib, signal, sys
+    import torch
+    from pgdpo_fast.data.codec import PixelUnshuffleCodec
+    from pgdpo_fast.data.encode import encode_manifest
+    from pgdpo_fast.data.text import HashTextEncoder
+    import pyarrow.parquet, safetensors.torch, av
+
+    torch.set_num_threads(1)
+    manifest, output = sys.argv[1:]
+    attempts = 0
+    while True:
+        attempts += 1
+        child = os.fork()
+        if child == 0:
+            calls = 0
+            def counted(function, torn=False):
+                def call(*args, **kwargs):
+                    global calls
+                    calls += 1
+                    if calls == attempts:
+                        if torn:
+                            args[0].open("wb").write(args[1][: len(args[1]) // 2])
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return function(*args, **kwargs)
+                return call
+            os.replace, os.fsync = counted(os.replace), counted(os.fsync)
+            pathlib.Path.write_bytes = counted(pathlib.Path.write_bytes, torn=True)
+            pathlib.Path.unlink = counted(pathlib.Path.unlink)
+            try:
+                encode_manifest(manifest, output, codec=PixelUnshuffleCodec(4), text=HashTextEncoder(8), frames=3,
+                                height=16, width=16, shard_bytes=2 * 2 * 4 * 48 * 3 * 16)
+            except BaseException as error:
+                print(repr(error), flush=True)
+                os._exit(1)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        if not os.WIFSIGNALED(status):
+            print(attempts)
+            sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def test_killed_at_any_write_and_resumed_equals_never_killed(manifest, store, tmp_path):
+    output = tmp_path / "s"
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(KILLER), str(manifest.path), str(output)],
+                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(done.stdout.split()[-1]) > 10  # so many runs were killed on the way
+    assert files_of(output) == files_of(store.path)
+
+
+def test_two_writers_never_share_a_store(manifest, tmp_path):
+    from pgdpo_fast.data.shards import exclusive_lock
+
+    with exclusive_lock(tmp_path / "s"), pytest.raises(DataError, match="another process is writing"):
+        encode(manifest, tmp_path / "s")
+
+
+# Damage
+
+
+def read_all(path):
+    store = LatentStore(path)
+    return [store.get(id) for id in store.ids]
+
+
+def test_a_flipped_bit_anywhere_is_found_before_a_row_is_handed_out(tmp_path):
+    source = render_pairs(tmp_path / "pairs", pairs=2, frames=2, height=16, width=16)
+    small = encode(source, tmp_path / "s", frames=1, codec=PixelUnshuffleCodec(8), text=HashTextEncoder(2, 4),
+                   dtype="float16", shard_bytes=1)  # fmt: skip
+    assert len(read_all(small.path)) == 2
+    tried = 0
+    for path in sorted(small.path.glob("*")):
+        data = path.read_bytes()
+        for position in range(0, len(data), 7):
+            damaged = bytearray(data)
+            damaged[position] ^= 1 << (position % 8)
+            path.write_bytes(damaged)
+            with pytest.raises(DataError, match=path.name):
+                read_all(small.path)
+            tried += 1
+        path.write_bytes(data)
+    assert tried > 1000 and len(read_all(small.path)) == 2
+
+
+@pytest.mark.parametrize("harm", ["truncate", "empty", "remove", "extend", "zero"])
+@pytest.mark.parametrize("name", ["shard-00002.safetensors", "index.parquet", "store.json"])
+def test_harmed_files_are_named_and_encoding_again_mends_the_store(manifest, store, tmp_path, name, harm):
+    folder = tmp_path / "s"
+    shutil.copytree(store.path, folder)
+    path = folder / name
+    data = path.read_bytes()
+    harmed = {"truncate": data[:-9], "empty": b"", "extend": data + b"\n", "zero": bytes(len(data))}
+    path.unlink() if harm == "remove" else path.write_bytes(harmed[harm])
+    with pytest.raises(DataError, match=name):
+        read_all(folder)
+    if name == "store.json" and harm != "remove":
+        with pytest.raises(DataError, match="store.json: damaged"):
+            encode(manifest, folder)
+        path.unlink()
+    encode(manifest, folder)
+    assert files_of(folder) == files_of(store.path)
+
+
+def test_verify_reads_every_shard(store, tmp_path):
+    shutil.copytree(store.path, tmp_path / "s")
+    copy = LatentStore(tmp_path / "s")
+    copy.verify()
+    path = tmp_path / "s/shard-00003.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="shard-00003"):
+        copy.verify()
+
+
+def test_sealed_json_refuses_every_change_and_every_other_writer(tmp_path):
+    value = {"name": "é", "list": [1, 2.5, None, True], "map": {"b": 1, "a": 2}}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == value
+    data = (tmp_path / "a.json").read_bytes()
+    for position in range(len(data)):
+        (tmp_path / "a.json").write_bytes(data[:position] + bytes([data[position] ^ 32]) + data[position + 1 :])
+        with pytest.raises(DataError, match="a.json"):
+            read_json(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text(json.dumps(json.loads(data)))
+    with pytest.raises(DataError, match="damaged"):
+        read_json(tmp_path / "a.json")
+
+
+def test_shards_are_bytewise_repeatable_and_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    tensors = {"b": torch.arange(6.0).view(2, 3).t(), "a": torch.ones(3, dtype=torch.int64)}
+    first = write_shard(tmp_path / "x.safetensors", tensors, "what it is")
+    assert write_shard(tmp_path / "x.safetensors", dict(reversed(tensors.items())), "what it is") == first
+    handle = open_shard(tmp_path, first)
+    assert torch.equal(handle.get_tensor("b"), tensors["b"]) and handle.metadata() == {"description": "what it is"}
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DataError, match="x.safetensors: could not be written .No space left"):
+        write_shard(tmp_path / "x.safetensors", {"c": torch.zeros(1)})
+    open_shard(tmp_path, first)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+# Command line
+
+
+def run(*arguments):
+    from pgdpo_fast.cli import main
+
+    return main(["encode", *map(str, arguments)])
+
+
+def test_the_command_encodes_shows_what_was_dropped_and_where_the_store_is(faulty, tmp_path, capsys):
+    arguments = ("--manifest", faulty, "--output", tmp_path / "s", "--codec", "pixel-unshuffle", "--frames", 3,
+                 "--height", 16, "--width", 16, "--fps", 0)  # fmt: skip
+    assert run(*arguments) == 0
+    out, err = capsys.readouterr()
+    assert "5 of 7" in out and "chosen clip unusable" in out and "rejected clip unusable" in out
+    assert "5 pairs, latents 48x3x4x4" in err and str(tmp_path / "s") in err and "KiB" in err
+    assert LatentStore(tmp_path / "s").settings["clip"]["fps"] is None
+    assert run(*arguments, "--frames", 2) == 3
+    assert "clip.frames=3, now clip.frames=2" in capsys.readouterr().err
+    assert run(*arguments[:4], "--codec", "pixel-unshuffle", "--frames", 3, "--height", 18) == 2
+    assert run(*arguments[:4], "--codec", "wan") == 2
+    assert "--model" in capsys.readouterr().err
+
+
+def test_the_command_encodes_with_a_model_folder(manifest, text_models, vaes, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(vaes["wan"][0], model)
+    shutil.copytree(text_models["wan"], model, dirs_exist_ok=True)
+    assert run("-m", manifest.path, "-o", tmp_path / "s", "--model", model, "--device", "cpu",
+               "--frames", 1, "--height", 16, "--width", 16, "--fps", 8) == 0  # fmt: skip
+    store = LatentStore(tmp_path / "s")
+    assert store.shape == (4, 1, 2, 2) and store.text_dim == 16 and len(store) == 7
+    assert store.settings["codec"]["class"] == "AutoencoderKLWan" and store.settings["text"]["padding"] == "zeros"
