@@ -118,8 +118,9 @@ class Objective:
         return None
 
     @staticmethod
-    def _plain(loss: Tensor, logits: Tensor, alpha: Tensor | None = None, gamma: Tensor | None = None,
+    def result(loss: Tensor, logits: Tensor, alpha: Tensor | None = None, gamma: Tensor | None = None,
                importance: Tensor | None = None) -> Terms:
+        """`Terms` with weights of one where none are given; what `terms` returns."""
         one = torch.ones_like(logits)
         return Terms(loss, logits, one if alpha is None else alpha, one if gamma is None else gamma,
                      one if importance is None else importance)
@@ -143,7 +144,7 @@ class DPO(Objective):
     def terms(self, errors, posterior_scale=None):
         logits = 0.5 * self.beta * (errors.gap_rejected - errors.gap_chosen)
         loss = -(1 - self.label_smoothing) * logsigmoid(logits) - self.label_smoothing * logsigmoid(-logits)
-        return self._plain(loss, logits)
+        return self.result(loss, logits)
 
     def epilogue(self):
         return Epilogue(KIND_DPO, 0, (0.5 * self.beta, self.label_smoothing))
@@ -256,7 +257,7 @@ class PGDPO(Objective):
         logits = half_beta * (chosen - alpha * rejected)
         preference = -logsigmoid(logits)
         if self.ipr == "none":
-            return self._plain(preference, logits, alpha.detach())
+            return self.result(preference, logits, alpha.detach())
         gamma, complement = torch.sigmoid(-self.k2 * ratio), torch.sigmoid(self.k2 * ratio)
         implicit = errors.anchor if self.ipr == "anchor" else -chosen
         scale = self.ipr_weight * (half_beta if self.ipr_scale == "beta" else 1.0)
@@ -265,7 +266,7 @@ class PGDPO(Objective):
             loss = (mean[0] * mean[1] + scale * mean[2] * mean[3]).expand_as(preference)
         else:
             loss = gamma * preference + scale * complement * implicit
-        return self._plain(loss, logits, alpha.detach(), gamma.detach())
+        return self.result(loss, logits, alpha.detach(), gamma.detach())
 
     def epilogue(self):
         half_beta = 0.5 * self.beta
@@ -286,7 +287,7 @@ class IPO(Objective):
 
     def terms(self, errors, posterior_scale=None):
         margin = errors.gap_rejected - errors.gap_chosen
-        return self._plain((0.5 * margin - 0.5 / self.beta) ** 2, 0.5 * self.beta * margin)
+        return self.result((0.5 * margin - 0.5 / self.beta) ** 2, 0.5 * self.beta * margin)
 
     def epilogue(self):
         return Epilogue(KIND_IPO, 0, (0.5 * self.beta, 0.5 / self.beta))
@@ -320,7 +321,7 @@ class SLiC(Objective):
         else:
             logits = 0.5 * (errors.policy_rejected - errors.policy_chosen)
         loss = (self.delta - logits).clamp(min=0.0) + 0.5 * self.weight * errors.policy_chosen
-        return self._plain(loss, logits)
+        return self.result(loss, logits)
 
     def epilogue(self):
         return Epilogue(KIND_HINGE if self.hinge else KIND_SLIC, 0, (0.5 * self.beta, self.delta, self.weight))
@@ -333,7 +334,7 @@ class SFT(Objective):
     needs_reference: ClassVar[bool] = False
 
     def terms(self, errors, posterior_scale=None):
-        return self._plain(errors.policy_chosen.clone(), torch.zeros_like(errors.policy_chosen))
+        return self.result(errors.policy_chosen.clone(), torch.zeros_like(errors.policy_chosen))
 
     def epilogue(self):
         return Epilogue(KIND_SFT, 0, ())
@@ -353,7 +354,7 @@ class DPOP(Objective):
     def terms(self, errors, posterior_scale=None):
         chosen, rejected = -errors.gap_chosen, -errors.gap_rejected
         logits = 0.5 * self.beta * (chosen - rejected - self.penalty * (-chosen).clamp(min=0.0))
-        return self._plain(-logsigmoid(logits), logits)
+        return self.result(-logsigmoid(logits), logits)
 
     def epilogue(self):
         return Epilogue(KIND_DPOP, 0, (0.5 * self.beta, self.penalty))
@@ -372,7 +373,7 @@ class DPOShift(Objective):
 
     def terms(self, errors, posterior_scale=None):
         logits = 0.5 * self.beta * (self.shift * errors.gap_rejected - errors.gap_chosen)
-        return self._plain(-logsigmoid(logits), logits, torch.full_like(logits, self.shift))
+        return self.result(-logsigmoid(logits), logits, torch.full_like(logits, self.shift))
 
     def epilogue(self):
         return Epilogue(KIND_DPO_SHIFT, 0, (0.5 * self.beta, self.shift))
@@ -403,7 +404,7 @@ class SDPO(Objective):
         raw = torch.exp(-0.5 * posterior_scale * (errors.policy_chosen + errors.policy_rejected)).detach()
         importance = torch.where(raw < self.threshold, torch.zeros_like(raw), raw.clamp(1 - self.clip, 1 + self.clip))
         logits = 0.5 * self.beta * (errors.gap_rejected - errors.gap_chosen)
-        return self._plain(-importance * logsigmoid(logits), logits, importance=importance)
+        return self.result(-importance * logsigmoid(logits), logits, importance=importance)
 
     def epilogue(self):
         return Epilogue(KIND_DPO, FLAG_IMPORTANCE,
