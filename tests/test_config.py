@@ -39,7 +39,8 @@ outputs: {dir: x}
     for expected in (
         "'nonsense': expected key=value", "model.dtyp: unknown key; did you mean model.dtype?",
         "model.train='lor': expected one of lora, full", "model.gradient_checkpointing=1: expected true or false",
-        "data.stor: unknown key; did you mean data.store?", "objective.bta", "did you mean 'beta'?", "did you mean 'shift'?",
+        "data.stor: unknown key; did you mean data.store?", "objective.bta", "did you mean 'beta'?",
+        "did you mean 'shift'?",
         "training.stepps: unknown key; did you mean training.steps?", "training.accumulation=2: expected a divisor",
         "training.clip_norm=-1.0: expected at least 0", "training.learning_rate=0.0: expected more than 0",
         "training.seed=1.5: expected a whole number", "outputs: unknown key; did you mean output?",

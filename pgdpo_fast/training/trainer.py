@@ -132,8 +132,7 @@ def _loop(run: Run, start: int, display: Display, stopping: Callable[[], bool], 
                 run.note(
                     checkpoint.rehearse(run.checkpoints, done, run.adapter, run.policy, run.optimizer, run.identity)
                 )
-            if done % options.evaluation_every == 0 or done == last:
-                _evaluate(run, done, stopping, hooks)
+            _evaluate(run, done, stopping, hooks)
             if done % options.checkpoint_every == 0 or done == last:
                 saved = run.save(done)
     if stopping():  # it may have cut the last evaluation short
@@ -145,8 +144,12 @@ def _loop(run: Run, start: int, display: Display, stopping: Callable[[], bool], 
 
 @torch.no_grad()
 def _evaluate(run: Run, step: int, stopping: Callable[[], bool], hooks: Sequence[Hook]) -> None:
-    """Measure the held-out pairs at their fixed draws. SIGTERM cuts it short; the resumed run then does it again."""
-    if run.last_evaluation is not None and run.last_evaluation["step"] == step:
+    """Measure the held-out pairs at their fixed draws, if it is time and not done before.
+
+    SIGTERM cuts it short, without a row; the resumed run then makes up for it.
+    """
+    due = step % run.config.training.evaluation_every == 0 or step == run.config.training.steps
+    if not due or (run.last_evaluation is not None and run.last_evaluation["step"] == step):
         return
     size = run.config.training.pairs_per_step // run.config.training.accumulation
     measured = []
