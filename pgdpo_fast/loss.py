@@ -44,16 +44,19 @@ class PackedReference:
     rejected_scale: Tensor | None = None
 
     @classmethod
+    @torch.no_grad()
     def pack(cls, reference, target, format: str = "bf16") -> PackedReference:
-        """Pack reference predictions against their targets (stacked or tuples, as in `preference_loss`).
+        """Pack reference predictions against their targets, both in any form `preference_loss` takes.
 
         Args:
-            format: "bf16", or "fp8": one byte an element, scaled so that each block's largest residual is 448.
+            format: "bf16", or "fp8": one byte an element, scaled so that a block's largest residual is 448 and its sum
+                of squares is kept. Rounding to 4 bits loses 0.07% of it, which at the start of training is more than
+                the gaps themselves; with it kept, sample and frame errors are those of the predictions.
         """
         if format not in ("bf16", "fp8"):
             raise ValueError(f"format={format!r}: expected 'bf16' or 'fp8'")
-        q, y = _halves(reference, "reference"), _halves(target, "target")
-        residuals = [(a.float() - b.float()) for a, b in zip(q, y, strict=True)]
+        x = gather(*_check(reference, target, None).tensors)
+        residuals = [(q.to(y.dtype) - y).float() for q, y in zip(x.policy, eager.targets(x), strict=True)]
         if format == "bf16":
             return cls(*(r.bfloat16() for r in residuals))
         rows, scales = zip(*(_quantise(r) for r in residuals), strict=True)
@@ -64,8 +67,11 @@ def _quantise(residual: Tensor) -> tuple[Tensor, Tensor]:
     flat = residual.flatten(1)
     blocks = nn.functional.pad(flat, (0, -flat.shape[1] % PACK_BLOCK)).unflatten(1, (-1, PACK_BLOCK))
     scale = (blocks.abs().amax(-1) / 448.0).clamp(min=torch.finfo(torch.float32).tiny)
-    rows = (blocks / scale[..., None]).clamp(-448.0, 448.0).to(torch.float8_e4m3fn).flatten(1)[:, : flat.shape[1]]
-    return rows.contiguous().view(torch.uint8).view(residual.shape), scale
+    blocks = (blocks / scale[..., None]).clamp(-448.0, 448.0)
+    rows = blocks.to(torch.float8_e4m3fn)
+    true, kept = (x.square().sum(-1) for x in (blocks, rows.float()))
+    scale = scale * (true / kept).sqrt().where(kept != 0, 1.0)
+    return rows.flatten(1)[:, : flat.shape[1]].contiguous().view(torch.uint8).view(residual.shape), scale
 
 
 @dataclass(frozen=True)
@@ -151,16 +157,6 @@ class PreferenceLossOutput:
 
 def _describe(x) -> str:
     return f"{tuple(x.shape)} {x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
-
-
-def _halves(x, name: str) -> tuple[Tensor, Tensor]:
-    if isinstance(x, (tuple, list)):
-        if len(x) != 2:
-            raise ValueError(f"{name}: expected a (chosen, rejected) tuple, got {len(x)} items")
-        return tuple(x)
-    if x.shape[0] % 2:
-        raise ValueError(f"{name}: expected [2B, ...] with the chosen half first, got an odd batch of {x.shape[0]}")
-    return x[: x.shape[0] // 2], x[x.shape[0] // 2:]
 
 
 def _pair(x, name: str) -> tuple[Tensor, Tensor | None]:

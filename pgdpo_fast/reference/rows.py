@@ -1,0 +1,97 @@
+"""What the reference cache keeps of one (pair, draw), and the two functions between it and the loss.
+
+`pack` turns a reference prediction into rows, `gather` copies the rows of a batch out of the tables they lie in, and
+`as_reference` hands them to `preference_loss` as they are: nothing is ever unpacked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from pgdpo_fast.backends.operands import PACK_BLOCK
+from pgdpo_fast.errors import NonFiniteError
+from pgdpo_fast.loss import NoisedTarget, PackedReference, ReferenceErrors, reference_errors
+
+__all__ = ["FORMATS", "Rows", "as_reference", "check_finite", "gather", "pack", "row_tensors"]
+
+FORMATS = ("errors", "bf16", "fp8")
+
+# Name -> [B, ...] tensor: "chosen" and "rejected", and for fp8 "chosen_scale" and "rejected_scale".
+Rows = dict[str, Tensor]
+
+
+def row_tensors(format: str, granularity: str, shape: Sequence[int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor of one row, for latents of `shape` [C, F, H, W].
+
+    errors: two float32, or two [F] float32 per frame. bf16: two residuals q - y. fp8: two uint8 [C, F, H, W] holding
+    float8 (e4m3) bytes, each with [ceil(C*F*H*W / 128)] float32 scales.
+    """
+    if format == "errors":
+        kept = ((shape[1],) if granularity == "frame" else (), torch.float32)
+        return {"chosen": kept, "rejected": kept}
+    kept = (tuple(shape), torch.bfloat16 if format == "bf16" else torch.uint8)
+    tensors = {"chosen": kept, "rejected": kept}
+    if format == "fp8":
+        scale = ((-(-prod(shape) // PACK_BLOCK),), torch.float32)
+        tensors |= {"chosen_scale": scale, "rejected_scale": scale}
+    return tensors
+
+
+@torch.no_grad()
+def pack(prediction: Tensor, target: Tensor | NoisedTarget, format: str, granularity: str = "sample",
+         backend: str = "auto") -> Rows:
+    """Rows of a batch of reference predictions, on the predictions' device.
+
+    Args:
+        prediction: `[2B, C, F, H, W]`, chosen half first.
+        target: what it should have been, in any form `preference_loss` takes.
+        format: one of `FORMATS`.
+        granularity, backend: of the errors, as in `preference_loss`; packed predictions serve any granularity.
+    """
+    if format == "errors":
+        errors = reference_errors(prediction, target, granularity=granularity, backend=backend)
+        return {"chosen": errors.chosen.float(), "rejected": errors.rejected.float()}
+    packed = PackedReference.pack(prediction, target, format)
+    return {name: rows for name, rows in vars(packed).items() if rows is not None}
+
+
+def check_finite(rows: Rows, keys: Sequence[tuple[str, int]]) -> None:
+    """Raise NonFiniteError naming the (pair, draw) of rows made from NaN or infinite predictions. Waits for the device.
+
+    float8 has no infinity to look for, but a block's scale is its largest residual and is not finite either.
+    """
+    bad = set()
+    for values in rows.values():
+        if values.dtype != torch.uint8:
+            bad.update((~torch.isfinite(values)).flatten(1 if values.ndim > 1 else 0).view(len(values), -1).any(1)
+                       .nonzero().flatten().tolist())
+    if bad:
+        names = ", ".join(f"{keys[i][0]} (draw {keys[i][1]})" for i in sorted(bad))
+        raise NonFiniteError(f"the reference's prediction is NaN or infinite for pair {names}; look at these clips' "
+                             f"latents, or set model.dtype=fp32")
+
+
+def gather(tables: Sequence[Mapping[str, Tensor]], places: Sequence[tuple[int, int]], out: Rows | None = None) -> Rows:
+    """Rows of a batch, `[B, ...]` each, copied from where they lie.
+
+    Args:
+        tables: one mapping of name to `[rows, ...]` a shard; memory-mapped, in host memory or on a device.
+        places: (shard, row) of each of the B rows.
+        out: buffers of at least B rows to write into, e.g. pinned ones; new tensors otherwise.
+    """
+    first = tables[places[0][0]]
+    if len({shard for shard, _ in places}) == 1 and out is None:
+        index = torch.tensor([row for _, row in places]).to(next(iter(first.values())).device, non_blocking=True)
+        return {name: table.index_select(0, index) for name, table in first.items()}
+    into = {name: None if out is None else out[name][: len(places)] for name in first}
+    return {name: torch.stack([tables[shard][name][row] for shard, row in places], out=into[name]) for name in first}
+
+
+def as_reference(rows: Rows) -> ReferenceErrors | PackedReference:
+    """Rows as the `reference` argument of `preference_loss`."""
+    packed = rows["chosen"].dtype != torch.float32
+    return PackedReference(**rows) if packed else ReferenceErrors(**rows)
