@@ -28,16 +28,12 @@ class Encode:
     """
 
     manifest: Annotated[Path, tyro.conf.arg(aliases=["-m"])]
-    """JSONL, CSV or parquet with prompt, chosen, rejected (and optional id, negative_prompt, first_frame, chosen_score,
-    rejected_score, weight); a VideoAlign CSV; or VideoDPO's pair.json. Relative clip paths start at the manifest's
-    folder."""
+    """JSONL, CSV or parquet with prompt, chosen, rejected (optional: id, negative_prompt, first_frame, chosen_score,
+    rejected_score, weight), a VideoAlign CSV, or VideoDPO's pair.json. Clip paths are relative to this file's folder."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder of the store; created when new, continued when it holds the same settings."""
     codec: Literal["wan", "cogvideox", "image", "pixel-unshuffle"] = "wan"
-    """Video autoencoder family.
-
-    "image" is AutoencoderKL frame by frame (VideoCrafter2); "pixel-unshuffle" has no weights.
-    """
+    """Video autoencoder: "image" is AutoencoderKL frame by frame (VideoCrafter2), "pixel-unshuffle" has no weights."""
     model: str | None = None
     """Folder or hub id of the model whose VAE and text encoder are used, e.g. Wan-AI/Wan2.1-T2V-1.3B-Diffusers."""
     revision: str | None = None
@@ -51,10 +47,7 @@ class Encode:
     width: int | None = None
     """Width in pixels. Default 832 (wan), 720 (cogvideox), 512 (image), 64 (pixel-unshuffle)."""
     fps: float | None = None
-    """Rate at which both clips are sampled, by time stamp.
-
-    Default 16 (wan), 8 (others); 0 takes the source's own frames.
-    """
+    """Frames per second taken from both clips, by time stamp; 0 takes the source's own. Default 16 (wan), 8 (others)."""
     start: Literal["begin", "center"] = "begin"
     """Where in a longer clip the frames are taken."""
     short: Literal["error", "pad"] = "error"
