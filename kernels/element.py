@@ -9,7 +9,7 @@ the video, so its gradients take a second pass that knows them.
 import triton
 import triton.language as tl
 from pgdpo_fast.kernels.epilogue import FLAG_IMPORTANCE, objective, pgdpo_slopes, pgdpo_terms
-from pgdpo_fast.kernels.pair import load, load_targets, reference_terms
+from pgdpo_fast.kernels.pair import load, load_targets, reference_terms, thread_sums
 
 # Planes of the partial sums: the nine of the telemetry, then 1 - gamma and the regularizer for OUTER.
 ELEMENT_SUMS = 11
@@ -23,7 +23,8 @@ def element_block(sums, gw_ptr, gl_ptr, pw_ptr, pl_ptr, yw_ptr, yl_ptr, noise_pt
                   mean_gamma, mean_preference, mean_complement, mean_implicit, phase, offsets, mask,
                   KIND: tl.constexpr, FLAGS: tl.constexpr, OUTER: tl.constexpr, SUMS: tl.constexpr, GRADS: tl.constexpr,
                   REFERENCE: tl.constexpr, SHARED_TARGET: tl.constexpr, TARGET_BUILT: tl.constexpr,
-                  PACK_BLOCK: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr):
+                  PACK_BLOCK: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr,
+                  BLOCK: tl.constexpr, LANES: tl.constexpr):
     """One block of elements through the objective: telemetry into the running sums, gradients to memory."""
     p_w = load(pw_ptr, offsets, mask, MASKED, COMPUTE)
     p_l = load(pl_ptr, offsets, mask, MASKED, COMPUTE)
@@ -74,8 +75,12 @@ def element_block(sums, gw_ptr, gl_ptr, pw_ptr, pl_ptr, yw_ptr, yl_ptr, noise_pt
             gamma = tl.where(mask, gamma, 0.0)
             importance = tl.where(mask, importance, 0.0)
             complement = tl.where(mask, complement, 0.0)
-        sums = (sums[0] + loss, sums[1] + logits, sums[2] + alpha, sums[3] + gamma, sums[4] + importance,
-                sums[5] + e_w, sums[6] + e_l, sums[7] + d_w, sums[8] + d_l, sums[9] + complement, sums[10] + implicit)
+        sums = (sums[0] + thread_sums(loss, BLOCK, LANES), sums[1] + thread_sums(logits, BLOCK, LANES),
+                sums[2] + thread_sums(alpha, BLOCK, LANES), sums[3] + thread_sums(gamma, BLOCK, LANES),
+                sums[4] + thread_sums(importance, BLOCK, LANES), sums[5] + thread_sums(e_w, BLOCK, LANES),
+                sums[6] + thread_sums(e_l, BLOCK, LANES), sums[7] + thread_sums(d_w, BLOCK, LANES),
+                sums[8] + thread_sums(d_l, BLOCK, LANES), sums[9] + thread_sums(complement, BLOCK, LANES),
+                sums[10] + thread_sums(implicit, BLOCK, LANES))
     return sums
 
 
@@ -89,7 +94,7 @@ def pair_elements_kernel(
     KIND: tl.constexpr, FLAGS: tl.constexpr, OUTER: tl.constexpr, SUMS: tl.constexpr, GRADS: tl.constexpr,
     INCOMING: tl.constexpr, SPECULATIVE: tl.constexpr, WEIGHTED: tl.constexpr,
     REFERENCE: tl.constexpr, SHARED_TARGET: tl.constexpr, TARGET_BUILT: tl.constexpr,
-    PACK_BLOCK: tl.constexpr, ALIGN: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    PACK_BLOCK: tl.constexpr, ALIGN: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):
     """Grid (segments, pairs). Writes gradients `[B, ...]` (GRADS) and partial sums `[11, B, segments]` (SUMS).
 
@@ -139,7 +144,7 @@ def pair_elements_kernel(
         mean_complement = tl.load(mean_ptr + 2 * pairs + pair)
         mean_implicit = tl.load(mean_ptr + 3 * pairs + pair)
 
-    zero = tl.zeros([BLOCK], COMPUTE)
+    zero = tl.zeros([BLOCK // LANES], COMPUTE)
     sums = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
     lanes = tl.arange(0, BLOCK)
     whole = length // BLOCK * BLOCK
@@ -148,14 +153,14 @@ def pair_elements_kernel(
             sums, gw_ptr, gl_ptr, pw_ptr, pl_ptr, yw_ptr, yl_ptr, noise_ptr, qw_ptr, ql_ptr, sw_ptr, sl_ptr,
             params_ptr, noise_scale, clean_scale, posterior_scale, scale, mean_gamma, mean_preference, mean_complement,
             mean_implicit, phase, begin + lanes, None, KIND, FLAGS, OUTER, SUMS, GRADS,
-            REFERENCE, SHARED_TARGET, TARGET_BUILT, PACK_BLOCK, False, COMPUTE)
+            REFERENCE, SHARED_TARGET, TARGET_BUILT, PACK_BLOCK, False, COMPUTE, BLOCK, LANES)
     if whole < length:
         offsets = whole + lanes
         sums = element_block(
             sums, gw_ptr, gl_ptr, pw_ptr, pl_ptr, yw_ptr, yl_ptr, noise_ptr, qw_ptr, ql_ptr, sw_ptr, sl_ptr,
             params_ptr, noise_scale, clean_scale, posterior_scale, scale, mean_gamma, mean_preference, mean_complement,
             mean_implicit, phase, offsets, offsets < length, KIND, FLAGS, OUTER, SUMS, GRADS,
-            REFERENCE, SHARED_TARGET, TARGET_BUILT, PACK_BLOCK, True, COMPUTE)
+            REFERENCE, SHARED_TARGET, TARGET_BUILT, PACK_BLOCK, True, COMPUTE, BLOCK, LANES)
     if SUMS:
         segments = tl.num_programs(0)
         plane = tl.cast(pairs, tl.int64) * segments

@@ -27,6 +27,12 @@ def load(ptr, offsets, mask, MASKED: tl.constexpr, COMPUTE: tl.constexpr):
 
 
 @triton.jit
+def thread_sums(x, BLOCK: tl.constexpr, LANES: tl.constexpr):
+    """Sum each run of LANES values, which sit in one thread's registers: running sums cost a LANES-th of them."""
+    return tl.sum(tl.reshape(x, [BLOCK // LANES, LANES]), 1)
+
+
+@triton.jit
 def load_float8(ptr, scale_ptr, phase, offsets, mask,
                 PACK_BLOCK: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr):
     """e4m3 bytes times their block's scale; `phase` is where in its block the segment starts.
@@ -78,7 +84,7 @@ def accumulate(sums, pw_ptr, pl_ptr, yw_ptr, yl_ptr, noise_ptr, qw_ptr, ql_ptr, 
                noise_scale, clean_scale, phase, offsets, mask,
                REFERENCE: tl.constexpr, SHARED_TARGET: tl.constexpr, TARGET_BUILT: tl.constexpr,
                ANCHOR: tl.constexpr, CROSS: tl.constexpr, PACK_BLOCK: tl.constexpr,
-               MASKED: tl.constexpr, COMPUTE: tl.constexpr):
+               MASKED: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
     """One block into the six running sums. Masked lanes load zeros everywhere, hence add zero."""
     e_w, e_l, d_w, d_l, anchor, cross = sums
     p_w = load(pw_ptr, offsets, mask, MASKED, COMPUTE)
@@ -87,19 +93,19 @@ def accumulate(sums, pw_ptr, pl_ptr, yw_ptr, yl_ptr, noise_ptr, qw_ptr, ql_ptr, 
                             SHARED_TARGET, TARGET_BUILT, MASKED, COMPUTE)
     u_w = p_w - y_w
     u_l = p_l - y_l
-    e_w += u_w * u_w
-    e_l += u_l * u_l
+    e_w += thread_sums(u_w * u_w, BLOCK, LANES)
+    e_l += thread_sums(u_l * u_l, BLOCK, LANES)
     if CROSS:
-        cross += u_w * u_l
+        cross += thread_sums(u_w * u_l, BLOCK, LANES)
     if REFERENCE != 0:
         minus_w, plus_w = reference_terms(p_w, y_w, qw_ptr, sw_ptr, phase, offsets, mask,
                                           REFERENCE, PACK_BLOCK, MASKED, COMPUTE)
         minus_l, plus_l = reference_terms(p_l, y_l, ql_ptr, sl_ptr, phase, offsets, mask,
                                           REFERENCE, PACK_BLOCK, MASKED, COMPUTE)
-        d_w += minus_w * plus_w
-        d_l += minus_l * plus_l
+        d_w += thread_sums(minus_w * plus_w, BLOCK, LANES)
+        d_l += thread_sums(minus_l * plus_l, BLOCK, LANES)
         if ANCHOR:
-            anchor += minus_w * minus_w
+            anchor += thread_sums(minus_w * minus_w, BLOCK, LANES)
     return e_w, e_l, d_w, d_l, anchor, cross
 
 
@@ -110,6 +116,7 @@ def pair_errors_kernel(
     pairs, n, seg_len,
     REFERENCE: tl.constexpr, SHARED_TARGET: tl.constexpr, TARGET_BUILT: tl.constexpr, ANCHOR: tl.constexpr,
     CROSS: tl.constexpr, PACK_BLOCK: tl.constexpr, ALIGN: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     """Partial sums of every segment: grid (segments, pairs), output `[STATISTICS, pairs, segments]`.
 
@@ -136,19 +143,19 @@ def pair_errors_kernel(
         noise_scale = tl.load(target_scale_ptr + pair).to(COMPUTE)
         clean_scale = tl.load(target_scale_ptr + pairs + pair).to(COMPUTE)
 
-    zero = tl.zeros([BLOCK], COMPUTE)
+    zero = tl.zeros([BLOCK // LANES], COMPUTE)
     sums = (zero, zero, zero, zero, zero, zero)
     lanes = tl.arange(0, BLOCK)
     whole = length // BLOCK * BLOCK
     for begin in range(0, whole, BLOCK):
         sums = accumulate(sums, pw_ptr, pl_ptr, yw_ptr, yl_ptr, noise_ptr, qw_ptr, ql_ptr, sw_ptr, sl_ptr,
                           noise_scale, clean_scale, phase, begin + lanes, None,
-                          REFERENCE, SHARED_TARGET, TARGET_BUILT, ANCHOR, CROSS, PACK_BLOCK, False, COMPUTE)
+                          REFERENCE, SHARED_TARGET, TARGET_BUILT, ANCHOR, CROSS, PACK_BLOCK, False, COMPUTE, BLOCK, LANES)
     if whole < length:
         offsets = whole + lanes
         sums = accumulate(sums, pw_ptr, pl_ptr, yw_ptr, yl_ptr, noise_ptr, qw_ptr, ql_ptr, sw_ptr, sl_ptr,
                           noise_scale, clean_scale, phase, offsets, offsets < length,
-                          REFERENCE, SHARED_TARGET, TARGET_BUILT, ANCHOR, CROSS, PACK_BLOCK, True, COMPUTE)
+                          REFERENCE, SHARED_TARGET, TARGET_BUILT, ANCHOR, CROSS, PACK_BLOCK, True, COMPUTE, BLOCK, LANES)
     plane = tl.cast(pairs, tl.int64) * segments
     partial_ptr += pair * segments + segment
     for k in tl.static_range(6):

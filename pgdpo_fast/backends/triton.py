@@ -56,6 +56,11 @@ def _alignment(length: int) -> int:
     return min(length & -length, 16)
 
 
+def _lanes(x: Operands) -> int:
+    """Values one thread loads at a time: 128 bits of the predictions' dtype."""
+    return 16 // x.policy.chosen.element_size()
+
+
 def _rows(side, fallback: Tensor) -> tuple:
     """(chosen, rejected, chosen row stride, rejected row stride); an absent operand is never read."""
     if side is None:
@@ -89,7 +94,7 @@ def partial_sums(x: Operands, reference_form: int, groups: int, anchor: bool, cr
     with _guard(partial.device):
         pair_errors_kernel[(cut.segments, x.pairs)](
             *pointers, target_scale, partial, *strides, x.pairs, x.numel, cut.length,
-            ANCHOR=anchor, CROSS=cross, ALIGN=_alignment(cut.length), **switches)
+            ANCHOR=anchor, CROSS=cross, ALIGN=_alignment(cut.length), LANES=_lanes(x), **switches)
     return partial
 
 
@@ -193,7 +198,7 @@ def _launch_elements(x, reference_form, weight, posterior_scale, kind, flags, pa
             gw.stride(0), gl.stride(0), *strides, x.pairs, x.numel, cut.length,
             KIND=kind, FLAGS=flags, OUTER=outer, SUMS=partial is not None, GRADS=gradients is not None,
             INCOMING=incoming is not None, SPECULATIVE=speculative, WEIGHTED=weight is not None,
-            ALIGN=_alignment(cut.length), **switches)
+            ALIGN=_alignment(cut.length), LANES=_lanes(x), **switches)
 
 
 def _triton_dtype(dtype: torch.dtype):
