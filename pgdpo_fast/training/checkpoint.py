@@ -1,7 +1,7 @@
 """Checkpoints that are whole or not there: staged, hashed, listed in a sealed manifest, moved into place by one rename.
 
-`step_00000100/` holds `weights/` (what diffusers loads: a LoRA file or the network), `optimizer.safetensors` and
-`manifest.json` with every file's size and sha256. A kill at any moment leaves the older checkpoints as they were; a
+`step_00000100/` holds `weights/` (what diffusers loads: a LoRA file or the network), `optimizer-*.safetensors`
+and `manifest.json` with every file's size and sha256. A kill at any moment leaves the older checkpoints as they were; a
 file that changed on disk is noticed before anything is loaded from it.
 """
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from pgdpo_fast.data.shards import (
     Shard,
     check_disk,
     describe_bytes,
-    open_shard,
     read_json,
     sha256_file,
     verified,
@@ -33,7 +33,8 @@ from pgdpo_fast.training.optimizer import MasterAdamW
 
 __all__ = ["check_checkpoint", "check_space", "find_checkpoint", "load_checkpoint", "rehearse", "save_checkpoint"]
 
-MANIFEST, OPTIMIZER, WEIGHTS = "manifest.json", "optimizer.safetensors", "weights"
+MANIFEST, WEIGHTS = "manifest.json", "weights"
+SHARD_BYTES = 1 << 30  # of optimizer state in one file
 REHEARSED_BYTES = 64 << 20  # of optimizer state written in a rehearsal when all of it would take minutes
 
 
@@ -52,30 +53,37 @@ def save_checkpoint(
         DataError: the disk is full or changes what is written.
     """
     final = root / f"step_{step:08d}"
-    staging = _fresh(root / f".writing_{final.name}")
-    _write(staging, step, adapter, model, optimizer.state(), identity)
-    if final.exists():  # only a damaged one: a whole one would have been resumed from
-        _remove(final)
-    os.replace(staging, final)
-    _sync(root)
-    for path in _finished(root):  # a newer one was damaged or abandoned: the run went on from an older step
-        if path.name > final.name:
+    with _disk_errors(root):
+        staging = _fresh(root / f".writing_{final.name}")
+        _write(staging, step, adapter, model, optimizer.state(), identity)
+        if final.exists():  # only a damaged one: a whole one would have been resumed from
+            _remove(final)
+        os.replace(staging, final)
+        _sync(root)
+        # a newer one was damaged or abandoned: the run went on from an older step
+        newer = [path for path in _finished(root) if path.name > final.name]
+        for path in newer + [path for path in _finished(root) if path not in newer][keep:]:
             _remove(path)
-    for path in _finished(root)[keep:]:
-        _remove(path)
     return final
 
 
 def load_checkpoint(
-    path: Path, adapter: ModelAdapter, model: nn.Module, optimizer: MasterAdamW, identity: Mapping[str, Any]
+    path: Path,
+    manifest: Mapping[str, Any],
+    adapter: ModelAdapter,
+    model: nn.Module,
+    optimizer: MasterAdamW,
+    identity: Mapping[str, Any],
 ) -> int:
-    """Verify `path`, put weights and optimizer state back bit for bit, and return the step.
+    """Put weights and optimizer state of a checked checkpoint back bit for bit, and return its step.
+
+    Args:
+        manifest: what `check_checkpoint` returned for `path`; nothing is hashed again here.
 
     Raises:
-        DataError: a file is missing, damaged or made for another network.
+        DataError: it was made for another network.
         ConfigError: a setting that decides the numbers differs from the checkpoint's; all such settings are named.
     """
-    manifest = check_checkpoint(path)
     saved = manifest["identity"]
     different = [key for key in sorted(saved.keys() | identity.keys()) if saved.get(key) != identity.get(key)]
     if different:
@@ -84,9 +92,7 @@ def load_checkpoint(
             f"{path} cannot be continued with other settings: {changes}. Set them back or choose another output.dir"
         )
     adapter.restore(model, path / WEIGHTS)
-    shard = next(shard for shard in _shards(manifest) if shard.name == OPTIMIZER)
-    with open_shard(path, shard) as file:
-        optimizer.load_state({key: file.get_tensor(key) for key in file.keys()})
+    optimizer.load_state(_optimizer_state(path, manifest))
     return manifest["step"]
 
 
@@ -98,8 +104,10 @@ def check_checkpoint(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def find_checkpoint(root: Path, note: Callable[[str], None]) -> Path | None:
-    """The newest whole checkpoint, or None where there never was one; damaged ones are passed over with a note.
+def find_checkpoint(root: Path, note: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint and its manifest, or None where there never was one.
+
+    Damaged ones are passed over with a note.
 
     Raises:
         DataError: there are checkpoints and all are damaged.
@@ -107,8 +115,7 @@ def find_checkpoint(root: Path, note: Callable[[str], None]) -> Path | None:
     finished = _finished(root)
     for path in finished:
         try:
-            check_checkpoint(path)
-            return path
+            return path, check_checkpoint(path)
         except DataError as error:
             note(f"{path.name} is damaged and passed over: {error}")
     if finished:
@@ -145,19 +152,18 @@ def rehearse(
     """
     state, size = {}, 0
     for key, value in optimizer.state().items():
-        size += value.numel() * value.element_size()
+        size += value.nbytes
         if state and size > REHEARSED_BYTES:
             break
         state[key] = value
     whole = len(state) == len(optimizer.state())
-    path = _fresh(root / ".rehearsal")
-    _write(path, step, adapter, model if whole else None, state, identity)
+    with _disk_errors(root):
+        path = _fresh(root / ".rehearsal")
+        _write(path, step, adapter, model if whole else None, state, identity)
     manifest = check_checkpoint(path)
-    shard = next(shard for shard in _shards(manifest) if shard.name == OPTIMIZER)
-    with open_shard(path, shard) as file:
-        for key, value in state.items():
-            if not torch.equal(file.get_tensor(key), value.cpu()):
-                raise DataError(f"{path}: {key} read back differs from what was written; the disk is damaging files")
+    for key, value in _optimizer_state(path, manifest):
+        if not torch.equal(value, state[key].cpu()):
+            raise DataError(f"{path}: {key} read back differs from what was written; the disk is damaging files")
     written = sum(shard.bytes for shard in _shards(manifest))
     shutil.rmtree(path)
     part = "" if whole else ", a part of the state"
@@ -172,12 +178,9 @@ def _write(
     state: Mapping[str, torch.Tensor],
     identity: Mapping[str, Any],
 ) -> None:
-    shards = [write_shard(folder / OPTIMIZER, state)]
+    shards = [write_shard(folder / f"optimizer-{number:05d}.safetensors", part) for number, part in _parts(state)]
     if model is not None:
-        try:
-            adapter.export(model, folder / WEIGHTS)
-        except OSError as error:
-            raise DataError(f"{folder}: {error.strerror or error}; free space and resume") from error
+        adapter.export(model, folder / WEIGHTS)
         for file in sorted((folder / WEIGHTS).iterdir()):
             _sync(file)
             shards.append(Shard(f"{WEIGHTS}/{file.name}", file.stat().st_size, sha256_file(file)))
@@ -188,8 +191,43 @@ def _write(
     )
 
 
+def _parts(state: Mapping[str, torch.Tensor]) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    """The state in numbered parts of `SHARD_BYTES` or one tensor, so that saving never holds all of it on the host."""
+    number, part, size = 0, {}, 0
+    for key, value in state.items():
+        if part and size + value.nbytes > SHARD_BYTES:
+            yield number, part
+            number, part, size = number + 1, {}, 0
+        part[key] = value
+        size += value.nbytes
+    if part:
+        yield number, part
+
+
+def _optimizer_state(path: Path, manifest: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every entry of the optimizer state of a checkpoint whose files have been checked."""
+    from safetensors import safe_open
+
+    for shard in _shards(manifest):
+        if shard.name.startswith("optimizer-"):
+            with safe_open(path / shard.name, "pt") as file:
+                for key in file.keys():
+                    yield key, file.get_tensor(key)
+
+
 def _shards(manifest: Mapping[str, Any]) -> list[Shard]:
     return [Shard(**entry) for entry in manifest["files"]]
+
+
+@contextmanager
+def _disk_errors(root: Path) -> Iterator[None]:
+    """What the file system or safetensors cannot write, as DataError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{root}: a checkpoint could not be written ({error}); free space, then resume") from error
 
 
 def _finished(root: Path) -> list[Path]:

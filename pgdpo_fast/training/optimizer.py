@@ -6,7 +6,7 @@ clipping, moments and the update are all fp32 and the network only ever receives
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -87,13 +87,13 @@ class MasterAdamW:
         return state
 
     @torch.no_grad()
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state` gave.
+    def load_state(self, state: Iterable[tuple[str, Tensor]]) -> None:
+        """Take over the items of what `state` gave, one at a time.
 
         Raises:
             DataError: an entry belongs to no parameter or has another shape.
         """
-        for key, value in state.items():
+        for key, value in state:
             kind, _, name = key.partition("/")
             master = self.masters.get(name)
             if master is None or (kind != "step" and value.shape != master.shape):

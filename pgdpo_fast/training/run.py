@@ -145,19 +145,20 @@ class Run:
             ConfigError: the run directory is taken, or a setting differs from the checkpoint's.
             DataError: the checkpoint is missing or damaged, or the disk cannot hold the coming ones.
         """
-        step = 0
+        step, found = 0, None
         if resume == "never":
             if self.metrics.path.exists() or self.checkpoints.exists():
                 raise ConfigError(
                     f"output.dir={str(self.root)!r} already holds a run; choose another one, or --resume auto"
                 )
         elif resume == "auto":
-            self.resumed_from = checkpoint.find_checkpoint(self.checkpoints, self.note)
+            found = checkpoint.find_checkpoint(self.checkpoints, self.note)
         else:
-            self.resumed_from = Path(resume)
-        if self.resumed_from:
+            found = Path(resume), checkpoint.check_checkpoint(Path(resume))
+        if found:
+            self.resumed_from, manifest = found
             step = checkpoint.load_checkpoint(
-                self.resumed_from, self.adapter, self.policy, self.optimizer, self.identity
+                self.resumed_from, manifest, self.adapter, self.policy, self.optimizer, self.identity
             )
             if step > self.config.training.steps:
                 raise ConfigError(

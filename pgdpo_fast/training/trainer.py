@@ -97,7 +97,10 @@ def train(
 
 def _loop(run: Run, start: int, display: Display, stopping: Callable[[], bool], hooks: Sequence[Hook]) -> RunResult:
     options, last = run.config.training, run.config.training.steps
-    saved = run.resumed_from if start else None
+    # a checkpoint of another run directory does not count as this run's own
+    saved = run.resumed_from
+    if saved and saved.parent.resolve() != run.checkpoints.resolve():
+        saved = None
     _evaluate(run, start, stopping, hooks)
     with closing(_read_ahead(run, start, last)) as steps:
         for step, micro_batches, waited in steps:
@@ -137,6 +140,7 @@ def _loop(run: Run, start: int, display: Display, stopping: Callable[[], bool], 
                 saved = run.save(done)
     if stopping():  # it may have cut the last evaluation short
         _preempt(run, last, saved)
+    saved = saved or run.save(last)
     run.tensorboard.close()
     run.note(f"finished at step {last}; weights in {saved / checkpoint.WEIGHTS}")
     return RunResult(run.root, last, saved, run.last_evaluation)
