@@ -150,12 +150,14 @@ def pair_errors_kernel(
     for begin in range(0, whole, BLOCK):
         sums = accumulate(sums, pw_ptr, pl_ptr, yw_ptr, yl_ptr, noise_ptr, qw_ptr, ql_ptr, sw_ptr, sl_ptr,
                           noise_scale, clean_scale, phase, begin + lanes, None,
-                          REFERENCE, SHARED_TARGET, TARGET_BUILT, ANCHOR, CROSS, PACK_BLOCK, False, COMPUTE, BLOCK, LANES)
+                          REFERENCE, SHARED_TARGET, TARGET_BUILT, ANCHOR, CROSS, PACK_BLOCK, False, COMPUTE, BLOCK,
+                          LANES)
     if whole < length:
         offsets = whole + lanes
         sums = accumulate(sums, pw_ptr, pl_ptr, yw_ptr, yl_ptr, noise_ptr, qw_ptr, ql_ptr, sw_ptr, sl_ptr,
                           noise_scale, clean_scale, phase, offsets, offsets < length,
-                          REFERENCE, SHARED_TARGET, TARGET_BUILT, ANCHOR, CROSS, PACK_BLOCK, True, COMPUTE, BLOCK, LANES)
+                          REFERENCE, SHARED_TARGET, TARGET_BUILT, ANCHOR, CROSS, PACK_BLOCK, True, COMPUTE, BLOCK,
+                          LANES)
     plane = tl.cast(pairs, tl.int64) * segments
     partial_ptr += pair * segments + segment
     for k in tl.static_range(6):
