@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import warnings
+from functools import lru_cache
+
 import torch
 
 from pgdpo_fast.errors import BackendUnavailable
@@ -20,7 +23,35 @@ def unavailable(name: str, device: torch.device) -> str | None:
         from pgdpo_fast.backends import triton
 
         return triton.unavailable(device)
-    return "the native extension is not part of this build"
+    if device.type != "cpu":
+        return f"the native kernels are for CPU tensors, these are on {device}"
+    return _native_reason()
+
+
+@torch.compiler.assume_constant_result
+def _native_reason() -> str | None:
+    from pgdpo_fast.backends import native
+
+    return native.unavailable(torch.device("cpu"))
+
+
+@torch.compiler.assume_constant_result
+def _cpu_default() -> str:
+    """The native kernels where they can be had, else torch, with one warning unless that was asked for."""
+    reason = _native_reason()
+    if reason is None:
+        return "native"
+    from pgdpo_fast.backends.native import SWITCHED_OFF
+
+    if reason != SWITCHED_OFF:
+        _warn_once(f"the loss runs in plain torch on the CPU, about ten times slower than it could: {reason}. "
+                   "PGDPO_FAST_NATIVE=0 or backend='eager' silences this.")
+    return "eager"
+
+
+@lru_cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def select(name: str, device: torch.device) -> str:
@@ -32,6 +63,8 @@ def select(name: str, device: torch.device) -> str:
     """
     if name == "auto":
         # The interpreter is a checking tool, thousands of times slower than torch: never chosen on its own.
+        if device.type == "cpu":
+            return _cpu_default()
         return "triton" if device.type == "cuda" and unavailable("triton", device) is None else "eager"
     if name not in NAMES:
         raise ValueError(f"backend={name!r}: expected 'auto', {', '.join(map(repr, NAMES))}")

@@ -1,0 +1,421 @@
+// The CPU operators as torch sees them, on LibTorch's stable ABI: checks, threads, and the small folds between passes.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <limits>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "epilogue.h"
+#include "pair.h"
+
+namespace pgdpo {
+namespace generic {
+const Passes& passes(bool float64);
+}
+namespace avx2 {
+const Passes& passes(bool float64);
+}
+namespace avx512 {
+const Passes& passes(bool float64);
+}
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+const Passes& passes(bool float64) {
+#if defined(PGDPO_HAVE_AVX512)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    return avx512::passes(float64);
+#endif
+#if defined(PGDPO_HAVE_AVX2)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::passes(float64);
+#endif
+#if defined(PGDPO_HAVE_GENERIC)
+  return generic::passes(float64);
+#else
+  STD_TORCH_CHECK(false, "the native library was built for an instruction set this processor does not have");
+#endif
+}
+
+std::string instruction_set() { return passes(false).name; }
+
+int storage_of(const Tensor& x, const char* name) {
+  switch (x.scalar_type()) {
+    case ScalarType::BFloat16:
+      return BFLOAT16;
+    case ScalarType::Half:
+      return FLOAT16;
+    case ScalarType::Float:
+      return FLOAT32;
+    case ScalarType::Double:
+      return FLOAT64;
+    case ScalarType::Byte:
+      return FLOAT8;
+    default:
+      STD_TORCH_CHECK(false, name, ": expected bfloat16, float16, float32, float64 or packed uint8");
+  }
+}
+
+// Rows of a [pairs, ...] tensor whose rows are contiguous, `numel` elements each.
+template <class Out = Rows>
+Out rows_of(const Tensor& x, const char* name, int64_t pairs, int64_t numel) {
+  STD_TORCH_CHECK(x.is_cpu(), name, ": expected a CPU tensor");
+  STD_TORCH_CHECK(x.dim() >= 2 && x.size(0) == pairs && x.numel() == pairs * numel, name, ": expected ", pairs,
+                  " rows of ", numel, " elements");
+  int64_t expected = 1;
+  for (int64_t d = x.dim() - 1; d > 0; --d) {
+    STD_TORCH_CHECK(x.size(d) == 1 || x.stride(d) == expected, name, ": expected contiguous rows");
+    expected *= x.size(d);
+  }
+  Out rows;
+  if constexpr (std::is_same_v<Out, Rows>) {
+    rows.data = static_cast<const char*>(x.const_data_ptr());
+  } else {
+    rows.data = static_cast<char*>(x.mutable_data_ptr());
+  }
+  rows.stride = x.stride(0);
+  rows.dtype = storage_of(x, name);
+  return rows;
+}
+
+double number_at(const Rows& from, int64_t i) {
+  switch (from.dtype) {
+    case FLOAT32:
+      return reinterpret_cast<const float*>(from.data)[i];
+    case FLOAT64:
+      return reinterpret_cast<const double*>(from.data)[i];
+    default:
+      STD_TORCH_CHECK(false, "expected a float32 or float64 tensor of numbers");
+  }
+}
+
+// A small tensor of any strides, flattened.
+std::vector<double> numbers(const Tensor& x, const char* name, int64_t count) {
+  STD_TORCH_CHECK(x.is_cpu() && x.numel() == count, name, ": expected ", count, " numbers on the CPU");
+  const Rows from{static_cast<const char*>(x.const_data_ptr()), 0, storage_of(x, name)};
+  std::vector<double> out(count);
+  for (int64_t i = 0; i < count; ++i) {
+    int64_t rest = i, offset = 0;
+    for (int64_t d = x.dim() - 1; d >= 0; --d) {
+      offset += rest % x.size(d) * x.stride(d);
+      rest /= x.size(d);
+    }
+    out[i] = number_at(from, offset);
+  }
+  return out;
+}
+
+std::vector<double> numbers(const MaybeTensor& x, const char* name, int64_t count) {
+  return x ? numbers(*x, name, count) : std::vector<double>();
+}
+
+// Writes doubles into a contiguous float32 or float64 tensor.
+struct Output {
+  void* data;
+  bool float64;
+
+  Output(const Tensor& x, const char* name, int64_t count) : data(x.mutable_data_ptr()) {
+    const int dtype = storage_of(x, name);
+    STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.numel() == count && (dtype == FLOAT32 || dtype == FLOAT64),
+                    name, ": expected ", count, " contiguous float32 or float64 numbers on the CPU");
+    float64 = dtype == FLOAT64;
+  }
+  double rounded(double x) const { return float64 ? x : double(float(x)); }
+  void set(int64_t i, double x) const {
+    if (float64)
+      static_cast<double*>(data)[i] = x;
+    else
+      static_cast<float*>(data)[i] = float(x);
+  }
+};
+
+// The operands every operator takes, in the order of `Operands` in pgdpo_fast/backends/native.py.
+struct Operands {
+  Pair pair;
+  bool float64;
+
+  Operands(const Tensor& p_w, const Tensor& p_l, const Tensor& y_w, const Tensor& y_l, const MaybeTensor& noise,
+           const MaybeTensor& target_scale, const MaybeTensor& q_w, const MaybeTensor& q_l, const MaybeTensor& s_w,
+           const MaybeTensor& s_l, int64_t form, int64_t groups, int64_t segments, int64_t length) {
+    pair.pairs = p_w.size(0);
+    STD_TORCH_CHECK(pair.pairs > 0 && p_w.numel() > 0, "policy: expected at least one pair");
+    const int64_t n = p_w.numel() / pair.pairs;
+    pair.numel = n;
+    pair.groups = groups;
+    pair.segments = segments;
+    pair.length = length;
+    STD_TORCH_CHECK(groups > 0 && length > 0 && length <= std::numeric_limits<int>::max() &&
+                        segments == (n + length - 1) / length && segments % groups == 0,
+                    "segments: ", segments, " of ", length, " do not cut ", n, " elements into ", groups, " groups");
+    pair.policy[0] = rows_of(p_w, "policy", pair.pairs, n);
+    pair.policy[1] = rows_of(p_l, "policy", pair.pairs, n);
+    pair.target[0] = rows_of(y_w, "target", pair.pairs, n);
+    pair.target[1] = rows_of(y_l, "target", pair.pairs, n);
+    STD_TORCH_CHECK(pair.policy[0].dtype == pair.policy[1].dtype && pair.target[0].dtype == pair.target[1].dtype,
+                    "chosen and rejected: expected one dtype");
+    float64 = pair.policy[0].dtype == FLOAT64;
+    pair.shared_target = pair.target[0].data == pair.target[1].data && pair.target[0].stride == pair.target[1].stride;
+    if (noise) {
+      STD_TORCH_CHECK(target_scale && target_scale->is_cpu() && target_scale->dim() == 2 &&
+                          target_scale->is_contiguous() && target_scale->size(0) == 2 &&
+                          target_scale->size(1) == pair.pairs,
+                      "target_scale: expected contiguous [2, B] with noise");
+      pair.built_target = true;
+      pair.noise = rows_of(*noise, "noise", pair.pairs, n);
+      pair.target_scale = {static_cast<const char*>(target_scale->const_data_ptr()), pair.pairs,
+                           storage_of(*target_scale, "target_scale")};
+    }
+    pair.reference_form = int(form);
+    if (form != REFERENCE_NONE) {
+      STD_TORCH_CHECK(q_w && q_l, "reference: expected tensors for form ", form);
+      pair.reference[0] = rows_of(*q_w, "reference", pair.pairs, n);
+      pair.reference[1] = rows_of(*q_l, "reference", pair.pairs, n);
+      const int dtype = pair.reference[0].dtype;
+      STD_TORCH_CHECK(pair.reference[1].dtype == dtype && (form != REFERENCE_BFLOAT16 || dtype == BFLOAT16) &&
+                          (form == REFERENCE_FLOAT8) == (dtype == FLOAT8),
+                      "reference: dtype does not fit form ", form);
+    }
+    if (form == REFERENCE_FLOAT8) {
+      STD_TORCH_CHECK(s_w && s_l, "reference_scale: expected tensors for form ", form);
+      const int64_t blocks = (n + PACK_BLOCK - 1) / PACK_BLOCK;
+      pair.reference_scale[0] = rows_of(*s_w, "reference_scale", pair.pairs, blocks);
+      pair.reference_scale[1] = rows_of(*s_l, "reference_scale", pair.pairs, blocks);
+    }
+  }
+
+  int64_t chunks() const { return pair.pairs * pair.segments; }
+
+  // run(begin, end) over all chunks, in threads once there are more than about 32K elements for each.
+  template <class Run>
+  void over_chunks(const Run& run) const {
+    const int64_t grain = pair.length >= 32768 ? 1 : 32768 / pair.length;
+    torch::stable::parallel_for(0, chunks(), grain, run);
+  }
+};
+
+double* doubles(const Tensor& partial, int64_t count) {
+  STD_TORCH_CHECK(partial.is_cpu() && partial.is_contiguous() && partial.scalar_type() == ScalarType::Double &&
+                      partial.numel() == count,
+                  "partial: expected ", count, " contiguous float64 numbers on the CPU");
+  return static_cast<double*>(partial.mutable_data_ptr());
+}
+
+#define PGDPO_OPERANDS                                                                                              \
+  const Tensor &p_w, const Tensor &p_l, const Tensor &y_w, const Tensor &y_l, const MaybeTensor &noise,             \
+      const MaybeTensor &target_scale, const MaybeTensor &q_w, const MaybeTensor &q_l, const MaybeTensor &s_w,      \
+      const MaybeTensor &s_l, int64_t form, int64_t groups, int64_t segments, int64_t length
+#define PGDPO_PASS_OPERANDS \
+  p_w, p_l, y_w, y_l, noise, target_scale, q_w, q_l, s_w, s_l, form, groups, segments, length
+
+void errors(PGDPO_OPERANDS, bool anchor, bool cross, Tensor partial) {
+  const Operands x(PGDPO_PASS_OPERANDS);
+  STD_TORCH_CHECK(!anchor || form != REFERENCE_NONE, "anchor: needs a reference");
+  double* sums = doubles(partial, STATISTICS * x.chunks());
+  const Passes& run = passes(x.float64);
+  x.over_chunks([&](int64_t begin, int64_t end) { run.errors(x.pair, anchor, cross, sums, begin, end); });
+}
+
+void gradients(PGDPO_OPERANDS, bool anchor, Tensor coefficients, Tensor incoming, Tensor chosen, Tensor rejected) {
+  const Operands x(PGDPO_PASS_OPERANDS);
+  std::vector<double> scaled = numbers(coefficients, "coefficients", 3 * x.pair.pairs * groups);
+  const double factor = numbers(incoming, "incoming", 1)[0];
+  for (double& c : scaled) c *= factor;
+  const MutableRows out[2] = {rows_of<MutableRows>(chosen, "chosen", x.pair.pairs, x.pair.numel),
+                              rows_of<MutableRows>(rejected, "rejected", x.pair.pairs, x.pair.numel)};
+  STD_TORCH_CHECK(out[0].dtype == x.pair.policy[0].dtype && out[1].dtype == out[0].dtype,
+                  "gradients: expected the prediction's dtype");
+  const Passes& run = passes(x.float64);
+  x.over_chunks([&](int64_t begin, int64_t end) { run.gradients(x.pair, anchor, scaled.data(), out, begin, end); });
+}
+
+// Sum over the runs of one group, always in the same order.
+double folded(const double* partial, int64_t segments, int64_t group, int64_t groups) {
+  double total = 0;
+  for (int64_t s = group; s < segments; s += groups) total += partial[s];
+  return total;
+}
+
+const double* checked_partial(const Tensor& partial, int64_t groups) {
+  STD_TORCH_CHECK(partial.dim() == 3 && partial.size(0) == STATISTICS && groups > 0 && partial.size(2) % groups == 0,
+                  "partial: expected [6, B, segments]");
+  return doubles(partial, partial.numel());
+}
+
+void fold(Tensor partial, int64_t groups, int64_t count, Tensor means) {
+  const double* from = checked_partial(partial, groups);
+  const int64_t pairs = partial.size(1), segments = partial.size(2);
+  const Output out(means, "means", STATISTICS * pairs * groups);
+  for (int64_t row = 0; row < STATISTICS * pairs; ++row)
+    for (int64_t g = 0; g < groups; ++g)
+      out.set(row * groups + g, folded(from + row * segments, segments, g, groups) / double(count));
+}
+
+void read_parameters(const std::vector<double>& from, double (&to)[PARAMETERS]) {
+  STD_TORCH_CHECK(from.size() <= PARAMETERS, "parameters: expected at most ", PARAMETERS, " numbers");
+  for (size_t i = 0; i < from.size(); ++i) to[i] = from[i];
+}
+
+void fold_objective(Tensor partial, int64_t groups, int64_t count, bool gaps, MaybeTensor reference_errors,
+                    MaybeTensor weight, MaybeTensor posterior_scale, int64_t kind, int64_t flags,
+                    std::vector<double> parameters, Tensor loss, Tensor telemetry, Tensor coefficients) {
+  const double* from = checked_partial(partial, groups);
+  const int64_t pairs = partial.size(1), segments = partial.size(2), rows = pairs * groups;
+  const Output loss_out(loss, "loss", 1), telemetry_out(telemetry, "telemetry", TELEMETRY * rows),
+      coefficient_out(coefficients, "coefficients", 3 * rows);
+  const std::vector<double> reference = numbers(reference_errors, "reference_errors", 2 * rows);
+  const std::vector<double> weights = numbers(weight, "weight", rows);
+  const std::vector<double> posterior = numbers(posterior_scale, "posterior_scale", pairs);
+  double numbers[PARAMETERS] = {};
+  read_parameters(parameters, numbers);
+  STD_TORCH_CHECK(!(flags & FLAG_IMPORTANCE) || posterior_scale, "posterior_scale: the objective needs it");
+  double total = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t pair = row / groups;
+    double mean[STATISTICS];
+    for (int k = 0; k < STATISTICS; ++k)
+      mean[k] = folded(from + (k * pairs + pair) * segments, segments, row % groups, groups) / double(count);
+    Errors<double> e{mean[0], mean[1], mean[2], mean[3], mean[4], mean[5], posterior.empty() ? 0.0 : posterior[pair]};
+    if (!reference.empty()) {
+      // Cached reference errors were rounded like these: a policy that equals the reference has gaps of exactly zero.
+      e.gap_chosen = telemetry_out.rounded(e.policy_chosen) - reference[row];
+      e.gap_rejected = telemetry_out.rounded(e.policy_rejected) - reference[rows + row];
+    }
+    const Terms<double> t = objective<double>(int(kind), int(flags), numbers, e);
+    const double w = weights.empty() ? 1.0 : weights[row], scale = w * 2.0 / (double(count) * double(rows));
+    const double nan = std::numeric_limits<double>::quiet_NaN();
+    const double values[TELEMETRY] = {t.loss,       t.logits,        t.alpha,
+                                      t.gamma,      t.importance,    e.policy_chosen,
+                                      e.policy_rejected, gaps ? e.gap_chosen : nan, gaps ? e.gap_rejected : nan};
+    for (int k = 0; k < TELEMETRY; ++k) telemetry_out.set(k * rows + row, values[k]);
+    coefficient_out.set(row, scale * t.by_chosen);
+    coefficient_out.set(rows + row, scale * t.by_rejected);
+    coefficient_out.set(2 * rows + row, scale * t.by_anchor);
+    total += w * t.loss;
+  }
+  loss_out.set(0, total / double(rows));
+}
+
+struct ElementCall : Elements {
+  std::vector<double> row_scale, posterior, row_means;
+
+  ElementCall(const Operands& x, const MaybeTensor& weight, const MaybeTensor& posterior_tensor, int64_t kind_,
+              int64_t flags_, const std::vector<double>& numbers_, bool outer_)
+      : row_scale(numbers(weight, "weight", x.pair.pairs)),
+        posterior(numbers(posterior_tensor, "posterior_scale", x.pair.pairs)) {
+    kind = int(kind_);
+    flags = int(flags_);
+    outer = outer_;
+    read_parameters(numbers_, parameters);
+    STD_TORCH_CHECK(!(flags & FLAG_IMPORTANCE) || posterior_tensor, "posterior_scale: the objective needs it");
+    STD_TORCH_CHECK(!outer || (kind == KIND_PGDPO && (flags & (FLAG_IPR_REWARD | FLAG_IPR_ANCHOR))),
+                    "outer: is PG-DPO's, with a regularizer");
+    posterior_scale = posterior.empty() ? nullptr : posterior.data();
+    if (row_scale.empty()) row_scale.assign(x.pair.pairs, 1.0);
+  }
+
+  // From here on row_scale multiplies gradients instead of losses.
+  void write_gradients(const Operands& x, const Tensor& chosen, const Tensor& rejected, double incoming) {
+    gradient[0] = rows_of<MutableRows>(chosen, "chosen", x.pair.pairs, x.pair.numel);
+    gradient[1] = rows_of<MutableRows>(rejected, "rejected", x.pair.pairs, x.pair.numel);
+    STD_TORCH_CHECK(gradient[0].dtype == x.pair.policy[0].dtype && gradient[1].dtype == gradient[0].dtype,
+                    "gradients: expected the prediction's dtype");
+    for (double& w : row_scale) w *= incoming * 2.0 / (double(x.pair.numel) * double(x.pair.pairs));
+    scale = row_scale.data();
+  }
+
+  void run(const Operands& x) const {
+    const Passes& run = passes(x.float64);
+    x.over_chunks([&](int64_t begin, int64_t end) { run.elements(x.pair, *this, begin, end); });
+  }
+};
+
+void element_objective(PGDPO_OPERANDS, MaybeTensor weight, MaybeTensor posterior_scale, int64_t kind, int64_t flags,
+                       std::vector<double> parameters, bool outer, bool with_gradients, Tensor loss, Tensor telemetry,
+                       Tensor means, Tensor chosen, Tensor rejected) {
+  const Operands x(PGDPO_PASS_OPERANDS);
+  ElementCall call(x, weight, posterior_scale, kind, flags, parameters, outer);
+  STD_TORCH_CHECK(!(outer && with_gradients), "outer: gradients need the means first");
+  const int64_t pairs = x.pair.pairs;
+  const Output loss_out(loss, "loss", 1), telemetry_out(telemetry, "telemetry", TELEMETRY * pairs),
+      means_out(means, "means", ELEMENT_MEANS * pairs);
+  const std::vector<double> weights = call.row_scale;
+  std::vector<double> sums(ELEMENT_SUMS * x.chunks());
+  call.sums = sums.data();
+  if (with_gradients) call.write_gradients(x, chosen, rejected, 1.0);
+  call.run(x);
+
+  double total = 0;
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    double mean[ELEMENT_SUMS];
+    for (int k = 0; k < ELEMENT_SUMS; ++k)
+      mean[k] = folded(sums.data() + k * x.chunks() + pair * segments, segments, 0, 1) / double(x.pair.numel);
+    const double each[ELEMENT_MEANS] = {mean[3], mean[0], mean[9], mean[10]};
+    for (int k = 0; k < ELEMENT_MEANS; ++k) means_out.set(k * pairs + pair, each[k]);
+    if (outer) mean[0] = mean[3] * mean[0] + call.parameters[3] * mean[9] * mean[10];
+    if (form == REFERENCE_NONE) mean[7] = mean[8] = std::numeric_limits<double>::quiet_NaN();
+    for (int k = 0; k < TELEMETRY; ++k) telemetry_out.set(k * pairs + pair, mean[k]);
+    total += weights[pair] * mean[0];
+  }
+  loss_out.set(0, total / double(pairs));
+}
+
+void element_gradients(PGDPO_OPERANDS, MaybeTensor weight, MaybeTensor posterior_scale, int64_t kind, int64_t flags,
+                       std::vector<double> parameters, bool outer, bool speculative, Tensor means, Tensor incoming,
+                       Tensor chosen, Tensor rejected) {
+  const double factor = numbers(incoming, "incoming", 1)[0];
+  if (speculative && factor == 1.0) return;
+  const Operands x(PGDPO_PASS_OPERANDS);
+  ElementCall call(x, weight, posterior_scale, kind, flags, parameters, outer);
+  if (outer) {
+    call.row_means = numbers(means, "means", ELEMENT_MEANS * x.pair.pairs);
+    call.means = call.row_means.data();
+  }
+  call.write_gradients(x, chosen, rejected, factor);
+  call.run(x);
+}
+
+#define PGDPO_SCHEMA                                                                                             \
+  "Tensor p_w, Tensor p_l, Tensor y_w, Tensor y_l, Tensor? noise, Tensor? target_scale, Tensor? q_w, Tensor? "  \
+  "q_l, Tensor? s_w, Tensor? s_l, int form, int groups, int segments, int length, "
+#define PGDPO_ELEMENTS_SCHEMA "Tensor? weight, Tensor? posterior_scale, int kind, int flags, float[] parameters, bool outer, "
+
+STABLE_TORCH_LIBRARY(pgdpo_fast_native, m) {
+  m.def("instruction_set() -> str");
+  m.def("errors(" PGDPO_SCHEMA "bool anchor, bool cross, Tensor(a!) partial) -> ()");
+  m.def("gradients(" PGDPO_SCHEMA
+        "bool anchor, Tensor coefficients, Tensor incoming, Tensor(a!) chosen, Tensor(b!) rejected) -> ()");
+  m.def("fold(Tensor partial, int groups, int count, Tensor(a!) means) -> ()");
+  m.def(
+      "fold_objective(Tensor partial, int groups, int count, bool gaps, Tensor? reference_errors, Tensor? weight, "
+      "Tensor? posterior_scale, int kind, int flags, float[] parameters, Tensor(a!) loss, Tensor(b!) telemetry, "
+      "Tensor(c!) coefficients) -> ()");
+  m.def("element_objective(" PGDPO_SCHEMA PGDPO_ELEMENTS_SCHEMA
+        "bool with_gradients, Tensor(a!) loss, Tensor(b!) telemetry, Tensor(c!) means, Tensor(d!) chosen, "
+        "Tensor(e!) rejected) -> ()");
+  m.def("element_gradients(" PGDPO_SCHEMA PGDPO_ELEMENTS_SCHEMA
+        "bool speculative, Tensor means, Tensor incoming, Tensor(a!) chosen, Tensor(b!) rejected) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pgdpo_fast_native, CompositeExplicitAutograd, m) {
+  m.impl("instruction_set", TORCH_BOX(&instruction_set));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pgdpo_fast_native, CPU, m) {
+  m.impl("errors", TORCH_BOX(&errors));
+  m.impl("gradients", TORCH_BOX(&gradients));
+  m.impl("fold", TORCH_BOX(&fold));
+  m.impl("fold_objective", TORCH_BOX(&fold_objective));
+  m.impl("element_objective", TORCH_BOX(&element_objective));
+  m.impl("element_gradients", TORCH_BOX(&element_gradients));
+}
+
+}  // namespace
+}  // namespace pgdpo

@@ -1,0 +1,342 @@
+// Vectors of float or double as wide as the instruction set compiled for, and what the passes need of them: arithmetic,
+// selection, exp and log1p to about one ulp, loads and stores of every storage type. GNU vector extensions (gcc, clang).
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "epilogue.h"
+#include "pair.h"
+
+#if defined(__AVX512F__)
+#define PGDPO_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define PGDPO_VECTOR_BYTES 32
+#else
+#define PGDPO_VECTOR_BYTES 16
+#endif
+
+#define PGDPO_INLINE inline __attribute__((always_inline))
+
+namespace pgdpo {
+inline namespace PGDPO_ISA {
+
+template <class S>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  typedef float Value __attribute__((vector_size(PGDPO_VECTOR_BYTES)));
+  typedef int32_t Mask __attribute__((vector_size(PGDPO_VECTOR_BYTES)));
+  typedef uint32_t Bits __attribute__((vector_size(PGDPO_VECTOR_BYTES)));
+  static constexpr int mantissa = 23, bias = 127;
+  static constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  static constexpr float exp_low = -104.0f, exp_high = 89.0f;
+  static constexpr float ln2_high = 0.693359375f, ln2_low = -0.00021219444005469058277f;
+};
+template <>
+struct Lanes<double> {
+  typedef double Value __attribute__((vector_size(PGDPO_VECTOR_BYTES)));
+  typedef int64_t Mask __attribute__((vector_size(PGDPO_VECTOR_BYTES)));
+  typedef uint64_t Bits __attribute__((vector_size(PGDPO_VECTOR_BYTES)));
+  static constexpr int mantissa = 52, bias = 1023;
+  static constexpr double round = 6755399441055744.0;
+  static constexpr double exp_low = -746.0, exp_high = 710.0;
+  static constexpr double ln2_high = 0x1.62e42fee00000p-1, ln2_low = 1.908214929270587816144266e-10;
+};
+
+template <class S>
+struct Vec {
+  using Value = typename Lanes<S>::Value;
+  struct Mask {
+    typename Lanes<S>::Mask m;
+  };
+  static constexpr int width = PGDPO_VECTOR_BYTES / sizeof(S);
+
+  Value v;
+
+  Vec() = default;
+  PGDPO_INLINE Vec(S x) : v(x - Value{}) {}
+  PGDPO_INLINE explicit Vec(Value x) : v(x) {}
+
+  friend PGDPO_INLINE Vec operator+(Vec a, Vec b) { return Vec(a.v + b.v); }
+  friend PGDPO_INLINE Vec operator-(Vec a, Vec b) { return Vec(a.v - b.v); }
+  friend PGDPO_INLINE Vec operator*(Vec a, Vec b) { return Vec(a.v * b.v); }
+  friend PGDPO_INLINE Vec operator/(Vec a, Vec b) { return Vec(a.v / b.v); }
+  friend PGDPO_INLINE Mask operator<(Vec a, Vec b) { return {a.v < b.v}; }
+  friend PGDPO_INLINE Mask operator<=(Vec a, Vec b) { return {a.v <= b.v}; }
+  friend PGDPO_INLINE Mask operator>(Vec a, Vec b) { return {a.v > b.v}; }
+  friend PGDPO_INLINE Mask operator>=(Vec a, Vec b) { return {a.v >= b.v}; }
+  friend PGDPO_INLINE Mask operator==(Vec a, Vec b) { return {a.v == b.v}; }
+  friend PGDPO_INLINE Vec select(Mask m, Vec a, Vec b) { return Vec(m.m ? a.v : b.v); }
+  friend PGDPO_INLINE Vec absolute(Vec x) {
+    using Bits = typename Lanes<S>::Bits;
+    return Vec((Value)((Bits)x.v & ~((Bits)(Value)(Vec(S(-0.0)).v))));
+  }
+};
+
+template <class S>
+struct ScalarOf<Vec<S>> {
+  using type = S;
+};
+
+// Even and odd powers apart: two chains of half the length.
+template <class S, int N>
+PGDPO_INLINE Vec<S> polynomial(const S (&c)[N], Vec<S> x) {
+  const Vec<S> square = x * x;
+  constexpr int top = N - 1;
+  Vec<S> first = c[top], second = c[top - 1];
+#pragma GCC unroll 16
+  for (int i = top - 2; i >= 0; i -= 2) {
+    first = first * square + Vec<S>(c[i]);
+    if (i > 0) second = second * square + Vec<S>(c[i - 1]);
+  }
+  return top % 2 ? first * x + second : second * x + first;
+}
+
+// (exp(r) - 1 - r) / r^2 on |r| <= ln2 / 2, Chebyshev interpolation.
+constexpr float EXP_FLOAT[] = {0.5f, 0.16666576976989698775683f, 0.041666554617204574203483f,
+                               0.0083631790527225773704f, 0.0013926183587713494542f};
+constexpr double EXP_DOUBLE[] = {0.5,
+                                 0.16666666666666670991,
+                                 0.041666666666666669755,
+                                 0.0083333333333261351258,
+                                 0.0013888888888883748305,
+                                 0.00019841269874820625271,
+                                 0.000024801587325547741216,
+                                 2.755725540020642443e-6,
+                                 2.7557273643110295328e-7,
+                                 2.5105217004720745164e-8,
+                                 2.0914686968086877233e-9};
+// log1p(t) / t on [0, 1], by powers of t - 1/2, Chebyshev interpolation.
+constexpr float LOG1P_FLOAT[] = {0.810930216216f,   -0.288527111915f,  0.132609761683f,  -0.0676876229793f,
+                                 0.0366112232632f,  -0.0205713852161f, 0.0118477560642f, -0.0067441046454f,
+                                 0.00401169082746f, -0.00325434359731f, 0.00198669659365f};
+constexpr double LOG1P_DOUBLE[] = {0.81093021621632876396,     -0.28852709909932420339,    0.13260975375420395037,
+                                   -0.06768864331087392631,    0.036611854522986629978,    -0.020548811926957060701,
+                                   0.011833792120510023121,    -0.0069453946635564479385,  0.0041361787703155111193,
+                                   -0.002491847995072816925,   0.0015153894545482298241,   -0.0009287682003911029783,
+                                   0.00057298754130312769438,  -0.00035555409525215539946, 0.00022166090468933342014,
+                                   -0.00013829242673893894895, 0.000086897782542708756586, -0.000056942458362575386027,
+                                   0.000036025972391961975415, -0.000016795557441042185381, 0.000010644190391063811293,
+                                   -0.00001645303141901886207, 0.000010523135481271699889};
+
+template <class S>
+PGDPO_INLINE Vec<S> expand_exp(Vec<S> r) {
+  if constexpr (sizeof(S) == 4) {
+    return polynomial(EXP_FLOAT, r);
+  } else {
+    return polynomial(EXP_DOUBLE, r);
+  }
+}
+
+template <class S>
+PGDPO_INLINE Vec<S> log1p_unit(Vec<S> t) {
+  if constexpr (sizeof(S) == 4) {
+    return t * polynomial(LOG1P_FLOAT, t - Vec<S>(0.5f));
+  } else {
+    return t * polynomial(LOG1P_DOUBLE, t - Vec<S>(0.5));
+  }
+}
+
+// exp(x) = 2^n exp(r); 2^n in two factors, so that results below the normal range and above the finite one come out.
+template <class S>
+PGDPO_INLINE Vec<S> exponential(Vec<S> x) {
+  using L = Lanes<S>;
+  using Value = typename L::Value;
+  using Bits = typename L::Bits;
+  x = clamp(x, Vec<S>(L::exp_low), Vec<S>(L::exp_high));
+  const Vec<S> shifted = x * Vec<S>(S(1.44269504088896340736)) + Vec<S>(L::round);
+  const Vec<S> n = shifted - Vec<S>(L::round);
+  const Vec<S> r = (x - n * Vec<S>(L::ln2_high)) - n * Vec<S>(L::ln2_low);
+  const Vec<S> value = Vec<S>(S(1)) + (r + r * r * expand_exp(r));
+  const auto power = (typename L::Mask)((Bits)shifted.v - (Bits)Vec<S>(L::round).v);
+  const Bits half = (Bits)(power >> 1);
+  const Bits rest = (Bits)power - half;
+  return value * Vec<S>((Value)((half + L::bias) << L::mantissa)) * Vec<S>((Value)((rest + L::bias) << L::mantissa));
+}
+
+template <class To, class From>
+PGDPO_INLINE To bits_as(From x) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To y;
+  memcpy(&y, &x, sizeof(y));
+  return y;
+}
+
+PGDPO_INLINE float decode_half(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000u) << 16, exponent = h & 0x7c00u, low = h & 0x3ffu;
+  if (exponent == 0) return bits_as<float>(bits_as<uint32_t>(float(low) * 0x1p-24f) | sign);
+  const uint32_t bits = (uint32_t(h & 0x7fffu) << 13) + (exponent == 0x7c00u ? 0x70000000u : 0x38000000u);
+  return bits_as<float>(bits | sign);
+}
+
+// Float8 e4m3: no infinities, 0x7f is NaN.
+PGDPO_INLINE float decode_float8(uint8_t b) {
+  const uint32_t sign = uint32_t(b & 0x80u) << 24, rest = b & 0x7fu;
+  if (rest < 8) return bits_as<float>(bits_as<uint32_t>(float(rest) * 0x1p-9f) | sign);
+  return bits_as<float>((rest == 0x7fu ? 0x7fc00000u : (rest << 20) + 0x3c000000u) | sign);
+}
+
+PGDPO_INLINE uint16_t encode_half(float x) {
+  const uint32_t bits = bits_as<uint32_t>(x), sign = (bits >> 16) & 0x8000u, size = bits & 0x7fffffffu;
+  uint32_t h;
+  if (size > 0x7f800000u) {
+    h = 0x7e00u;
+  } else if (size >= 0x477ff000u) {
+    h = 0x7c00u;
+  } else if (size < 0x38800000u) {  // below the normal range: adding 1/2 rounds to its last place, 2^-24
+    h = bits_as<uint32_t>(bits_as<float>(size) + 0.5f) - 0x3f000000u;
+  } else {
+    h = (size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13;
+  }
+  return uint16_t(h | sign);
+}
+
+PGDPO_INLINE uint16_t encode_bfloat16(float x) {
+  const uint32_t bits = bits_as<uint32_t>(x);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t((bits >> 16) | 0x40u);
+  return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+template <class S>
+PGDPO_INLINE S decode(int dtype, const char* at, int64_t i) {
+  switch (dtype) {
+    case BFLOAT16: {
+      uint16_t h;
+      memcpy(&h, at + 2 * i, 2);
+      return S(bits_as<float>(uint32_t(h) << 16));
+    }
+    case FLOAT16: {
+      uint16_t h;
+      memcpy(&h, at + 2 * i, 2);
+      return S(decode_half(h));
+    }
+    case FLOAT32: {
+      float x;
+      memcpy(&x, at + 4 * i, 4);
+      return S(x);
+    }
+    case FLOAT64: {
+      double x;
+      memcpy(&x, at + 8 * i, 8);
+      return S(x);
+    }
+    default:
+      return S(decode_float8(uint8_t(at[i])));
+  }
+}
+
+template <class S>
+PGDPO_INLINE void encode(int dtype, char* at, int64_t i, S x) {
+  switch (dtype) {
+    case BFLOAT16: {
+      const uint16_t h = encode_bfloat16(float(x));
+      memcpy(at + 2 * i, &h, 2);
+      break;
+    }
+    case FLOAT16: {
+      const uint16_t h = encode_half(float(x));
+      memcpy(at + 2 * i, &h, 2);
+      break;
+    }
+    case FLOAT32: {
+      const float y = float(x);
+      memcpy(at + 4 * i, &y, 4);
+      break;
+    }
+    default: {
+      const double y = double(x);
+      memcpy(at + 8 * i, &y, 8);
+    }
+  }
+}
+
+// `count` lanes from element i on, zeros after them.
+template <class S>
+PGDPO_INLINE Vec<S> load_lanes(int dtype, const char* at, int64_t i, int count) {
+  typename Vec<S>::Value out = {};
+  for (int lane = 0; lane < count; ++lane) out[lane] = decode<S>(dtype, at, i + lane);
+  return Vec<S>(out);
+}
+
+template <class S>
+PGDPO_INLINE void store_lanes(int dtype, char* at, int64_t i, int count, Vec<S> x) {
+  for (int lane = 0; lane < count; ++lane) encode<S>(dtype, at, i + lane, x.v[lane]);
+}
+
+typedef uint16_t Halves __attribute__((vector_size(PGDPO_VECTOR_BYTES / 2)));
+typedef uint8_t Quarters __attribute__((vector_size(PGDPO_VECTOR_BYTES / 4)));
+
+PGDPO_INLINE Vec<float> load_float8(const char* at, int64_t i) {
+  using Value = Vec<float>::Value;
+  using Bits = Lanes<float>::Bits;
+  Quarters bytes;
+  memcpy(&bytes, at + i, sizeof(bytes));
+  const Bits wide = __builtin_convertvector(bytes, Bits), rest = wide & 0x7fu;
+  const Bits tiny = (Bits)(__builtin_convertvector((Lanes<float>::Mask)rest, Value) * 0x1p-9f);
+  const Bits size = rest < 8u ? tiny : (rest << 20) + 0x3c000000u;
+  return Vec<float>((Value)((rest == 0x7fu ? size | 0x7fc00000u : size) | ((wide & 0x80u) << 24)));
+}
+
+// A whole vector from element i on.
+template <class S>
+PGDPO_INLINE Vec<S> load(int dtype, const char* at, int64_t i) {
+  constexpr bool single = sizeof(S) == 4;
+  if constexpr (single) {
+    if (dtype == BFLOAT16) {
+      Halves h;
+      memcpy(&h, at + 2 * i, sizeof(h));
+      return Vec<S>((typename Vec<S>::Value)(__builtin_convertvector(h, typename Lanes<S>::Bits) << 16));
+    }
+#if defined(__AVX512F__)
+    if (dtype == FLOAT16) return Vec<S>((typename Vec<S>::Value)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(at + 2 * i))));
+#elif defined(__F16C__)
+    if (dtype == FLOAT16) return Vec<S>((typename Vec<S>::Value)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(at + 2 * i))));
+#endif
+  }
+  if (dtype == (single ? FLOAT32 : FLOAT64)) {
+    typename Vec<S>::Value out;
+    memcpy(&out, at + sizeof(S) * i, sizeof(out));
+    return Vec<S>(out);
+  }
+  return load_lanes<S>(dtype, at, i, Vec<S>::width);
+}
+
+template <class S>
+PGDPO_INLINE void store(int dtype, char* at, int64_t i, Vec<S> x) {
+  constexpr bool single = sizeof(S) == 4;
+  if constexpr (single) {
+    using Bits = typename Lanes<S>::Bits;
+    if (dtype == BFLOAT16) {
+      const Bits bits = (Bits)x.v;
+      const Bits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+      const Bits kept = (x.v == x.v) ? rounded : (bits | 0x400000u);
+      const Halves h = __builtin_convertvector(kept >> 16, Halves);
+      memcpy(at + 2 * i, &h, sizeof(h));
+      return;
+    }
+#if defined(__AVX512F__)
+    if (dtype == FLOAT16) {
+      _mm256_storeu_si256((__m256i*)(at + 2 * i), _mm512_cvtps_ph((__m512)x.v, 0));
+      return;
+    }
+#elif defined(__F16C__)
+    if (dtype == FLOAT16) {
+      _mm_storeu_si128((__m128i*)(at + 2 * i), _mm256_cvtps_ph((__m256)x.v, 0));
+      return;
+    }
+#endif
+  }
+  if (dtype == (single ? FLOAT32 : FLOAT64)) {
+    memcpy(at + sizeof(S) * i, &x.v, sizeof(x.v));
+    return;
+  }
+  store_lanes<S>(dtype, at, i, Vec<S>::width, x);
+}
+
+}  // namespace PGDPO_ISA
+}  // namespace pgdpo
