@@ -35,7 +35,7 @@ class LoraConfig:
 class ModelConfig:
     """The network that is trained, and the reference it is compared with."""
 
-    family: Literal["wan"] = setting("wan", "architecture")
+    family: Literal["wan", "cogvideox", "unet3d", "videocrafter2"] = setting("wan", "architecture")
     path: str | None = setting(None, "diffusers folder or hub id of the weights")
     subfolder: str = setting("", "folder of the network inside path; empty means the family's usual one")
     revision: str | None = setting(None, "revision of a hub id")
@@ -46,19 +46,15 @@ class ModelConfig:
     dtype: Literal["bf16", "fp32"] = setting("bf16", "compute dtype; the family's fp32 layers stay fp32")
     train: Literal["lora", "full"] = setting("lora", "train low-rank adapters or every weight")
     lora: LoraConfig = field(default_factory=LoraConfig)
-    reference: Literal["auto", "adapter-off", "copy"] = setting(
-        "auto", "adapter-off runs the policy without its adapters, copy keeps frozen weights; auto: the first for LoRA"
+    reference: Literal["auto", "cached", "adapter-off", "copy"] = setting(
+        "auto",
+        "cached reads data.reference_cache, adapter-off runs the policy without its adapters, copy keeps frozen "
+        "weights; auto: the first that is possible",
     )
     text_tokens: int | None = setting(None, "length the text is zero-padded to; unset means the family's", minimum=1)
+    fps: float = setting(24.0, "frame rate the network is told, for families that take one (videocrafter2)", above=0)
     gradient_checkpointing: bool = setting(
         False, "recompute activations in the backward: less memory, about 30% more time"
     )
     attention_backend: str = setting("native", "diffusers attention backend; native is torch's SDPA")
     compile: bool = setting(False, "torch.compile of the repeated blocks; the first steps take minutes longer")
-
-    @property
-    def reference_mode(self) -> str:
-        """The reference with "auto" resolved."""
-        if self.reference != "auto":
-            return self.reference
-        return "adapter-off" if self.train == "lora" else "copy"

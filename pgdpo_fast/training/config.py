@@ -29,6 +29,7 @@ class DataConfig:
 
     store: str = setting("", "folder written by `pgdpo-fast encode` (required)")
     evaluation_pairs: int = setting(0, "pairs held out of training and used for evaluation", minimum=0)
+    reference_cache: str = setting("", "folder written by `pgdpo-fast cache-reference`; empty: none")
 
 
 @dataclass(frozen=True)
@@ -134,9 +135,24 @@ class TrainConfig:
 
         return from_name(**self.objective)
 
+    @property
+    def reference_mode(self) -> str:
+        """`model.reference` with "auto" resolved to the cheapest: cached, else adapter-off, else copy."""
+        if self.model.reference != "auto":
+            return self.model.reference
+        if self.data.reference_cache:
+            return "cached"
+        return "adapter-off" if self.model.train == "lora" else "copy"
+
     def check(self) -> list[str]:
         """Every contradiction between values; empty when there is none."""
         training, problems = self.training, []
+        if self.reference_mode == "cached" and not self.data.reference_cache:
+            problems.append("model.reference='cached' needs data.reference_cache, a folder written by "
+                            "`pgdpo-fast cache-reference`")
+        elif self.reference_mode != "cached" and self.data.reference_cache:
+            problems.append(f"data.reference_cache is not read with model.reference={self.model.reference!r}; set that "
+                            "to auto or cached, or data.reference_cache to ''")
         for key, value in (("data.store", self.data.store), ("output.dir", self.output.dir)):
             if not value:
                 problems.append(f"{key}: required, e.g. --set {key}=FOLDER")

@@ -8,15 +8,16 @@ stored values by (pair id, draw) has the same interface.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from pgdpo_fast.loss import ReferenceErrors, reference_errors
+from pgdpo_fast.loss import PackedReference, ReferenceErrors, reference_errors
 from pgdpo_fast.models import ModelAdapter, adapters_off
 from pgdpo_fast.objectives import Objective
-from pgdpo_fast.training.batches import Batch
+from pgdpo_fast.training.batches import Batch, Draw
 
 __all__ = ["AdapterOffReference", "CopyReference", "ReferenceProvider", "needs_predictions"]
 
@@ -24,11 +25,16 @@ __all__ = ["AdapterOffReference", "CopyReference", "ReferenceProvider", "needs_p
 class ReferenceProvider(Protocol):
     """What the loop asks of a reference."""
 
-    def __call__(self, batch: Batch) -> ReferenceErrors | Tensor:
-        """Errors (`[B]`, or `[B, F]` per frame) or predictions `[2B, C, F, H, W]`, without gradient."""
+    def __call__(self, batch: Batch) -> ReferenceErrors | PackedReference | Tensor:
+        """Errors (`[B]`, or `[B, F]` per frame) or predictions `[2B, C, F, H, W]`, packed or not, without gradient."""
+
+    def prefetch(self, draws: Sequence[Draw]) -> None:
+        """Begin to bring what a coming batch needs; called from another thread."""
 
     def cost(self) -> str:
         """What it costs, for the banner."""
+
+    networks: Sequence[nn.Module]  # what it runs, to be compiled with the policy
 
 
 def needs_predictions(objective: Objective, granularity: str) -> bool:
@@ -41,6 +47,13 @@ class _NetworkReference:
         self.adapter, self.model = adapter, model
         self.predictions = needs_predictions(objective, granularity)
         self.options = {"granularity": granularity, "backend": backend}
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        return (self.model,)
+
+    def prefetch(self, draws: Sequence[Draw]) -> None:
+        """A network has nothing to read ahead."""
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> ReferenceErrors | Tensor:

@@ -21,11 +21,13 @@ from pgdpo_fast.data.latent_store import LatentStore
 from pgdpo_fast.data.shards import atomic_file
 from pgdpo_fast.errors import ConfigError
 from pgdpo_fast.loss import ReferenceErrors
-from pgdpo_fast.models import ModelAdapter, adapter_from_config
+from pgdpo_fast.models import ModelAdapter
 from pgdpo_fast.objectives import Objective
 from pgdpo_fast.training import checkpoint
 from pgdpo_fast.training.batches import Batch, Draw, PairOrder, Stage, hold_out
+from pgdpo_fast.training.cached import CachedReference
 from pgdpo_fast.training.config import TrainConfig
+from pgdpo_fast.training.network import open_network, select_device
 from pgdpo_fast.training.optimizer import MasterAdamW
 from pgdpo_fast.training.reference import AdapterOffReference, CopyReference, ReferenceProvider
 from pgdpo_fast.training.telemetry import MetricsFile, PreferenceHealth, TensorBoard
@@ -36,6 +38,7 @@ __all__ = ["Run"]
 FREE_SETTINGS = frozenset(
     (
         "data.store",
+        "data.reference_cache",
         "training.steps",
         "training.accumulation",
         "training.backend",
@@ -46,6 +49,7 @@ FREE_SETTINGS = frozenset(
         "model.gradient_checkpointing",
         "model.attention_backend",
         "model.compile",
+        "model.reference",
         "output.dir",
         "output.log_every",
         "output.tensorboard",
@@ -86,19 +90,20 @@ class Run:
         Raises:
             ConfigError, DataError: the parts do not fit each other; all misfits of store and network in one message.
         """
-        options, device = config.training, _device(config.training.device)
+        options, device = config.training, select_device(config.training.device)
         store = LatentStore(config.data.store)
-        adapter = adapter_from_config(config.model)
-        network = adapter.load(device)
-        if problems := adapter.check_store(network, store.shape, store.text_dim):
-            raise ConfigError(f"data.store={config.data.store!r} does not fit the network: {'; '.join(problems)}")
+        adapter, network = open_network(config, store, device)
         objective, process = config.build_objective(), config.build_process()
         loss = {"objective": objective, "granularity": options.granularity, "backend": options.backend}
-        copied = CopyReference(adapter, network, **loss) if config.model.reference_mode == "copy" else None
+        reference = None
+        if config.reference_mode == "cached":
+            reference = CachedReference.open(config, store, adapter, network, device)
+        elif config.reference_mode == "copy":
+            reference = CopyReference(adapter, network, **loss)
         policy = adapter.make_trainable(network)
-        reference = copied or AdapterOffReference(adapter, policy, **loss)
+        reference = reference or AdapterOffReference(adapter, policy, **loss)
         if config.model.compile:
-            for model in {id(policy): policy, id(reference.model): reference.model}.values():
+            for model in {id(model): model for model in (policy, *reference.networks)}.values():
                 adapter.compile(model)
         optimizer = MasterAdamW(
             policy,
@@ -213,7 +218,10 @@ class Run:
         """The visits of a step and their tensors on the host, one entry a forward."""
         visits, count = self.order.visits(step), self.config.training.accumulation
         size = len(visits) // count
-        return [(part, self.stage.read(part)) for part in (visits[i * size : (i + 1) * size] for i in range(count))]
+        parts = [visits[i * size : (i + 1) * size] for i in range(count)]
+        for part in parts:
+            self.reference.prefetch(part)
+        return [(part, self.stage.read(part)) for part in parts]
 
     def loss_options(self, batch: Batch) -> dict[str, Any]:
         """Arguments of `preference_loss` that stay the same from step to step, and the timestep's posterior scale."""
@@ -255,18 +263,6 @@ class Run:
         )
         self.note(f"saved {path} in {time.perf_counter() - started:.1f} s")
         return path
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"training.device={name!r}: expected auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"training.device={name!r}: no CUDA device is visible; use cpu, or check the driver")
-    return device
 
 
 def _device_name(device: torch.device) -> str:

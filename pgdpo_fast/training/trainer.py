@@ -177,6 +177,7 @@ def _evaluate(run: Run, step: int, stopping: Callable[[], bool], hooks: Sequence
             **{key: value for key, value in row.items() if key not in ("pairs", "grad_norm")},
             "loss": statistics.fmean(row["pairs"]["loss"]),
             "by_timestep": measure.timestep_bins(row),
+            "pairs": {name: row["pairs"][name] for name in ("id", "draw", "chosen", "rejected", "margin", "timestep")},
         }
         run.last_evaluation = row
         run.evaluations.append(row)
@@ -230,7 +231,7 @@ def _memory_advice(config: TrainConfig, error: BaseException) -> str:
         advice.append("model.gradient_checkpointing=true")
     if model.dtype == "fp32":
         advice.append("model.dtype=bf16")
-    if model.train == "lora" and model.reference_mode == "copy":
+    if model.train == "lora" and config.reference_mode == "copy":
         advice.append("model.reference=adapter-off")
     if model.train == "full":
         advice.append("model.train=lora")

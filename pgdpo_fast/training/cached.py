@@ -1,0 +1,180 @@
+"""The reference of a run read from a cache: what a configuration asks of the reference, the pass that computes it once,
+and the provider that hands the rows to the loop.
+
+A run with a cache and one that runs the reference itself see the same numbers: same draws, same number of pairs in a
+forward, same kernel for the errors.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from pgdpo_fast.data.latent_store import LatentStore
+from pgdpo_fast.data.shards import describe_bytes
+from pgdpo_fast.errors import ConfigError, DataError
+from pgdpo_fast.loss import PackedReference, ReferenceErrors
+from pgdpo_fast.models import ModelAdapter
+from pgdpo_fast.reference.build import build_cache
+from pgdpo_fast.reference.cache import Block, Layout, ReferenceCache
+from pgdpo_fast.reference.fingerprint import architecture_digest, weights_digest
+from pgdpo_fast.reference.rows import FORMATS, Rows, pack
+from pgdpo_fast.reference.stream import RowStream
+from pgdpo_fast.training.batches import Batch, Draw, Stage, hold_out
+from pgdpo_fast.training.config import TrainConfig
+from pgdpo_fast.training.network import open_network, select_device
+from pgdpo_fast.training.reference import needs_predictions
+
+__all__ = ["CachedReference", "cache_reference", "reference_visits"]
+
+
+def reference_visits(config: TrainConfig, ids: Sequence[str]) -> list[Block]:
+    """Every (pair, draw) a run asks its reference for: training pairs, then held-out ones if there are any."""
+    options = config.training
+    training, held_out = hold_out(ids, config.data.evaluation_pairs, options.seed)
+    visits = -(-options.steps * options.pairs_per_step // len(training))
+    blocks = [Block(tuple(training), options.draws_per_pair or visits)]
+    return blocks + [Block(tuple(held_out), options.evaluation_draws)] * bool(held_out)
+
+
+def _fingerprint(config: TrainConfig, store: LatentStore, adapter: ModelAdapter, network: nn.Module) -> dict[str, Any]:
+    """Everything the rows depend on, from a network as loaded: without adapters, before any training."""
+    options, held_out = config.training, config.data.evaluation_pairs
+    return {
+        "model.family": config.model.family,
+        "model.architecture": architecture_digest(network.config),
+        "model.weights": weights_digest(network),
+        "model.dtype": config.model.dtype,
+        "model.adapters": "off",
+        "model.text_tokens": adapter.text_tokens,
+        "data.store (content)": store.fingerprint,
+        "data.evaluation_pairs": held_out,
+        "process": repr(config.build_process()),
+        "training.seed": options.seed,
+        "training.draws_per_pair (strata of the timesteps)": max(1, options.draws_per_pair),
+        "training.evaluation_draws": options.evaluation_draws if held_out else 0,
+    }
+
+
+def choose_format(config: TrainConfig, format: str = "auto") -> str:
+    """The format asked for, or the smallest that serves the objective: errors where two numbers a group do, else bf16.
+
+    Raises:
+        ConfigError: the format cannot serve the configuration's objective.
+    """
+    predictions = needs_predictions(config.build_objective(), config.training.granularity)
+    if format == "auto":
+        return "bf16" if predictions else "errors"
+    if format not in FORMATS:
+        raise ConfigError(f"format={format!r}: expected auto, {', '.join(FORMATS)}")
+    if predictions and format == "errors":
+        raise ConfigError(f"format='errors': objective {config.objective['name']} at training.granularity="
+                          f"{config.training.granularity} needs the reference's predictions; use --format bf16")
+    return format
+
+
+def cache_reference(config: TrainConfig, output: str | os.PathLike, *, format: str = "auto", rank: int = 0,
+                    world_size: int = 1, local_rank: int = 0, progress: Callable[[int, int], None] | None = None,
+                    resume_command: str = "the same call again") -> ReferenceCache:
+    """Run the frozen reference over every (pair, draw) that `config` visits, once, and keep the results in `output`.
+
+    Chosen and rejected go through one forward of `pairs_per_step / accumulation` pairs, as in training. Finished work
+    is kept; ranks share what is left.
+
+    Raises:
+        ConfigError, DataError: settings, store, network and folder do not fit each other; the disk is too small.
+        NonFiniteError: a prediction is not finite; names the pair.
+        Preempted: SIGTERM came; the message holds `resume_command`.
+    """
+    options, format = config.training, choose_format(config, format)
+    device = select_device(options.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", local_rank)
+    store = LatentStore(config.data.store)
+    adapter, network = open_network(config, store, device)
+    fingerprint = _fingerprint(config, store, adapter, network)
+    network.eval()
+    if config.model.compile:
+        adapter.compile(network)
+    blocks, size = reference_visits(config, store.ids), options.pairs_per_step // options.accumulation
+    granularity = options.granularity if format == "errors" else "any"
+    held_out = frozenset(blocks[1].ids) if len(blocks) > 1 else frozenset()
+    stage, evaluation_stage = (Stage(store, config.build_process(), adapter.text_tokens, options.seed, device, strata)
+                               for strata in (max(1, options.draws_per_pair), options.evaluation_draws))
+
+    @torch.inference_mode()
+    def compute(keys: Sequence[tuple[str, int]]) -> Rows:
+        draws = [Draw(*key) for key in keys]
+        if draws[0].id in held_out:  # evaluation runs its last, smaller batch as it is
+            batch = evaluation_stage.noise(draws, evaluation_stage.read(draws))
+        else:  # training has none: its batches are always full
+            draws = list(islice(cycle(draws), size))
+            batch = stage.noise(draws, stage.read(draws))
+        prediction = adapter.forward(network, batch.noised, batch.model_timestep, batch.text)
+        rows = pack(prediction, batch.target, format, granularity, options.backend)
+        return {name: values[: len(keys)] for name, values in rows.items()}
+
+    provenance = {"model.path": config.model.path, "model.revision": config.model.revision, "device": str(device),
+                  "store": str(store.path), "attention_backend": config.model.attention_backend,
+                  "compile": config.model.compile}
+    return build_cache(output, fingerprint=fingerprint, blocks=blocks, compute=compute, provenance=provenance,
+                       layout=Layout.of(format, granularity, store.shape, size), progress=progress, rank=rank,
+                       world_size=world_size, resume_command=resume_command)
+
+
+@dataclass
+class CachedReference:
+    """Rows of a cache as the reference of a run: no forward, no weights."""
+
+    cache: ReferenceCache
+    stream: RowStream
+    pairs: int
+
+    @classmethod
+    def open(cls, config: TrainConfig, store: LatentStore, adapter: ModelAdapter, network: nn.Module,
+             device: torch.device) -> CachedReference:
+        """The cache `config.data.reference_cache` for the network as loaded, before adapters and training.
+
+        Raises:
+            DataError: it was made for something else (naming every field), does not cover the run, or is damaged.
+        """
+        cache, options = ReferenceCache(config.data.reference_cache), config.training
+        cache.require(_fingerprint(config, store, adapter, network), reference_visits(config, store.ids)[0].draws)
+        layout, size = cache.layout, options.pairs_per_step // options.accumulation
+        if layout.format == "errors":
+            if needs_predictions(config.build_objective(), options.granularity):
+                raise DataError(f"{cache.path}: holds errors; objective {config.objective['name']} at "
+                                f"training.granularity={options.granularity} needs the reference's predictions; make a "
+                                "cache in another folder with --format bf16")
+            if layout.granularity != options.granularity:
+                raise DataError(f"{cache.path}: training.granularity was {layout.granularity!r}, is now "
+                                f"{options.granularity!r}; set it back, or make a cache for it in another folder")
+        return cls(cache, RowStream(cache, device, pairs=size, depth=2 * options.accumulation), size)
+
+    def __call__(self, batch: Batch) -> ReferenceErrors | PackedReference:
+        return self.stream.take(_keys(batch.draws))
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        return ()
+
+    def prefetch(self, draws: Sequence[Draw]) -> None:
+        self.stream.prefetch(_keys(draws))
+
+    def cost(self) -> str:
+        layout = self.cache.layout
+        kind = f"errors per {layout.granularity}" if layout.format == "errors" else f"predictions in {layout.format}"
+        other = "" if layout.pairs_per_forward == self.pairs else (
+            f"; made {layout.pairs_per_forward} pairs a forward, this run takes {self.pairs}: equal up to rounding")
+        return (f"cached: no forward and no weights; {len(self.cache)} rows of {kind}, "
+                f"{describe_bytes(self.cache.bytes)} in {self.cache.path}{other}")
+
+
+def _keys(draws: Sequence[Draw]) -> list[tuple[str, int]]:
+    return [(draw.id, draw.draw) for draw in draws]
