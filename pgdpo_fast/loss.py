@@ -55,7 +55,7 @@ class PackedReference:
         """
         if format not in ("bf16", "fp8"):
             raise ValueError(f"format={format!r}: expected 'bf16' or 'fp8'")
-        x = gather(*_check(reference, target, None).tensors)
+        x = gather(*_check(reference, target, None, "reference").tensors)
         residuals = [(q.to(y.dtype) - y).float() for q, y in zip(x.policy, eager.targets(x), strict=True)]
         if format == "bf16":
             return cls(*(r.bfloat16() for r in residuals))
@@ -134,9 +134,10 @@ class PreferenceLossOutput:
 
     def metrics(self) -> dict[str, Tensor]:
         """Means over the batch as 0-d tensors, under TRL's names where those exist. No device sync."""
+        nan = torch.full_like(self.margin, float("nan"))
         values = {
             "rewards/chosen": self.chosen_reward, "rewards/rejected": self.rejected_reward,
-            "rewards/margins": self.margin, "rewards/accuracies": (self.margin > 0).to(self.margin.dtype),
+            "rewards/margins": self.margin, "rewards/accuracies": torch.where(self.margin.isnan(), nan, self.margin > 0),
             "logits": self.logits, "gradient_factor": self.gradient_factor,
             "weights/alpha": self.alpha, "weights/gamma": self.gamma, "weights/importance": self.importance,
             "errors/policy_chosen": self.policy_chosen_error, "errors/policy_rejected": self.policy_rejected_error,
@@ -153,6 +154,8 @@ class PreferenceLossOutput:
             names = [pair_ids[i] for i in bad] if pair_ids is not None else bad
             raise NonFiniteError(f"loss is NaN or infinite for pair(s) {', '.join(map(str, names))} of "
                                  f"{len(self.per_pair_loss)}; their predictions, targets or reference are not finite")
+        if not bool(torch.isfinite(self.loss)):
+            raise NonFiniteError("loss is NaN or infinite though that of every pair is finite; the weights are not finite")
 
 
 def _describe(x) -> str:
@@ -162,14 +165,14 @@ def _describe(x) -> str:
 def _pair(x, name: str) -> tuple[Tensor, Tensor | None]:
     """A stacked tensor as (tensor, None), a tuple as its two tensors; types, ranks and dtypes checked."""
     items = (x,) if isinstance(x, Tensor) else x
-    tensors = isinstance(items, (tuple, list)) and all(isinstance(t, Tensor) for t in items)
-    if not tensors or len(items) not in (1, 2):
+    two = isinstance(items, (tuple, list)) and len(items) == 2 and all(isinstance(t, Tensor) for t in items)
+    if not isinstance(x, Tensor) and not two:
         raise ValueError(f"{name}: expected a tensor or a (chosen, rejected) tuple of tensors, got {_describe(x)}")
     for t in items:
         if t.ndim < 2 or t.numel() == 0:
             raise ValueError(f"{name}: expected a non-empty batch of latents [B, C, F, H, W], got {_describe(t)}")
-    if len(items) == 2 and (items[0].shape != items[1].shape or items[0].dtype != items[1].dtype):
-        raise ValueError(f"{name}: expected chosen and rejected of one shape and dtype, "
+    if len({(t.shape, t.dtype, t.device) for t in items}) > 1:
+        raise ValueError(f"{name}: expected chosen and rejected of one shape, dtype and device, "
                          f"got {_describe(items[0])} and {_describe(items[1])}")
     return items[0], items[1] if len(items) == 2 else None
 
@@ -208,11 +211,11 @@ class _Call:
         return self.video[1]
 
 
-def _check(prediction, target, reference) -> _Call:
-    policy, policy_rejected = _pair(prediction, "prediction")
-    _expect_floating(policy.dtype, "prediction")
+def _check(prediction, target, reference, name: str = "prediction") -> _Call:
+    policy, policy_rejected = _pair(prediction, name)
+    _expect_floating(policy.dtype, name)
     if policy_rejected is None and policy.shape[0] % 2:
-        raise ValueError(f"prediction: expected [2B, ...], chosen half first; got an odd batch, {_describe(policy)}")
+        raise ValueError(f"{name}: expected [2B, ...], chosen half first; got an odd batch, {_describe(policy)}")
     pairs = policy.shape[0] // (2 if policy_rejected is None else 1)
     video, device = tuple(policy.shape[1:]), policy.device
     stacked, single = (2 * pairs, *video), (pairs, *video)
@@ -252,6 +255,8 @@ def _check(prediction, target, reference) -> _Call:
             row_scales = (reference.chosen_scale, reference.rejected_scale)
             for scale in row_scales:
                 _expect(scale, "reference scale", ((pairs, blocks),), device)
+                if scale.dtype != torch.float32:
+                    raise ValueError(f"reference scale: expected torch.float32, got {scale.dtype}")
     elif reference is not None:
         form, rows = 1, operand(reference, "reference")
     tensors = (policy, policy_rejected, *targets, noise, target_scale, *rows, *row_scales)
@@ -484,8 +489,12 @@ class PreferenceLoss(nn.Module):
 
     def __init__(self, objective: Objective, *, granularity: str = "sample", backend: str = "auto", process_group=None):
         super().__init__()
+        if not isinstance(objective, Objective):
+            raise ValueError(f"objective: expected an instance such as pf.PGDPO(), got {objective!r}")
         if granularity not in GRANULARITIES:
             raise ValueError(f"granularity={granularity!r}: expected one of {', '.join(map(repr, GRANULARITIES))}")
+        if backend not in ("auto", *backends.NAMES):
+            raise ValueError(f"backend={backend!r}: expected 'auto', {', '.join(map(repr, backends.NAMES))}")
         self.objective, self.granularity, self.backend = objective, granularity, backend
         self.process_group = process_group
 

@@ -39,7 +39,8 @@ def unpack(rows: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def group_errors(x: Operands, reference_form: int, granularity: str, anchor: bool, cross: bool) -> GroupErrors:
-    """Statistics `[B, G]` of every group, differentiable by the predictions: G is 1, the frames, or all elements."""
+    """Statistics `[B, G]` of every group, differentiable by the predictions (the cross term is not): G is 1, the frames,
+    or all elements."""
 
     def mean(values: Tensor) -> Tensor:
         if granularity == "sample":
@@ -57,4 +58,4 @@ def group_errors(x: Operands, reference_form: int, granularity: str, anchor: boo
     return GroupErrors(
         mean((p.chosen - y.chosen) ** 2), mean((p.rejected - y.rejected) ** 2), *gaps,
         mean((p.chosen - q.chosen) ** 2) if anchor else None,
-        mean((p.chosen - y.chosen) * (p.rejected - y.rejected)) if cross else None)
+        mean((p.chosen - y.chosen) * (p.rejected - y.rejected)).detach() if cross else None)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pgdpo_fast.backends import operands
 from pgdpo_fast.objectives import GroupErrors
@@ -44,9 +45,9 @@ library.define(
 
 
 def _backend(name: str):
-    from pgdpo_fast.backends import triton
+    from pgdpo_fast.backends import native, triton
 
-    return {"triton": triton}[name]
+    return {"triton": triton, "native": native}[name]
 
 
 def _pair_errors(*args):
@@ -167,6 +168,7 @@ class _Objective(torch.autograd.Function):
         return loss, telemetry
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, incoming, _):
         coefficients, *tensors = ctx.saved_tensors
         return (None,) * 7 + _input_gradients(ctx.plan, tensors, coefficients, incoming)
@@ -185,6 +187,7 @@ class _Elements(torch.autograd.Function):
         return loss, telemetry
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, incoming, _):
         weight, posterior_scale, means, chosen, rejected, *tensors = ctx.saved_tensors
         bet, ctx.bet = ctx.bet, False  # a second backward must not write over gradients already handed out
@@ -204,6 +207,7 @@ class _Errors(torch.autograd.Function):
         return statistics
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, incoming):
         tensors = ctx.saved_tensors
         e_w, e_l, d_w, d_l, anchor, _ = incoming
