@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -97,12 +98,13 @@ def render_pairs(
     width: int = 64,
     fps: float = 8,
     distance: str = "far",
+    scene_of: Callable[[random.Random], Scene] | None = None,
 ) -> Path:
     """Render preference pairs to `directory/clips/*.mp4` and return the path of `directory/manifest.jsonl`.
 
     The chosen clip is clean, with score 1; the rejected one shows the same scene with one of FAULTS at a severity s
-    drawn from the range of `distance` ("near": mild, "far": gross, "mixed": both) and has score 1 - s. Same
-    arguments, same bytes. Raises ConfigError on impossible arguments.
+    drawn from the range of `distance` ("near": mild, "far": gross, "mixed": both) and has score 1 - s. `scene_of`
+    draws the scene in place of `make_scene`. Same arguments, same bytes. Raises ConfigError on impossible arguments.
     """
     if distance not in DISTANCES:
         raise ConfigError(f"distance={distance!r}; expected one of {', '.join(DISTANCES)}")
@@ -118,7 +120,7 @@ def render_pairs(
     rows = []
     for number in range(pairs):
         draw = random.Random(hashlib.blake2b(f"{seed}|{number}".encode(), digest_size=16).digest())
-        scene = make_scene(draw)
+        scene = (scene_of or make_scene)(draw)
         fault = FAULTS[number % len(FAULTS)]
         severity = round(draw.uniform(*DISTANCES[distance]), 4)
         noise = torch.Generator().manual_seed(draw.getrandbits(62))

@@ -1,0 +1,260 @@
+"""Likelihood displacement, measured: the one-step advantage over DPO, and what the rewards of a run add up to.
+
+Log-likelihoods are stood in for by log p = -e/2, e the mean squared prediction error of a clip at a fixed draw. The
+one-step advantage is how much more a step of an objective raises log p of the chosen clips than a step of DPO from the
+same parameters, batch and learning rate would; below zero, the objective displaces more than DPO does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pgdpo_fast.analysis.runs import Row, RunRecord, finite, read_rows
+from pgdpo_fast.data.shards import atomic_file
+from pgdpo_fast.errors import ConfigError
+from pgdpo_fast.loss import paired_errors, preference_loss
+from pgdpo_fast.objectives import DPO, Objective
+
+__all__ = ["AdvantageProbe", "Outcome", "OneStepAdvantage", "one_step_advantage", "outcome", "timestep_table"]
+
+FILE = "displacement.jsonl"
+
+
+@dataclass(frozen=True)
+class OneStepAdvantage:
+    """Result of `one_step_advantage`, in nats an element, means over the batch.
+
+    Attributes:
+        first_order: -lr grad log p_w . (grad L - grad L_baseline).
+        exact: log p_w after the objective's step minus log p_w after the baseline's; None when not asked for.
+        objective_change, baseline_change: change of log p_w by each step alone; None when not asked for.
+    """
+
+    first_order: float
+    exact: float | None = None
+    objective_change: float | None = None
+    baseline_change: float | None = None
+
+
+@torch.enable_grad()  # a trainer evaluates without
+def one_step_advantage(
+    predict: Callable[[], Tensor],
+    parameters: Iterable[Tensor],
+    target: Any,
+    reference: Any,
+    *,
+    objective: Objective,
+    baseline: Objective,
+    learning_rate: float,
+    exact: bool = True,
+    granularity: str = "sample",
+    backend: str = "auto",
+    posterior_scale: Tensor | None = None,
+    pair_weight: Tensor | None = None,
+) -> OneStepAdvantage:
+    """The one-step advantage of `objective` over `baseline` on one batch: plain gradient steps of `learning_rate`.
+
+    Args:
+        predict: the network's prediction `[2B, C, F, H, W]`, chosen half first, at the parameters' current values,
+            always of the same noised latents.
+        parameters: the trained ones. They come back bit for bit, and their `.grad` is not touched.
+        target, reference, granularity, backend, posterior_scale, pair_weight: as in `pf.preference_loss`.
+        exact: also take both steps; two more forwards. Needs fp32 parameters, coarser ones would swallow the step.
+
+    Raises:
+        ConfigError: `exact` with a parameter that is not fp32 or fp64.
+    """
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    if exact and (coarse := {p.dtype for p in parameters} - {torch.float32, torch.float64}):
+        raise ConfigError(
+            f"exact=True with {coarse.pop()} parameters, whose rounding swallows a step; expected float32: "
+            "use exact=False"
+        )
+    prediction = predict()
+    options = {
+        "granularity": granularity,
+        "backend": backend,
+        "posterior_scale": posterior_scale,
+        "pair_weight": pair_weight,
+    }
+
+    def towards(loss: Tensor) -> Tensor:
+        return torch.autograd.grad(loss, leaf)[0]
+
+    # Gradients with respect to the prediction are cheap; the network is walked back only for what is asked.
+    leaf = prediction.detach().requires_grad_(True)
+    output_gradients = [
+        towards(preference_loss(leaf, target, reference, objective=o, **options).loss) for o in (objective, baseline)
+    ]
+    likelihood_gradient = towards(_log_likelihood(leaf, target, backend))
+
+    def walk(output_gradient: Tensor, more: bool) -> list[Tensor]:
+        found = torch.autograd.grad(prediction, parameters, output_gradient, retain_graph=more, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+
+    if not exact:
+        ascent = walk(likelihood_gradient, True)
+        difference = walk(output_gradients[0] - output_gradients[1], False)
+        return OneStepAdvantage(-learning_rate * _dot(ascent, difference))
+
+    ascent, *gradients = (
+        walk(g, more) for g, more in zip((likelihood_gradient, *output_gradients), (1, 1, 0), strict=True)
+    )
+    first_order = -learning_rate * (_dot(ascent, gradients[0]) - _dot(ascent, gradients[1]))
+    with torch.no_grad():
+        before = float(_log_likelihood(predict(), target, backend))
+        changes = []
+        kept = [parameter.clone() for parameter in parameters]
+        try:
+            for gradient in gradients:
+                for parameter, start, slope in zip(parameters, kept, gradient, strict=True):
+                    parameter.copy_(start - learning_rate * slope)
+                changes.append(float(_log_likelihood(predict(), target, backend)) - before)
+        finally:
+            for parameter, start in zip(parameters, kept, strict=True):
+                parameter.copy_(start)
+    return OneStepAdvantage(first_order, changes[0] - changes[1], *changes)
+
+
+def _log_likelihood(prediction: Tensor, target: Any, backend: str) -> Tensor:
+    """-e/2 of the chosen clips, mean over the batch, 0-d."""
+    return -0.5 * paired_errors(prediction, target, backend=backend).policy_chosen.mean()
+
+
+def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    return math.fsum(float((x.double() * y.double()).sum()) for x, y in zip(a, b, strict=True))
+
+
+class AdvantageProbe:
+    """A trainer hook that measures the one-step advantage over DPO at every evaluation and writes `displacement.jsonl`.
+
+    It uses the pairs of the coming step, DPO with the objective's own beta, and the run's learning rate. A resumed run
+    rewrites the rows it makes again.
+    """
+
+    def __init__(self, baseline: DPO | None = None):
+        self.baseline = baseline
+
+    def __call__(self, step: int, run: Any) -> None:
+        draws, tensors = run.read(step)[0]
+        batch = run.stage.noise(draws, tensors)
+        reference = run.reference(batch)
+        trained = [parameter for parameter in run.policy.parameters() if parameter.requires_grad]
+        baseline = self.baseline or DPO(beta=getattr(run.objective, "beta", 100.0))
+
+        def predict() -> Tensor:
+            return run.adapter.forward(run.policy, batch.noised, batch.model_timestep, batch.text)
+
+        rate = run.optimizer.learning_rate(step)
+        found = one_step_advantage(
+            predict,
+            trained,
+            batch.target,
+            reference,
+            baseline=baseline,
+            learning_rate=rate,
+            pair_weight=batch.weight,
+            exact=all(parameter.dtype == torch.float32 for parameter in trained),
+            **run.loss_options(batch),
+        )
+        path = run.root / FILE
+        rows = [row for row in (read_rows(path) if path.exists() else []) if row["step"] < step]
+        rows.append(
+            {
+                "step": step,
+                "ids": [draw.id for draw in draws],
+                "learning_rate": rate,
+                "baseline_beta": baseline.beta,
+                "advantage": found.first_order if found.exact is None else found.exact,
+                "first_order": found.first_order,
+                "objective_change": found.objective_change,
+                "baseline_change": found.baseline_change,
+            }
+        )
+        with atomic_file(path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to: rewards are means over pairs, on held-out pairs where the run had any.
+
+    Attributes:
+        kind: "displaced": the margin is won, the chosen reward is below zero. "improved": won, and above zero. "held":
+            won, and not to be told from zero. "unlearnt": no margin. "unmeasured": no reference, so no rewards. Each by
+            two standard errors over pairs.
+        chosen_error, margin_error: standard errors of chosen reward and margin.
+        lowest_chosen: the lowest chosen reward along the way.
+        gamma_positive_share: share of probed steps with a one-step advantage above zero; None without probes, and for
+            DPO itself, whose advantage over itself is zero.
+    """
+
+    kind: str
+    chosen_reward: float
+    rejected_reward: float
+    margin: float
+    accuracy: float
+    chosen_error: float
+    margin_error: float
+    lowest_chosen: float
+    gamma_positive_share: float | None
+    step_seconds: float
+
+
+def outcome(run: RunRecord) -> Outcome:
+    """The figures of a run at its last step."""
+    chosen, rejected, margin, accuracy = (
+        run.final(f"rewards/{key}") for key in ("chosen", "rejected", "margins", "accuracies")
+    )
+    chosen_error, margin_error = run.standard_error("chosen"), run.standard_error("margin")
+    if math.isnan(margin):
+        kind = "unmeasured"
+    elif margin <= 2 * margin_error:
+        kind = "unlearnt"
+    else:
+        kind = "displaced" if chosen < -2 * chosen_error else "improved" if chosen > 2 * chosen_error else "held"
+    probes = [row["advantage"] for row in run.advantages]
+    share = sum(value > 0 for value in probes) / len(probes) if probes and run.objective != "dpo" else None
+    lowest = min(finite(run.smooth_curve("rewards/chosen")[1]), default=math.nan)
+    seconds = statistics.median(row["step_seconds"] for row in run.metrics)
+    return Outcome(kind, chosen, rejected, margin, accuracy, chosen_error, margin_error, lowest, share, seconds)
+
+
+def timestep_table(rows: Sequence[Row], bins: int = 5) -> list[Row]:
+    """Rewards of the pairs of many rows by equal bins of the model's timestep over [0, 1000].
+
+    Args:
+        rows: of metrics.jsonl, with per-pair "timestep", "chosen", "rejected", "margin", "alpha", "gamma".
+
+    Returns:
+        For every bin that holds pairs: low, high, pairs, accuracy; means chosen, rejected, margin, alpha, gamma.
+    """
+    quantities = ("chosen", "rejected", "margin", "alpha", "gamma")
+    found: list[dict[str, list[float]]] = [{name: [] for name in quantities} for _ in range(bins)]
+    for row in rows:
+        pairs = row["pairs"]
+        for index, timestep in enumerate(pairs["timestep"]):
+            inside = found[min(int(timestep / 1000 * bins), bins - 1)]
+            for name in quantities:
+                inside[name].append(pairs[name][index])
+    table = []
+    for place, inside in enumerate(found):
+        if count := len(inside["margin"]):
+            table.append(
+                {
+                    "low": 1000 * place / bins,
+                    "high": 1000 * (place + 1) / bins,
+                    "pairs": count,
+                    "accuracy": sum(value > 0 for value in inside["margin"]) / count,
+                    **{name: statistics.fmean(inside[name]) for name in quantities},
+                }
+            )
+    return table
