@@ -18,6 +18,7 @@ COMMANDS = {
     "encode": ("encode", "Encode"),
     "train": ("train", "Train"),
     "report": ("report", "Report"),
+    "bench": ("bench", "Bench"),
     "doctor": ("doctor", "Doctor"),
 }
 

@@ -1,0 +1,137 @@
+"""`pgdpo-fast bench`: how fast the fused loss is on this machine, against eager torch and torch.compile.
+
+The benchmarks live in the repository's `bench/` folder, which a wheel does not carry; this command loads them from the
+clone it runs in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+Shape = Literal["videocrafter2", "cogvideox-480p", "wan2.1-480p", "wan2.1-720p", "hunyuanvideo-720p"]
+
+
+@dataclass
+class Bench:
+    """Time the loss and its gradients at the latents of five video models, after checking them against float64.
+
+    Prints a table with ratios to eager torch and to torch.compile, the share of this machine's copy bandwidth and the
+    memory beyond the gradients; writes the same as JSON, Markdown and two figures. A contender that disagrees with
+    float64 gets no figure. Runs on the CUDA device when there is one, else on the CPU.
+
+    Examples:
+        pgdpo-fast bench --quick
+        pgdpo-fast bench --shapes wan2.1-480p --batch 1 4 --granularity sample frame --reference-form errors
+        pgdpo-fast bench --quick --compare bench/results/h200/quick.json
+    """
+
+    quick: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Wan2.1 480p at one pair, element and sample form, bfloat16: under three minutes on two cores. Ignores the five
+    flags that choose cases."""
+    shapes: tuple[Shape, ...] = ("videocrafter2", "cogvideox-480p", "wan2.1-480p", "wan2.1-720p", "hunyuanvideo-720p")
+    """Video shapes to time."""
+    batch: tuple[int, ...] = (1, 4, 16)
+    """Pairs a batch."""
+    granularity: tuple[Literal["sample", "frame", "element"], ...] = ("sample", "element")
+    """What one reward covers."""
+    reference_form: tuple[Literal["errors", "predictions", "bf16", "fp8"], ...] = ("predictions", "errors")
+    """How the reference is given: cached errors, whole predictions, or packed rows. Errors have no element form."""
+    dtype: tuple[Literal["bfloat16", "float16", "float32"], ...] = ("bfloat16",)
+    """Precision of the predictions."""
+    seconds: float = 10.0
+    """Seconds of timing a case gets on a CPU."""
+    seed: int | None = None
+    """Seed of the random inputs; a fresh one by default, kept in the results."""
+    device: Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda")] = "auto"
+    """Where to run."""
+    compare: Path | None = None
+    """An earlier results file to set the new figures against."""
+    out: Path | None = None
+    """Folder of the results; bench/results/<device> of the clone by default."""
+
+    def run(self) -> None:
+        import json
+        import secrets
+
+        import torch
+
+        from pgdpo_fast.errors import ConfigError, DataError
+
+        bench = _load()
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"--device {self.device}: expected auto, cpu or cuda")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("--device cuda: torch sees no CUDA device here; run `pgdpo-fast doctor`")
+        if not self.batch or min(self.batch) < 1 or self.seconds <= 0:
+            raise ConfigError(f"--batch {' '.join(map(str, self.batch))} --seconds {self.seconds:g}: "
+                              f"expected numbers above 0")
+        device = torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
+        previous = None
+        if self.compare is not None:
+            try:
+                previous = json.loads(self.compare.read_text())
+                previous["cases"], previous["copy"]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise DataError(f"--compare {self.compare}: expected results of this command ({error!r})") from error
+        cases = bench.table.QUICK if self.quick else bench.table.cases(
+            self.shapes, self.batch, self.granularity, self.reference_form, dtypes=self.dtype)
+        if not cases:
+            raise ConfigError("nothing to time: granularity element has no errors form; "
+                              "add --reference-form predictions")
+        seed = secrets.randbelow(2**31) if self.seed is None else self.seed
+        with _progress() as progress:
+            result = bench.table.run(cases, device, seed=seed, budget=bench.harness.Budget(self.seconds),
+                                     progress=progress)
+        changes = None if previous is None else bench.report.compare(previous, result)
+        bench.report.show(result, changes)
+        print(bench.report.summary(result))
+        folder = self.out or Path(bench.__file__).parent / "results" / result["environment"]["slug"]
+        for path in bench.report.write(result, folder, "quick" if self.quick else "loss", changes):
+            print(f"wrote {path}")
+
+
+def _load():
+    """The repository's bench package with the modules this command uses. Its folder never enters `sys.path`: next to it
+    lies `kernels/`, which would shadow the package of that name."""
+    import importlib
+    import importlib.util
+    import sys
+
+    import pgdpo_fast
+    from pgdpo_fast.errors import ConfigError
+
+    root = Path(pgdpo_fast.__file__).resolve().parent.parent
+    folder = next((base / "bench" for base in (root, Path.cwd()) if (base / "bench" / "harness.py").is_file()), None)
+    if folder is None:
+        raise ConfigError(f"no bench/ folder in {root} or {Path.cwd()}: benchmarks run from a clone; clone the "
+                          f"repository, change into it and run `pgdpo-fast bench` there")
+    if "bench" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("bench", folder / "__init__.py",
+                                                      submodule_search_locations=[str(folder)])
+        sys.modules["bench"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["bench"])
+    for name in ("harness", "report", "table"):
+        importlib.import_module(f"bench.{name}")
+    return sys.modules["bench"]
+
+
+def _progress():
+    """A context whose value shows one line of progress, on a terminal alone."""
+    from contextlib import contextmanager
+
+    from rich.console import Console
+
+    @contextmanager
+    def shown():
+        console = Console(stderr=True)
+        if not console.is_terminal:
+            yield lambda line: None
+            return
+        with console.status("starting") as status:
+            yield status.update
+
+    return shown()
