@@ -18,7 +18,12 @@ __all__ = [
 ]
 
 # family -> (module under pgdpo_fast.models, class in it)
-FAMILIES = {"wan": ("wan", "Wan")}
+FAMILIES = {
+    "wan": ("wan", "Wan"),
+    "cogvideox": ("cogvideox", "CogVideoX"),
+    "unet3d": ("unet3d", "UNet3D"),
+    "videocrafter2": ("unet3d", "VideoCrafter2"),
+}
 
 
 def adapter_class(family: str) -> type[ModelAdapter]:

@@ -1,0 +1,83 @@
+"""CogVideoX text-to-video, 1.0 and 1.5 (`CogVideoXTransformer3DModel`): v-prediction, 226 text tokens, rotary or fixed
+positions.
+
+The network takes `[B, F, C, H, W]`; the swap of axes happens here, so latents are `[B, C, F, H, W]` everywhere else.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from pgdpo_fast.models.base import ModelAdapter
+
+
+class CogVideoX(ModelAdapter):
+    family = "cogvideox"
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    text_length = 226
+    process_class = "DDPM"
+    default_process = "cogvideox-2b"  # 5B and 1.5: cogvideox-5b
+    repeated_blocks = ("CogVideoXBlock",)
+
+    def network_class(self):
+        from diffusers import CogVideoXTransformer3DModel
+
+        return CogVideoXTransformer3DModel
+
+    def forward(self, model, noised, model_timestep, text):
+        rotary = None
+        if model.config.use_rotary_positional_embeddings:
+            rotary = _rotary(_Grid.of(model.config, noised.shape), noised.device)
+        prediction = model(
+            hidden_states=noised.to(self.dtype).transpose(1, 2),
+            encoder_hidden_states=text.to(self.dtype),
+            timestep=model_timestep,
+            image_rotary_emb=rotary,
+            return_dict=False,
+        )[0]
+        return prediction.transpose(1, 2)
+
+    def text_dim(self, model):
+        return model.config.text_embed_dim
+
+    def check_store(self, model, shape, text_dim):
+        problems, config = super().check_store(model, shape, text_dim), model.config
+        if config.in_channels != config.out_channels:
+            problems.append("an image-to-video network, expected text-to-video")
+        if self.text_tokens != config.max_text_seq_length:
+            problems.append(f"model.text_tokens={self.text_tokens}, expected {config.max_text_seq_length}")
+        steps = (config.patch_size_t or 1, config.patch_size, config.patch_size)
+        for name, size, step in zip(("frames", "height", "width"), shape[1:], steps, strict=True):
+            if size % step:
+                problems.append(f"latent {name} {size}, expected a multiple of {step}")
+        return problems
+
+
+class _Grid(tuple):
+    """What the rotary positions depend on: (head size, frames, height, width, base height, base width, sliced)."""
+
+    @classmethod
+    def of(cls, config, shape) -> _Grid:
+        frames, height, width = shape[2:]
+        patch, patch_t = config.patch_size, config.patch_size_t
+        base = (config.sample_height // patch, config.sample_width // patch)
+        return cls((config.attention_head_dim, frames // (patch_t or 1), height // patch, width // patch, *base,
+                    patch_t is not None))  # fmt: skip
+
+
+@lru_cache(maxsize=8)
+def _rotary(grid: _Grid, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The positions CogVideoXPipeline gives the network, fp32 [tokens, head size] each."""
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+    from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+
+    head, frames, height, width, base_height, base_width, sliced = grid
+    if sliced:  # 1.5
+        kind = {"crops_coords": None, "grid_type": "slice", "max_size": (base_height, base_width)}
+    else:
+        kind = {"crops_coords": get_resize_crop_region_for_grid((height, width), base_width, base_height)}
+    return get_3d_rotary_pos_embed(
+        embed_dim=head, grid_size=(height, width), temporal_size=frames, device=device, **kind
+    )

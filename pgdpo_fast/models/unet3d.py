@@ -1,0 +1,97 @@
+"""3-D U-Nets: `UNet3DConditionModel` (ModelScope) and VideoCrafter2, which is that network plus a frame-rate embedding.
+
+Epsilon-prediction, 77 CLIP text tokens. These networks ship with dropout 0.1, which loading switches off: policy and
+reference must see the same network.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from pgdpo_fast.models.base import ModelAdapter
+
+CHECKPOINTED = ("ResnetBlock2D", "TemporalConvLayer", "Transformer2DModel", "TransformerTemporalModel")
+
+
+class UNet3D(ModelAdapter):
+    family = "unet3d"
+    subfolder = "unet"
+    lora_prefix = "unet"
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    text_length = 77
+    process_class = "DDPM"
+    default_process = "ddpm"
+
+    def network_class(self):
+        from diffusers import UNet3DConditionModel
+
+        return UNet3DConditionModel
+
+    def forward(self, model, noised, model_timestep, text):
+        return model(noised.to(self.dtype), model_timestep, text.to(self.dtype), return_dict=False)[0]
+
+    def text_dim(self, model):
+        return model.config.cross_attention_dim
+
+    def _enable_checkpointing(self, model):
+        # the class has no checkpointing of its own; wrapping forwards leaves the parameters' names alone
+        for module in model.modules():
+            if type(module).__name__ in CHECKPOINTED:
+                module.forward = partial(_recomputed, module.forward)
+
+
+class VideoCrafter2(UNet3D):
+    family = "videocrafter2"
+    default_process = "videocrafter2"
+
+    def network_class(self):
+        return _videocrafter2_class()
+
+    def forward(self, model, noised, model_timestep, text):
+        fps = torch.full_like(model_timestep, self.config.fps)
+        return model(noised.to(self.dtype), model_timestep, text.to(self.dtype), fps=fps, return_dict=False)[0]
+
+
+def _recomputed(forward, *arguments, **options):
+    if torch.is_grad_enabled():
+        return checkpoint(forward, *arguments, use_reentrant=False, **options)
+    return forward(*arguments, **options)
+
+
+@lru_cache(maxsize=1)
+def _videocrafter2_class():
+    """`VideoCrafter2UNet`, made on first use because diffusers is imported only then."""
+    import inspect
+
+    from diffusers import UNet3DConditionModel
+    from diffusers.models.embeddings import TimestepEmbedding
+
+    class VideoCrafter2UNet(UNet3DConditionModel):
+        """UNet3DConditionModel whose time embedding also carries the clip's frame rate (arXiv 2401.09047)."""
+
+        def __init__(self, **config):
+            super().__init__(**config)
+            width = self.config.block_out_channels[0]
+            self.fps_embedding = TimestepEmbedding(width, 4 * width)
+            torch.nn.init.zeros_(self.fps_embedding.linear_2.weight)
+            torch.nn.init.zeros_(self.fps_embedding.linear_2.bias)
+            self.time_embedding.register_forward_hook(self._add_fps)
+
+        # diffusers takes the keys of a saved configuration from the signature
+        __init__.__signature__ = inspect.signature(UNet3DConditionModel.__init__)
+
+        def _add_fps(self, module, arguments, embedding):
+            return embedding + self.fps_embedding(self.time_proj(self._fps).to(embedding.dtype))
+
+        def forward(self, sample, timestep, encoder_hidden_states, *, fps, return_dict=True):
+            """As the parent's, with fps `[B]`, frames per second."""
+            self._fps = fps
+            try:
+                return super().forward(sample, timestep, encoder_hidden_states, return_dict=return_dict)
+            finally:
+                del self._fps
+
+    return VideoCrafter2UNet
