@@ -76,7 +76,7 @@ struct Differences {
 
 // WIDTH elements of all operands. FORM is the reference's form or ANY; HELD where policy, target and noise lie.
 template <class S, int P, int ACCESS, int FORM, int HELD, int REFERENCE_SPACE>
-struct Elements8 {
+struct Stretch {
   static constexpr int WIDTH = width_of(P);
   static constexpr int OTHER = ACCESS == SAME ? P : ANY;
   static constexpr int REFERENCE_DTYPE =
@@ -130,9 +130,9 @@ struct Elements8 {
       noise.values(s.noise, drawn);
 #pragma unroll
       for (int i = 0; i < WIDTH; ++i) {
-        const S scaled_noise = s.noise_scale * drawn[i];
-        yw[i] = fused(s.clean_scale, yw[i], scaled_noise);
-        yl[i] = fused(s.clean_scale, yl[i], scaled_noise);
+        const S scaled_noise = product(s.noise_scale, drawn[i]);
+        yw[i] = scaled_noise + product(s.clean_scale, yw[i]);
+        yl[i] = scaled_noise + product(s.clean_scale, yl[i]);
       }
     }
     const int form = form_of(s);
@@ -195,7 +195,7 @@ PGDPO_HD void over_vectors(const Segment<S>& s, int t, bool rejected_reference, 
 template <class S, int P, int ACCESS, int FORM, int HELD = KEEP>
 PGDPO_HD void thread_sums(const Segment<S>& s, int t, bool anchor, bool cross, S (&sums)[STATISTICS]) {
   // The reference is not read again unless the anchor is, so it must not push policy and target out of the L2.
-  using Block = Elements8<S, P, ACCESS, FORM, HELD, STREAM>;
+  using Block = Stretch<S, P, ACCESS, FORM, HELD, STREAM>;
 #pragma unroll
   for (int k = 0; k < STATISTICS; ++k) sums[k] = S(0);
   over_vectors<ACCESS == SAME && HELD == KEEP ? 2 : 1, Block>(s, t, true, [&](const Block& block, int at) {
@@ -221,7 +221,7 @@ struct Coefficients {
 // Thread `t`'s part of both gradients of a segment. FORM is REFERENCE_NONE without an anchor.
 template <class S, int P, int ACCESS, int FORM, int HELD = STREAM>
 PGDPO_HD void thread_gradients(const Segment<S>& s, int t, const Coefficients<S>& c, const MutableRows (&gradient)[2]) {
-  using Block = Elements8<S, P, ACCESS, FORM, HELD, HELD>;
+  using Block = Stretch<S, P, ACCESS, FORM, HELD, HELD>;
   char* out[2];
 #pragma unroll
   for (int side = 0; side < 2; ++side)
@@ -237,14 +237,18 @@ PGDPO_HD void thread_gradients(const Segment<S>& s, int t, const Coefficients<S>
   });
 }
 
-// Thread `t`'s part of an element pass: sums of the telemetry, gradients, or both. KIND is the objective's or ANY.
+// The second pass of PG-DPO with combine="outer", as a kind of its own: gradients from the video's means, no sums.
+constexpr int OUTER_GRADIENTS = 100;
+
+// Thread `t`'s part of an element pass: sums of the telemetry, gradients, or both. KIND is the objective's, ANY for those
+// other than DPO and PG-DPO, or OUTER_GRADIENTS.
 template <class S, int P, int ACCESS, int KIND>
 PGDPO_HD void thread_elements(const Pair& x, const Call<S>& call, const Segment<S>& s, int t, S incoming,
                               S (&sums)[ELEMENT_SUMS]) {
-  using Block = Elements8<S, P, ACCESS, ANY, STREAM, STREAM>;
-  const int kind = KIND == ANY ? call.kind : KIND;
-  const bool with_gradients = call.gradient[0].data != nullptr, with_sums = call.partial != nullptr;
-  const bool from_means = call.outer && with_gradients;
+  using Block = Stretch<S, P, ACCESS, ANY, STREAM, STREAM>;
+  constexpr bool FROM_MEANS = KIND == OUTER_GRADIENTS;
+  const int kind = KIND == ANY ? call.kind : FROM_MEANS ? int(KIND_PGDPO) : KIND;
+  const bool with_gradients = call.gradient[0].data != nullptr;
   S scale = S(0), posterior_scale = S(0);
   char* out[2] = {nullptr, nullptr};
   if (with_gradients) {
@@ -256,7 +260,7 @@ PGDPO_HD void thread_elements(const Pair& x, const Call<S>& call, const Segment<
   }
   if (call.flags & FLAG_IMPORTANCE) posterior_scale = call.posterior_scale[s.pair];
   Outer<S> outer = {S(0), S(0), S(0), S(0)};
-  if (from_means)
+  if (FROM_MEANS)
     outer = {call.means_in[s.pair], call.means_in[x.pairs + s.pair], call.means_in[2 * x.pairs + s.pair],
              call.means_in[3 * x.pairs + s.pair]};
 #pragma unroll
@@ -266,9 +270,10 @@ PGDPO_HD void thread_elements(const Pair& x, const Call<S>& call, const Segment<
     block.each(s, at, true, [&](int i, const Differences<S>& d) {
       const Errors<S> e{d.u_w * d.u_w,         d.u_l * d.u_l, d.minus_w * d.plus_w, d.minus_l * d.plus_l,
                         d.minus_w * d.minus_w, d.u_w * d.u_l, posterior_scale};
-      const Terms<S> terms = objective<S>(kind, call.flags, call.parameters, e, from_means ? &outer : nullptr);
+      const Terms<S> terms = objective<S>(kind, call.flags, call.parameters, e, FROM_MEANS ? &outer : nullptr);
       g_w[i] = scale * fused(terms.by_chosen, d.u_w, terms.by_anchor * d.minus_w);
       g_l[i] = scale * (terms.by_rejected * d.u_l);
+      if (FROM_MEANS) return;
       sums[0] += call.outer ? terms.preference : terms.loss;
       sums[1] += terms.logits;
       sums[2] += terms.alpha;
@@ -286,7 +291,6 @@ PGDPO_HD void thread_elements(const Pair& x, const Call<S>& call, const Segment<
       put<S, Block::WIDTH, P, ACCESS>(out[1], at, s.count, g_l);
     }
   });
-  (void)with_sums;
 }
 
 // Sums of `planes` planes of partials over the runs of one group: those of thread `t` of `step`.

@@ -37,6 +37,22 @@ PGDPO_HD constexpr int width_of(int dtype) { return size_of(dtype) == 2 ? 8 : 4;
 PGDPO_HD float fused(float a, float b, float c) { return fmaf(a, b, c); }
 PGDPO_HD double fused(double a, double b, double c) { return fma(a, b, c); }
 
+// A product that is rounded on its own: built targets are those of torch, bit for bit.
+PGDPO_HD float product(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+PGDPO_HD double product(double a, double b) {
+#if defined(__CUDA_ARCH__)
+  return __dmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
 PGDPO_HD float from_bits(uint32_t bits) {
 #if defined(__CUDA_ARCH__)
   return __uint_as_float(bits);
