@@ -444,6 +444,20 @@ def test_sigterm_stops_between_pairs_and_the_rest_is_done_on_resume(manifest, st
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_a_staged_row_damaged_between_two_runs_is_encoded_again(manifest, store, tmp_path):
+    def terminate(done, total):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Preempted):
+        encode(manifest, tmp_path / "s", progress=terminate)
+    (staged,) = (tmp_path / "s/staging").iterdir()
+    data = bytearray(staged.read_bytes())
+    data[-5] ^= 4
+    staged.write_bytes(data)
+    encode(manifest, tmp_path / "s")
+    assert files_of(tmp_path / "s") == files_of(store.path)
+
+
 KILLER = """
     import os, pathlib, signal, sys
     import torch
@@ -573,6 +587,15 @@ def test_sealed_json_refuses_every_change_and_every_other_writer(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(json.loads(data)))
     with pytest.raises(DataError, match="damaged"):
         read_json(tmp_path / "a.json")
+
+
+def test_a_reader_keeps_the_old_file_while_a_new_one_takes_its_place(tmp_path):
+    old = write_shard(tmp_path / "x.safetensors", {"a": torch.zeros(1000)})
+    mapped = open_shard(tmp_path, old)
+    write_shard(tmp_path / "x.safetensors", {"a": torch.ones(1000)})
+    assert mapped.get_tensor("a").sum() == 0
+    with pytest.raises(DataError, match="damaged"):
+        open_shard(tmp_path, old)
 
 
 def test_shards_are_bytewise_repeatable_and_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

@@ -215,6 +215,28 @@ def test_a_truncated_file_is_an_error_even_when_its_first_frames_are_whole(tmp_p
     one_line(lambda path: read_video(path, frames=1), cut)
 
 
+def test_a_file_that_lost_exactly_its_last_frame_is_an_error(tmp_path, noisy):
+    import av
+
+    with av.open(str(noisy)) as container:
+        last = max(packet.pos for packet in container.demux(video=0) if packet.size)
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(noisy.read_bytes()[:last])
+    assert "39 of 40 frames" in one_line(lambda path: read_video(path, frames=1), cut)
+
+
+def test_a_picture_the_decoder_had_to_patch_up_is_an_error_only_where_it_is_used(tmp_path, noisy):
+    data, path, found = noisy.read_bytes(), tmp_path / "flipped.mp4", 0
+    for position in range(6 * len(data) // 10, 8 * len(data) // 10, len(data) // 100):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 255]) + data[position + 1 :])
+        assert torch.equal(read_video(path, frames=20), read_video(noisy, frames=20))
+        try:
+            read_video(path)
+        except DataError as error:
+            found += "cannot be decoded whole" in str(error)
+    assert found >= 5
+
+
 def test_a_zeroed_block_in_the_pictures_is_an_error(tmp_path, noisy):
     data = bytearray(noisy.read_bytes())
     data[len(data) // 2 : len(data) // 2 + 20000] = bytes(20000)

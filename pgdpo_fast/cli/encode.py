@@ -29,7 +29,7 @@ class Encode:
 
     manifest: Annotated[Path, tyro.conf.arg(aliases=["-m"])]
     """JSONL, CSV or parquet with prompt, chosen, rejected (optional: id, negative_prompt, first_frame, chosen_score,
-    rejected_score, weight), a VideoAlign CSV, or VideoDPO's pair.json. Clip paths are relative to this file's folder."""
+    rejected_score, weight), a VideoAlign CSV, or VideoDPO's pair.json. Clip paths start at its folder."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder of the store; created when new, continued when it holds the same settings."""
     codec: Literal["wan", "cogvideox", "image", "pixel-unshuffle"] = "wan"
@@ -47,7 +47,7 @@ class Encode:
     width: int | None = None
     """Width in pixels. Default 832 (wan), 720 (cogvideox), 512 (image), 64 (pixel-unshuffle)."""
     fps: float | None = None
-    """Frames per second taken from both clips, by time stamp; 0 takes the source's own. Default 16 (wan), 8 (others)."""
+    """Frames per second taken from both clips, by time stamp; 0: the source's own. Default 16 (wan), 8 (others)."""
     start: Literal["begin", "center"] = "begin"
     """Where in a longer clip the frames are taken."""
     short: Literal["error", "pad"] = "error"

@@ -357,9 +357,10 @@ def _load_state(output: Path, settings: dict) -> dict | None:
     differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     if differing:
         key = differing[0]
-        more = f" (and {', '.join(differing[1:])})" if differing[1:] else ""
+        also = f" (and {', '.join(differing[1:])})" if differing[1:] else ""
+        why = " because a row or the size of a clip changed" if key == "manifest.sha256" else ""
         raise DataError(
-            f"{output}: was made with {key}={before.get(key)!r}, now {key}={now.get(key)!r}{more}; set it back, "
+            f"{output}: was made with {key}={before.get(key)!r}, now {key}={now.get(key)!r}{also}{why}; set it back, "
             "choose another output folder, or delete this one"
         )
     return state
