@@ -1,1 +1,1 @@
-"""From video pairs on disk to latents a trainer reads: manifests, decoding, codecs, text encoders, stores, demo clips."""
+"""From video pairs on disk to the latents a trainer reads: manifests, decoding, codecs, text, stores, demo clips."""
