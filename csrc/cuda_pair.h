@@ -273,6 +273,10 @@ PGDPO_HD void thread_elements(const Pair& x, const Call<S>& call, const Segment<
       const Terms<S> terms = objective<S>(kind, call.flags, call.parameters, e, FROM_MEANS ? &outer : nullptr);
       g_w[i] = scale * fused(terms.by_chosen, d.u_w, terms.by_anchor * d.minus_w);
       g_l[i] = scale * (terms.by_rejected * d.u_l);
+      if (ACCESS == SCALAR && with_gradients) {  // at once: held back, they would cost registers
+        put_one<S>(P, out[0], at + i, g_w[i]);
+        put_one<S>(P, out[1], at + i, g_l[i]);
+      }
       if (FROM_MEANS) return;
       sums[0] += call.outer ? terms.preference : terms.loss;
       sums[1] += terms.logits;
@@ -286,7 +290,7 @@ PGDPO_HD void thread_elements(const Pair& x, const Call<S>& call, const Segment<
       sums[9] += terms.complement;
       sums[10] += terms.implicit;
     });
-    if (with_gradients) {
+    if (ACCESS != SCALAR && with_gradients) {
       put<S, Block::WIDTH, P, ACCESS>(out[0], at, s.count, g_w);
       put<S, Block::WIDTH, P, ACCESS>(out[1], at, s.count, g_l);
     }

@@ -105,7 +105,7 @@ def _call(command: list[str]) -> None:
         raise BuildError(f"{command[0]}: {error}") from error
     if done.returncode:
         lines = done.stderr.splitlines()
-        first = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "no output")
+        first = next((line for line in lines if "error:" in line or "fatal" in line), lines[-1] if lines else "no output")
         raise BuildError(f"{command[0]} exited with {done.returncode}: {first.strip()}")
 
 

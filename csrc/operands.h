@@ -1,0 +1,145 @@
+// Tensors as the passes see them, on LibTorch's stable ABI: every operator's arguments, checked. For any device.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <limits>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "pair.h"
+
+namespace pgdpo {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+inline int storage_of(const Tensor& x, const char* name) {
+  switch (x.scalar_type()) {
+    case ScalarType::BFloat16:
+      return BFLOAT16;
+    case ScalarType::Half:
+      return FLOAT16;
+    case ScalarType::Float:
+      return FLOAT32;
+    case ScalarType::Double:
+      return FLOAT64;
+    case ScalarType::Byte:
+      return FLOAT8;
+    default:
+      STD_TORCH_CHECK(false, name, ": expected bfloat16, float16, float32, float64 or packed uint8");
+  }
+}
+
+inline bool same_device(const Tensor& x, const Tensor& like) {
+  return x.is_cpu() ? like.is_cpu() : !like.is_cpu() && x.get_device_index() == like.get_device_index();
+}
+
+// Rows of a [pairs, ...] tensor whose rows are contiguous, `numel` elements each.
+template <class Out = Rows>
+Out rows_of(const Tensor& x, const char* name, const Tensor& like, int64_t pairs, int64_t numel) {
+  STD_TORCH_CHECK(same_device(x, like), name, ": expected all tensors on one device");
+  STD_TORCH_CHECK(x.dim() >= 2 && x.size(0) == pairs && x.numel() == pairs * numel, name, ": expected ", pairs,
+                  " rows of ", numel, " elements");
+  int64_t expected = 1;
+  for (int64_t d = x.dim() - 1; d > 0; --d) {
+    STD_TORCH_CHECK(x.size(d) == 1 || x.stride(d) == expected, name, ": expected contiguous rows");
+    expected *= x.size(d);
+  }
+  Out rows;
+  if constexpr (std::is_same_v<Out, Rows>) {
+    rows.data = static_cast<const char*>(x.const_data_ptr());
+  } else {
+    rows.data = static_cast<char*>(x.mutable_data_ptr());
+  }
+  rows.stride = x.stride(0);
+  rows.dtype = storage_of(x, name);
+  return rows;
+}
+
+// The operands every operator takes, in the order of `Operands` in pgdpo_fast/backends/native.py.
+struct Operands {
+  Pair pair;
+  Tensor policy;
+  bool float64;
+
+  Operands(const Tensor& p_w, const Tensor& p_l, const Tensor& y_w, const Tensor& y_l, const MaybeTensor& noise,
+           const MaybeTensor& target_scale, const MaybeTensor& q_w, const MaybeTensor& q_l, const MaybeTensor& s_w,
+           const MaybeTensor& s_l, int64_t form, int64_t groups, int64_t segments, int64_t length)
+      : policy(p_w) {
+    pair.pairs = p_w.size(0);
+    STD_TORCH_CHECK(pair.pairs > 0 && p_w.numel() > 0, "policy: expected at least one pair");
+    const int64_t n = p_w.numel() / pair.pairs;
+    pair.numel = n;
+    pair.groups = groups;
+    pair.segments = segments;
+    pair.length = length;
+    STD_TORCH_CHECK(groups > 0 && length > 0 && length <= std::numeric_limits<int>::max() &&
+                        segments == (n + length - 1) / length && segments % groups == 0,
+                    "segments: ", segments, " of ", length, " do not cut ", n, " elements into ", groups, " groups");
+    pair.policy[0] = rows_of(p_w, "policy", p_w, pair.pairs, n);
+    pair.policy[1] = rows_of(p_l, "policy", p_w, pair.pairs, n);
+    pair.target[0] = rows_of(y_w, "target", p_w, pair.pairs, n);
+    pair.target[1] = rows_of(y_l, "target", p_w, pair.pairs, n);
+    STD_TORCH_CHECK(pair.policy[0].dtype == pair.policy[1].dtype && pair.target[0].dtype == pair.target[1].dtype,
+                    "chosen and rejected: expected one dtype");
+    float64 = pair.policy[0].dtype == FLOAT64;
+    pair.shared_target = pair.target[0].data == pair.target[1].data && pair.target[0].stride == pair.target[1].stride;
+    if (noise) {
+      STD_TORCH_CHECK(target_scale && same_device(*target_scale, p_w) && target_scale->dim() == 2 &&
+                          target_scale->is_contiguous() && target_scale->size(0) == 2 &&
+                          target_scale->size(1) == pair.pairs,
+                      "target_scale: expected contiguous [2, B] with noise");
+      pair.built_target = true;
+      pair.noise = rows_of(*noise, "noise", p_w, pair.pairs, n);
+      pair.target_scale = {static_cast<const char*>(target_scale->const_data_ptr()), pair.pairs,
+                           storage_of(*target_scale, "target_scale")};
+    }
+    pair.reference_form = int(form);
+    if (form != REFERENCE_NONE) {
+      STD_TORCH_CHECK(q_w && q_l, "reference: expected tensors for form ", form);
+      pair.reference[0] = rows_of(*q_w, "reference", p_w, pair.pairs, n);
+      pair.reference[1] = rows_of(*q_l, "reference", p_w, pair.pairs, n);
+      const int dtype = pair.reference[0].dtype;
+      STD_TORCH_CHECK(pair.reference[1].dtype == dtype && (form != REFERENCE_BFLOAT16 || dtype == BFLOAT16) &&
+                          (form == REFERENCE_FLOAT8) == (dtype == FLOAT8),
+                      "reference: dtype does not fit form ", form);
+    }
+    if (form == REFERENCE_FLOAT8) {
+      STD_TORCH_CHECK(s_w && s_l, "reference_scale: expected tensors for form ", form);
+      const int64_t blocks = (n + PACK_BLOCK - 1) / PACK_BLOCK;
+      pair.reference_scale[0] = rows_of(*s_w, "reference_scale", p_w, pair.pairs, blocks);
+      pair.reference_scale[1] = rows_of(*s_l, "reference_scale", p_w, pair.pairs, blocks);
+    }
+  }
+
+  int64_t chunks() const { return pair.pairs * pair.segments; }
+
+  // run(begin, end) over all chunks, in threads once there are more than about 32K elements for each.
+  template <class Run>
+  void over_chunks(const Run& run) const {
+    const int64_t grain = pair.length >= 32768 ? 1 : 32768 / pair.length;
+    torch::stable::parallel_for(0, chunks(), grain, run);
+  }
+};
+
+#define PGDPO_OPERANDS                                                                                              \
+  const Tensor &p_w, const Tensor &p_l, const Tensor &y_w, const Tensor &y_l, const MaybeTensor &noise,             \
+      const MaybeTensor &target_scale, const MaybeTensor &q_w, const MaybeTensor &q_l, const MaybeTensor &s_w,      \
+      const MaybeTensor &s_l, int64_t form, int64_t groups, int64_t segments, int64_t length
+#define PGDPO_PASS_OPERANDS \
+  p_w, p_l, y_w, y_l, noise, target_scale, q_w, q_l, s_w, s_l, form, groups, segments, length
+
+#define PGDPO_SCHEMA                                                                                             \
+  "Tensor p_w, Tensor p_l, Tensor y_w, Tensor y_l, Tensor? noise, Tensor? target_scale, Tensor? q_w, Tensor? "  \
+  "q_l, Tensor? s_w, Tensor? s_l, int form, int groups, int segments, int length, "
+#define PGDPO_ELEMENTS_SCHEMA "Tensor? weight, Tensor? posterior_scale, int kind, int flags, float[] parameters, bool outer, "
+
+}  // namespace
+}  // namespace pgdpo
