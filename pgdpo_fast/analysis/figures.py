@@ -409,7 +409,7 @@ def _seconds(runs, colours):
             axes.hlines(place, lower, upper, color=colours[label], linewidth=9, alpha=0.45)
             axes.plot([middle], [place], "o", color=colours[label], markersize=8, markeredgecolor=PAPER)
             axes.annotate(
-                f"{label}  {middle:,.0f} ms",
+                f"{label} · {middle:,.0f} ms",
                 (middle, place),
                 xytext=(0, 13),
                 textcoords="offset points",

@@ -92,7 +92,9 @@ class RunRecord:
             for pair, value in zip(row["pairs"]["id"], row["pairs"][name], strict=True):
                 by_pair.setdefault(pair, []).append(value)
         means = [statistics.fmean(values) for values in by_pair.values()]
-        return statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.nan
+        if len(means) < 2 or len(finite(means)) < len(means):
+            return math.nan
+        return statistics.stdev(means) / math.sqrt(len(means))
 
     def _last(self) -> list[Row]:
         return self.evaluations[-1:] or self.metrics[-max(1, len(self.metrics) // 10) :]
