@@ -16,7 +16,10 @@ from pgdpo_fast.errors import ConfigError, PgdpoError
 COMMANDS = {
     "demo": ("demo", "Demo"),
     "encode": ("encode", "Encode"),
+    "plan": ("plan", "Plan"),
+    "cache-reference": ("cache_reference", "CacheReference"),
     "train": ("train", "Train"),
+    "sweep": ("sweep", "Sweep"),
     "report": ("report", "Report"),
     "bench": ("bench", "Bench"),
     "doctor": ("doctor", "Doctor"),

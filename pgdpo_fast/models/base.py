@@ -103,6 +103,14 @@ class ModelAdapter:
         self.check_dtypes(model)
         return model
 
+    def sketch(self) -> nn.Module:
+        """The policy without its weights, on the meta device: for counting. Raises ConfigError like `load`."""
+        with torch.device("meta"):
+            model = self._from_path(weights=False) if self.config.path else self._from_architecture()
+            for name, parameter in model.named_parameters():
+                parameter.data = parameter.data.to(self.expected_dtype(model, name))
+            return self.make_trainable(model.requires_grad_(False))
+
     def make_trainable(self, model: nn.Module) -> nn.Module:
         """Turn a loaded network into the policy: adapters or every weight trainable, train mode, checkpointing."""
         if self.config.train == "lora":
@@ -137,7 +145,7 @@ class ModelAdapter:
             parameter.data = parameter.data.to(self.expected_dtype(model, name))
         return model
 
-    def _from_path(self) -> nn.Module:
+    def _from_path(self, weights: bool = True) -> nn.Module:
         network, path = self.network_class(), self.config.path
         subfolder = self.config.subfolder or self.subfolder
         if Path(path).is_dir() and not (Path(path) / subfolder / "config.json").is_file():
@@ -146,11 +154,14 @@ class ModelAdapter:
             )
         source = dict(subfolder=subfolder, revision=self.config.revision)
         try:
-            found = network.load_config(path, **source).get("_class_name")
+            config = network.load_config(path, **source)
+            found = config.get("_class_name")
             if found != network.__name__:
                 raise ConfigError(
                     f"model.path={path!r} holds a {found}, model.family={self.family!r} needs a {network.__name__}"
                 )
+            if not weights:
+                return network.from_config(config)
             return network.from_pretrained(path, torch_dtype=self.dtype, **source)
         except OSError as error:
             raise ConfigError(f"model.path={path!r} could not be loaded: {' '.join(str(error).split())}") from error

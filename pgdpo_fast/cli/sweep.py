@@ -1,0 +1,78 @@
+"""`pgdpo-fast sweep`: many training configurations over one pass of the reference model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclass
+class Sweep:
+    """Train every combination of a grid, one after the other, over one reference pass, and compare the results.
+
+    The reference runs once, before the first training, and never again: not for the second run, and not when the sweep
+    is repeated or made larger. Only grid keys that change what the reference is asked (seed, draws, process, network)
+    cost another pass. Writes a run directory for every combination, sweep.json, and report.html comparing them.
+
+    Example:
+        pgdpo-fast sweep wan.yaml --grid objective.beta=100,500,2000 --grid objective.k1=1,2 --output runs/beta-k1
+    """
+
+    config: tyro.conf.Positional[Path]
+    """YAML file of settings, as for `train`."""
+    grid: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE,VALUE,...")
+    ]
+    """Values of one setting; given several times, every combination is trained."""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """Folder of the sweep; by default the configuration's output.dir."""
+    set: Annotated[
+        tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]], tyro.conf.arg(metavar="KEY=VALUE [KEY=VALUE ...]")
+    ] = ()
+    """Settings laid over the file for all runs, as for `train`."""
+    display: Literal["auto", "live", "plain", "none"] = "auto"
+    """As for `train`."""
+
+    def run(self) -> int:
+        import shlex
+        import sys
+
+        from rich.console import Console
+
+        from pgdpo_fast.analysis.report import render_report
+        from pgdpo_fast.cli.progress import rows_progress
+        from pgdpo_fast.errors import NonFiniteError
+        from pgdpo_fast.training.config import load_config
+        from pgdpo_fast.training.sweep import expand, sweep
+
+        overrides = [override for group in self.set for override in group]
+        output = self.output or Path(load_config(self.config, overrides).output.dir)
+        configs = expand(self.config, overrides, self.grid, output)
+        keys = [axis.partition("=")[0] for axis in self.grid]
+        console = Console(highlight=False)
+        with rows_progress(Console(stderr=True), "reference forwards") as progress:
+            outcomes = sweep(configs, keys, output, display=self.display, progress=progress,
+                             note=lambda text: console.print(text, markup=False, soft_wrap=True),
+                             resume_command=shlex.join(["pgdpo-fast", *sys.argv[1:]]))
+        _print_table(console, keys, outcomes)
+        finished = [outcome for outcome in outcomes if outcome.failure is None]
+        if finished:
+            title = f"Sweep of {', '.join(keys)}"
+            report = render_report([outcome.run_dir for outcome in finished], output, title=title)
+            console.print(f"\nreport   {report.html}\nsummary  {output / 'sweep.json'}", soft_wrap=True)
+        return 0 if len(finished) == len(outcomes) else NonFiniteError.exit_code
+
+
+def _print_table(console, keys, outcomes) -> None:
+    from rich.table import Table
+
+    shown = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin", "rewards/chosen": "chosen",
+             "rewards/rejected": "rejected"}
+    table = Table(*(key.rpartition(".")[2] for key in keys), *shown.values(), "seconds", box=None)
+    for outcome in outcomes:
+        values = [f"{outcome.metrics[key]:.4g}" if outcome.failure is None else "failed" for key in shown]
+        table.add_row(*(str(outcome.settings[key]) for key in keys), *values, f"{outcome.seconds:.0f}")
+    console.print(table)

@@ -1,0 +1,161 @@
+"""Many configurations over one reference pass: the grid, the caches it needs, the runs, and their comparison.
+
+Configurations that ask the reference the same questions share a cache; only a setting that changes the questions (seed,
+draws, process, network, store) costs another pass. Every part resumes where it stood.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pgdpo_fast.data.latent_store import LatentStore
+from pgdpo_fast.data.shards import canonical_json, sha256_bytes, write_json
+from pgdpo_fast.errors import ConfigError, NonFiniteError, OutOfMemoryError, Preempted
+from pgdpo_fast.training.cached import cache_reference, choose_format, reference_visits
+from pgdpo_fast.training.config import TrainConfig, load_config
+from pgdpo_fast.training.trainer import train
+
+__all__ = ["Outcome", "expand", "sweep"]
+
+SUMMARY_FILE = "sweep.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one run of a sweep ended.
+
+    Attributes:
+        name: of the run, the values that set it apart.
+        run_dir: what `train` wrote.
+        settings: the run's values of the grid's keys.
+        cache: folder of the cache it read.
+        seconds: in this call, 0 for a run that an earlier call finished.
+        metrics: of the last evaluation, or of the last step without held-out pairs.
+        failure: the error that ended it, else None.
+    """
+
+    name: str
+    run_dir: Path
+    settings: dict[str, Any]
+    cache: Path
+    seconds: float
+    metrics: dict[str, float]
+    failure: str | None
+
+
+def expand(path: str | Path, overrides: Sequence[str], grid: Sequence[str], output: Path) -> dict[str, TrainConfig]:
+    """The configurations of a grid by run name, each with its folder `output/name`.
+
+    Args:
+        overrides: `key=value` laid over the file for all runs.
+        grid: `key=value,value,...`; every combination is one run. A list value needs its brackets: `key=[1,2],[3]`.
+
+    Raises:
+        ConfigError: a grid that is no grid, or the settings of any combination.
+    """
+    import yaml
+
+    axes = []
+    for axis in grid:
+        key, equals, text = axis.partition("=")
+        try:
+            values = yaml.load(f"[{text}]", yaml.BaseLoader)
+        except yaml.YAMLError:
+            values = []
+        if not equals or not values or len(set(map(str, values))) < len(values):
+            raise ConfigError(f"--grid {axis!r}: expected key=value,value,... with different values")
+        if key in ("output.dir", "data.reference_cache"):
+            raise ConfigError(f"--grid {key}: the sweep chooses it for every run")
+        axes.append([(key, value if isinstance(value, str) else canonical_json(value)) for value in values])
+    if not axes or len({axis[0][0] for axis in axes}) < len(axes):
+        raise ConfigError("--grid: expected at least one key=value,value,..., and every key once")
+    last = [axis[0][0].rpartition(".")[2] for axis in axes]
+    short = {axis[0][0]: name if last.count(name) == 1 else axis[0][0] for axis, name in zip(axes, last, strict=True)}
+    configs = {}
+    for chosen in itertools.product(*axes):
+        name = ",".join(f"{short[key]}={value}" for key, value in chosen).replace("/", "_").replace(" ", "")
+        settings = [f"{key}={value}" for key, value in chosen]
+        configs[name] = load_config(path, [*overrides, *settings, f"output.dir={output / name}"])
+    return configs
+
+
+def sweep(configs: Mapping[str, TrainConfig], keys: Sequence[str], output: Path, *, display: str = "auto",
+          note: Callable[[str], None] = print, progress: Callable[[int, int], None] | None = None,
+          resume_command: str = "the same call again") -> list[Outcome]:
+    """Make the caches the runs need, train one after the other, and write `output/sweep.json`.
+
+    A run that ends in NonFiniteError or OutOfMemoryError is recorded and the next one begins.
+
+    Raises:
+        ConfigError, DataError: as `cache_reference` and `train` would.
+        Preempted: SIGTERM came; the message holds `resume_command`.
+    """
+    caches, asked, outcomes = _caches(configs, output), {name: _questions(c) for name, c in configs.items()}, []
+    try:
+        for questions, (folder, representative) in caches.items():
+            began = time.perf_counter()
+            cache = cache_reference(representative, folder, progress=progress)
+            note(f"reference  {len(cache)} rows in {folder} for {[*asked.values()].count(questions)} runs, "
+                 f"{time.perf_counter() - began:.1f} s")
+        for number, (name, config) in enumerate(configs.items(), 1):
+            note(f"run {number} of {len(configs)}: {name}")
+            outcomes.append(_run(name, config, keys, caches[asked[name]][0], display))
+            if outcomes[-1].failure:
+                note(f"{name} failed: {outcomes[-1].failure}")
+    except Preempted as error:
+        raise Preempted(f"{error}; or the whole sweep with: {resume_command}") from error
+    finally:
+        rows = [{**vars(outcome), "run_dir": str(outcome.run_dir), "cache": str(outcome.cache)} for outcome in outcomes]
+        write_json(output / SUMMARY_FILE, {"grid": list(keys), "runs": rows})
+    return outcomes
+
+
+def _run(name: str, config: TrainConfig, keys: Sequence[str], cache: Path, display: str) -> Outcome:
+    from pgdpo_fast.analysis.runs import read_runs
+
+    cached = replace(config, model=replace(config.model, reference="cached"),
+                     data=replace(config.data, reference_cache=str(cache)))
+    began, failure, metrics = time.perf_counter(), None, {}
+    try:
+        train(cached, display=display)
+        record = read_runs([config.output.dir])[0]
+        last = (record.evaluations or record.metrics)[-1]
+        metrics = {key: value for key, value in last.items() if key == "loss" or key.startswith("rewards/")}
+    except (NonFiniteError, OutOfMemoryError) as error:
+        failure = str(error)
+    flat = {**config.flat(), **{f"{section}.{key}": value for section in ("objective", "process")
+                                for key, value in getattr(config, section).items()}}
+    return Outcome(name, Path(config.output.dir), {key: flat[key] for key in keys}, cache,
+                   time.perf_counter() - began, metrics, failure)
+
+
+def _questions(config: TrainConfig) -> str:
+    """Hash of the settings that decide what is asked of the reference, the number of draws aside."""
+    model, options = config.to_mapping()["model"], config.training
+    for key in ("train", "lora", "reference", "gradient_checkpointing"):
+        del model[key]
+    asked = [model, config.data.store, config.data.evaluation_pairs, dict(config.process), options.seed,
+             max(1, options.draws_per_pair), options.evaluation_draws * bool(config.data.evaluation_pairs),
+             options.pairs_per_step // options.accumulation, choose_format(config),
+             options.granularity if choose_format(config) == "errors" else "any"]
+    return sha256_bytes(canonical_json(asked).encode())[:8]
+
+
+def _caches(configs: Mapping[str, TrainConfig], output: Path) -> dict[str, tuple[Path, TrainConfig]]:
+    """Folder of the cache, and the configuration with the most draws, for every different set of questions."""
+    groups: dict[str, list[TrainConfig]] = {}
+    for config in configs.values():
+        groups.setdefault(_questions(config), []).append(config)
+    caches = {}
+    for key, members in groups.items():
+        ids = LatentStore(members[0].data.store).ids
+        most = max(members, key=lambda config: reference_visits(config, ids)[0].draws)
+        given = most.data.reference_cache
+        folder = Path(given) if given and len(groups) == 1 else Path(given or output / "reference") / key
+        caches[key] = folder, most
+    return caches
