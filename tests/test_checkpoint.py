@@ -179,6 +179,22 @@ def test_an_export_that_cannot_be_written_is_a_data_error(finished, monkeypatch)
     assert resumed_from(config)[0] == 4
 
 
+def test_a_disk_that_fills_up_between_checkpoints_is_a_data_error(finished, monkeypatch):
+    from dataclasses import replace
+
+    from pgdpo_fast.training.telemetry import MetricsFile, RunLog
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    config, _ = finished
+    with monkeypatch.context() as patched, pytest.raises(DataError, match="No space left on device; free space"):
+        patched.setattr(MetricsFile, "append", full)
+        patched.setattr(RunLog, "write", lambda log, text: full() if "Traceback" in text else None)
+        train(replace(config, training=replace(config.training, steps=6)), display="none")
+    assert resumed_from(config)[0] == 4
+
+
 def test_a_disk_too_small_is_noticed_before_the_first_step(tiny_config, monkeypatch):
     from collections import namedtuple
 

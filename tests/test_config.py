@@ -50,8 +50,10 @@ outputs: {dir: x}
 
 
 def test_a_key_in_the_wrong_section_is_found(tmp_path):
-    message = problems_of(write(tmp_path, "training: {gradient_checkpointing: true}\n"), NEEDED)
+    text = "training: {gradient_checkpointing: true, evaluation_pairs: 3}\n"
+    message = problems_of(write(tmp_path, text), NEEDED)
     assert "training.gradient_checkpointing: unknown key; did you mean model.gradient_checkpointing?" in message
+    assert "training.evaluation_pairs: unknown key; did you mean data.evaluation_pairs?" in message
 
 
 def test_numbers_are_read_as_people_write_them(tmp_path):

@@ -415,14 +415,12 @@ _KEYS, _SECTIONS = _all_keys()
 
 
 def _suggest(dotted: str) -> str:
-    close = get_close_matches(dotted, _KEYS + _SECTIONS, 1, cutoff=0.75)
-    if not close:  # the right word in the wrong section
-        last = dotted.rsplit(".", 1)[-1]
-        close = [
-            key
-            for key in _KEYS
-            if key.rsplit(".", 1)[-1] in get_close_matches(last, [k.rsplit(".", 1)[-1] for k in _KEYS], 1)
-        ]
+    last = dotted.rsplit(".", 1)[-1]
+    close = [key for key in _KEYS if key.rsplit(".", 1)[-1] == last]  # the right word in the wrong section
+    close = close or get_close_matches(dotted, _KEYS + _SECTIONS, 1, cutoff=0.75)
+    if not close:
+        near = get_close_matches(last, [key.rsplit(".", 1)[-1] for key in _KEYS], 1)
+        close = [key for key in _KEYS if key.rsplit(".", 1)[-1] in near]
     return f"; did you mean {close[0]}?" if close else ""
 
 

@@ -7,12 +7,13 @@ number is all a resumed run needs to go on as if nothing had happened.
 
 from __future__ import annotations
 
+import errno
 import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 
 from pgdpo_fast.data.preemption import sigterm_watch
 from pgdpo_fast.data.shards import exclusive_lock
-from pgdpo_fast.errors import OutOfMemoryError, PgdpoError, Preempted
+from pgdpo_fast.errors import DataError, OutOfMemoryError, PgdpoError, Preempted
 from pgdpo_fast.loss import ReferenceErrors, preference_loss
 from pgdpo_fast.training import checkpoint, measure
 from pgdpo_fast.training.config import TrainConfig
@@ -87,9 +88,12 @@ def train(
             run.announce(start)
             return _loop(run, start, shown, stopping, hooks)
         except BaseException as error:
-            log.write(traceback.format_exc())
+            with suppress(OSError):  # the disk may be what failed
+                log.write(traceback.format_exc())
             if _is_out_of_memory(error):
                 raise OutOfMemoryError(_memory_advice(config, error)) from error
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DataError(f"{root}: {error.strerror}; free space, then run the same command again") from error
             raise
         finally:
             shown.close()
