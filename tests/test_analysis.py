@@ -228,8 +228,8 @@ def test_a_comparison_shows_every_figure_and_says_what_happened(tmp_path):
     page, summary = report.html.read_text(), json.loads(report.summary.read_text())
     check_self_contained(page)
     figures = figures_of(page)
-    assert set(figures) == {"chosen", "rejected", "margin", "accuracy", "alpha", "gamma", "advantage", "loss", "seconds",
-                            "timestep-accuracy", "timestep-chosen"}  # fmt: skip
+    assert set(figures) == {"chosen", "rejected", "margin", "accuracy", "alpha", "gamma", "advantage", "loss",
+                            "seconds", "timestep-accuracy", "timestep-chosen"}  # fmt: skip
     for figure in figures.values():
         check_finite_drawing(figure)
     identifiers = re.findall(r'\bid="([^"]+)"', page)

@@ -74,13 +74,17 @@ SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 @dataclass(frozen=True)
 class Chart:
-    """One figure: a title that says what is shown, a sentence on how to read it, and the picture."""
+    """One figure: a title that says what is shown, how to read it, and the picture; a wide one also in a small form."""
 
     key: str
     title: str
     reading: str
     svg: str
-    wide: bool = False
+    small: str = ""
+
+    @property
+    def wide(self) -> bool:
+        return bool(self.small)
 
 
 def power_of_ten(values: Sequence[float]) -> int:
@@ -472,12 +476,16 @@ def _labels(axes, x: str, y: str) -> None:
 
 
 def _chart(key: str, title: str, reading: str, draw: Callable[[Figure], None], wide: bool = False) -> Chart:
-    with rc_context({**STYLE, "svg.hashsalt": key}):
-        figure = Figure(figsize=(9.2, 3.6) if wide else (4.9, 3.1), layout="constrained")
-        draw(figure)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return Chart(key, title, reading, _to_inline(buffer.getvalue(), key, title), wide)
+    def picture(name: str, size: tuple[float, float]) -> str:
+        with rc_context({**STYLE, "svg.hashsalt": name}):
+            figure = Figure(figsize=size, layout="constrained")
+            draw(figure)
+            buffer = io.StringIO()
+            figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        return _to_inline(buffer.getvalue(), name, title)
+
+    small = picture(key if not wide else f"{key}-small", (4.9, 3.1))
+    return Chart(key, title, reading, picture(key, (9.2, 3.6)), small) if wide else Chart(key, title, reading, small)
 
 
 def _to_inline(svg: str, key: str, title: str) -> str:

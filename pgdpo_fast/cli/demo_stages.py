@@ -385,10 +385,10 @@ def _sample(plan: Plan, store: LatentStore, models: Mapping[str, Path], clips: P
 def _report(plan: Plan, store: LatentStore, out: Path, rows: list[ClipRow]) -> Report:
     weights = sum(math.prod(shape) for shape in _shapes(out / "base"))
     introduction = (
-        f"A Wan video transformer of {weights:,} weights was trained from scratch on {plan.pairs - plan.held_out} "
-        "pairs of small moving-object clips, good and broken ones alike. From that one starting point it was fine-tuned to "
-        f"prefer the good clips, {plan.steps} steps with each of {' and '.join(METHODS)}: same pairs, same order, same "
-        "noise, same learning rate. Only the loss differs."
+        f"A Wan video transformer of {weights:,} weights was trained from scratch on pairs of small clips, good ones "
+        "and broken ones alike. From that one starting point it was fine-tuned to prefer the good ones, "
+        f"{plan.steps} steps with each of {' and '.join(METHODS)}: same pairs, same order, same noise, same learning "
+        "rate. Only the loss differs."
     )
     note = (
         "Prompts of held-out pairs. All models start from the same noise; the data clips are shown as the model sees "
