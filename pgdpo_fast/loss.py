@@ -171,7 +171,7 @@ def _pair(x, name: str) -> tuple[Tensor, Tensor | None]:
     for t in items:
         if t.ndim < 2 or t.numel() == 0:
             raise ValueError(f"{name}: expected a non-empty batch of latents [B, C, F, H, W], got {_describe(t)}")
-    if len({(t.shape, t.dtype, t.device) for t in items}) > 1:
+    if two and any(getattr(x[0], key) != getattr(x[1], key) for key in ("shape", "dtype", "device")):
         raise ValueError(f"{name}: expected chosen and rejected of one shape, dtype and device, "
                          f"got {_describe(items[0])} and {_describe(items[1])}")
     return items[0], items[1] if len(items) == 2 else None

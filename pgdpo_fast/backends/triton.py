@@ -150,7 +150,7 @@ def gradients(x: Operands, reference_form: int, groups: int, anchor: bool, coeff
 def element_objective(x: Operands, reference_form: int, weight: Tensor | None, posterior_scale: Tensor | None,
                       kind: int, flags: int, parameters: tuple[float, ...], outer: bool,
                       gradients: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Every element its own group: loss `[]`, telemetry `[9, B, 1]`, means `[4, B]` (written for `outer` alone).
+    """Every element its own group: loss `[]`, telemetry `[9, B, 1]`, means of gamma, P, 1 - gamma and I `[4, B]`.
 
     `gradients`, when given, is filled with both gradients for an incoming gradient of 1, in the same pass.
     """
