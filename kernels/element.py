@@ -8,7 +8,7 @@ the video, so its gradients take a second pass that knows them.
 
 import triton
 import triton.language as tl
-from pgdpo_fast.kernels.epilogue import FLAG_IMPORTANCE, objective, pgdpo_slopes, pgdpo_terms
+from pgdpo_fast.kernels.epilogue import FLAG_IMPORTANCE, objective, pgdpo_slopes, pgdpo_terms, safeguarded
 from pgdpo_fast.kernels.pair import load, load_targets, reference_terms, thread_sums
 
 # Planes of the partial sums: the nine of the telemetry, then 1 - gamma and the regularizer for OUTER.
@@ -55,6 +55,7 @@ def element_block(sums, gw_ptr, gl_ptr, pw_ptr, pl_ptr, yw_ptr, yl_ptr, noise_pt
         g_w, g_l, g_anchor = pgdpo_slopes(
             d_l, logits, alpha, gamma, complement, ratio, by_chosen, by_rejected, mean_gamma,
             ipr_scale * mean_complement, mean_preference - ipr_scale * mean_implicit, params_ptr, FLAGS)
+        g_l = safeguarded(g_l, e_w, u_w * u_l, params_ptr, FLAGS)
     else:
         loss, logits, alpha, gamma, importance, g_w, g_l, g_anchor = objective(
             e_w, e_l, d_w, d_l, anchor, u_w * u_l, posterior_scale, params_ptr, KIND, FLAGS, COMPUTE)
@@ -175,7 +176,7 @@ def fold_elements_kernel(
     OUTER: tl.constexpr, GAPS: tl.constexpr, WEIGHTED: tl.constexpr, COMPUTE: tl.constexpr,
     ROWS: tl.constexpr, FOLD: tl.constexpr,
 ):
-    """Partial sums `[11, B, segments]` to loss `[]`, telemetry `[9, B]` and, for OUTER, means `[4, B]`. One program."""
+    """Partial sums `[11, B, segments]` to loss `[]`, telemetry `[9, B]` and means `[4, B]`. One program."""
     plane = tl.cast(pairs, tl.int64) * segments
     mean = 1.0 / (tl.zeros([1], COMPUTE) + n)
     total = tl.zeros([ROWS], COMPUTE)
@@ -209,10 +210,10 @@ def fold_elements_kernel(
         loss = preference
         if OUTER:
             loss = gamma * preference + tl.load(params_ptr + 3) * complement * implicit
-            tl.store(mean_ptr + row, gamma, mask=inside)
-            tl.store(mean_ptr + pairs + row, preference, mask=inside)
-            tl.store(mean_ptr + 2 * pairs + row, complement, mask=inside)
-            tl.store(mean_ptr + 3 * pairs + row, implicit, mask=inside)
+        tl.store(mean_ptr + row, gamma, mask=inside)
+        tl.store(mean_ptr + pairs + row, preference, mask=inside)
+        tl.store(mean_ptr + 2 * pairs + row, complement, mask=inside)
+        tl.store(mean_ptr + 3 * pairs + row, implicit, mask=inside)
         tl.store(telemetry_ptr + row, loss, mask=inside)
         if WEIGHTED:
             loss *= tl.load(weight_ptr + row, mask=inside, other=0.0).to(COMPUTE)

@@ -140,6 +140,16 @@ def pgdpo_slopes(d_l, logits, alpha, gamma, complement, ratio, by_chosen, by_rej
 
 
 @triton.jit
+def safeguarded(g_l, e_w, cross, params_ptr, FLAGS: tl.constexpr):
+    """The rejected derivative, scaled by Safeguarded's lambda where it asks for that."""
+    if FLAG_SAFEGUARD & FLAGS:
+        conflict = cross > 0
+        bound = (1.0 - tl.load(params_ptr + 7)) * e_w / tl.where(conflict, cross, 1.0)
+        g_l *= tl.where(conflict, tl.minimum(tl.maximum(bound, 0.0), 1.0), 1.0)
+    return g_l
+
+
+@triton.jit
 def objective(e_w, e_l, d_w, d_l, anchor, cross, posterior_scale, params_ptr,
               KIND: tl.constexpr, FLAGS: tl.constexpr, COMPUTE: tl.constexpr):
     """One block of groups through the objective.
@@ -218,8 +228,4 @@ def objective(e_w, e_l, d_w, d_l, anchor, cross, posterior_scale, params_ptr,
             slope *= importance
         g_w = slope
         g_l = -slope
-    if FLAG_SAFEGUARD & FLAGS:
-        conflict = cross > 0
-        bound = (1.0 - tl.load(params_ptr + 7)) * e_w / tl.where(conflict, cross, 1.0)
-        g_l *= tl.where(conflict, tl.minimum(tl.maximum(bound, 0.0), 1.0), 1.0)
-    return loss, logits, alpha, gamma, importance, g_w, g_l, g_anchor
+    return loss, logits, alpha, gamma, importance, g_w, safeguarded(g_l, e_w, cross, params_ptr, FLAGS), g_anchor

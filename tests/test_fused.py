@@ -1,0 +1,480 @@
+"""The fused backends compute what eager does in float64: every objective, granularity, form of input and size.
+
+On a machine without a GPU the Triton kernels run in the interpreter, with small chunks and blocks so that a few hundred
+elements still pass through several segments, the unmasked loop and the masked tail.
+"""
+
+import itertools
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import pgdpo_fast as pf
+from pgdpo_fast import backends, objectives
+from pgdpo_fast.backends import fused, operands
+from pgdpo_fast.backends import triton as triton_backend
+from pgdpo_fast.objectives import Terms
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+FUSED = [name for name in ("triton", "native") if backends.unavailable(name, DEVICE) is None]
+GRANULARITIES = ("sample", "frame", "element")
+FIELDS = ("per_pair_loss", "logits", "alpha", "gamma", "importance", "policy_chosen_error", "policy_rejected_error",
+          "chosen_gap", "rejected_gap")
+B = 50.0
+OBJECTIVES = {
+    "dpo": pf.DPO(B), "dpo-smoothed": pf.DPO(B, 0.1), "ipo": pf.IPO(B), "slic": pf.SLiC(weight=0.5),
+    "slic-hinge": pf.SLiC(B, 0.3, 0.5, hinge=True), "sft": pf.SFT(), "dpop": pf.DPOP(B), "dpo-shift": pf.DPOShift(B),
+    "sdpo": pf.SDPO(B, clip=0.5), "dpo-clip-mask": pf.DPOClipMask(B, threshold=0.8), "pgdpo": pf.PGDPO(),
+    "equation": pf.PGDPO.equation(), "listing": pf.PGDPO.listing(k1=0.5, k2=0.5), "ars": pf.PGDPO.ars_only(),
+    "ipr": pf.PGDPO.ipr_only(), "outer-reward": pf.PGDPO(combine="outer"),
+    "outer-attached": pf.PGDPO(B, combine="outer", detach_weights=False),
+    "safeguarded": pf.Safeguarded(pf.DPO(B)), "safeguarded-anchor": pf.Safeguarded(pf.PGDPO(ipr="anchor"), mu=0.5),
+    "safeguarded-sdpo": pf.Safeguarded(pf.SDPO(B)),
+    "safeguarded-listing": pf.Safeguarded(pf.PGDPO.listing(k1=0.5, k2=0.5)),
+    **{f"{ratio}-{'detached' if detach else 'attached'}": pf.PGDPO(B, 2.0, 0.5, ratio=ratio, detach_weights=detach,
+                                                                  ipr="anchor" if detach else "reward", eps=0.5)
+       for ratio in objectives.RATIOS for detach in (True, False)},
+}
+TARGETS = ("stacked", "tuple", "shared", "built", "built tuple")
+REFERENCES = ("stacked", "tuple", "errors", "bf16", "fp8")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SHAPES = ((3, 2, 5, 7), (2, 3, 8, 16), (1, 2, 3, 3))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Every torch.empty is full of NaN, so an output nobody wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """128 elements a segment and 64 a block, three groups of partial sums to a fold step."""
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(operands, "MIN_CHUNK", 128)
+        monkeypatch.setattr(triton_backend, "DEFAULT_LAUNCH", triton_backend.DEFAULT_LAUNCH._replace(block=64))
+
+
+class Batch:
+    """Pairs close to their reference, in the forms `preference_loss` takes; `exact` is the same call in float64."""
+
+    def __init__(self, pairs=2, shape=(3, 2, 5, 7), target="stacked", reference="stacked", dtype=torch.float32,
+                 granularity="sample", seed=0, noise=0.1):
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*size):
+            return torch.randn(*size, *shape, generator=generator).to(DEVICE)
+
+        clean, noises = draw(2 * pairs), draw(pairs)
+        scales = torch.rand(2, pairs, generator=generator).to(DEVICE)
+        y = clean
+        if target == "shared":
+            y = torch.cat([clean[:pairs]] * 2)
+        if target.startswith("built"):
+            column = scales.view(2, pairs, *[1] * len(shape))
+            y = (column[0] * noises).repeat(2, *[1] * len(shape)) + column[1].repeat(2, *[1] * len(shape)) * clean
+        q = y + 0.5 * draw(2 * pairs)
+        p = (q + noise * draw(2 * pairs)).to(dtype)
+        low = torch.float32 if dtype == torch.float64 else dtype
+        self.prediction = p.requires_grad_()
+        self.target = {
+            "stacked": lambda: y.to(low), "tuple": lambda: y.to(low).chunk(2), "shared": lambda: y[:pairs].to(low),
+            "built": lambda: pf.NoisedTarget(clean.to(low), noises.to(low), *scales),
+            "built tuple": lambda: pf.NoisedTarget(clean.to(low).chunk(2), noises, *scales)}[target]()
+        exact_target = self.target
+        if isinstance(exact_target, pf.NoisedTarget):
+            parts = exact_target.clean if target == "built tuple" else (exact_target.clean,)
+            exact_target = pf.NoisedTarget(torch.cat([c.double() for c in parts]), exact_target.noise.double(),
+                                           *scales.double())
+        elif target == "tuple":
+            exact_target = torch.cat(exact_target).double()
+        else:
+            exact_target = exact_target.double()
+        q = q.to(low)
+        if reference in ("bf16", "fp8"):
+            self.reference = exact_reference = pf.PackedReference.pack(q, self.target, reference)
+        elif reference == "errors":
+            per = "sample" if granularity == "element" else granularity
+            self.reference = exact_reference = pf.reference_errors(q.double(), exact_target, granularity=per)
+        else:
+            self.reference, exact_reference = q.chunk(2) if reference == "tuple" else q, q.double()
+        self.exact = (self.prediction.detach().double().requires_grad_(), exact_target, exact_reference)
+        self.scale = (torch.rand(pairs, generator=generator) * 0.3).to(DEVICE)
+
+    def run(self, objective, backend, exact=False, **options):
+        """(output, gradient); stacked predictions unless `tuple` in options."""
+        p, y, q = self.exact if exact else (self.prediction, self.target, self.reference)
+        scale = self.scale if objective.needs_posterior_scale else None
+        out = pf.preference_loss(p, y, q, objective=objective, posterior_scale=scale, backend=backend, **options)
+        return out, torch.autograd.grad(out.loss, p)[0]
+
+
+def distance(found, expected):
+    """Relative L2 error."""
+    expected = expected.double()
+    return ((found.double() - expected).norm() / expected.norm().clamp(min=1e-300)).item()
+
+
+GRADIENT_TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-6, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+
+
+def assert_parity(batch, objective, backend, granularity, loosen=1.0, **options):
+    out, grad = batch.run(objective, backend, granularity=granularity, **options)
+    exact, exact_grad = batch.run(objective, "eager", exact=True, granularity=granularity, **options)
+    dtype = batch.prediction.dtype
+    tolerance = loosen * (1e-11 if dtype == torch.float64 else 1e-6)
+    assert grad.dtype == dtype and torch.isfinite(grad).all()
+    assert distance(grad, exact_grad) <= max(GRADIENT_TOLERANCE[dtype], tolerance)
+    assert distance(out.loss, exact.loss) <= tolerance
+    for name in FIELDS:
+        found, expected = getattr(out, name), getattr(exact, name)
+        assert found.shape == expected.shape
+        if not torch.isnan(expected).all():
+            assert distance(found, expected) <= 3 * tolerance, name
+
+
+def ill_conditioned(objective, granularity):
+    """Factor by which float32 rounding of single elements grows where a ratio divides by one element's reward."""
+    base = getattr(objective, "base", objective)
+    if granularity != "element" or getattr(base, "ratio", "logit") == "logit":
+        return 1.0
+    return 1e4 if base.ratio in ("signed", "abs") else 10.0
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_equals_eager_in_float64(small_chunks, backend, granularity, name):
+    """The formulas to 1e-11 in float64 arithmetic, and to rounding in float32."""
+    objective = OBJECTIVES[name]
+    loosen = ill_conditioned(objective, granularity)
+    assert_parity(Batch(dtype=torch.float64, granularity=granularity), objective, backend, granularity, loosen=loosen)
+    if not (loosen > 10 and not getattr(getattr(objective, "base", objective), "detach_weights", True)):
+        assert_parity(Batch(seed=1, shape=(2, 3, 8, 16)), objective, backend, granularity, loosen=loosen)
+
+
+FORMS = itertools.product(TARGETS, REFERENCES, GRANULARITIES)
+FORMS = [(*form, DTYPES[i % 4], SHAPES[i % 3]) for i, form in enumerate(FORMS) if form[1:] != ("errors", "element")]
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("target,reference,granularity,dtype,shape", FORMS,
+                         ids=["-".join(map(str, (t, r, g, str(d)[6:]))) for t, r, g, d, _ in FORMS])
+def test_every_form_of_input_equals_eager(small_chunks, backend, target, reference, granularity, dtype, shape):
+    """Targets x references x granularities; dtypes and odd and even sizes take turns."""
+    batch = Batch(target=target, reference=reference, granularity=granularity, dtype=dtype, shape=shape, seed=2)
+    anchor = reference not in ("errors",)
+    objective = pf.PGDPO(B, ipr="anchor" if anchor else "reward")
+    # A target built in the kernel, and a gap from cached errors, are each one float32 rounding of numbers near 1.
+    loosen = 100.0 if reference == "errors" else 4.0 if target.startswith("built") else 1.0
+    if dtype == torch.float64:
+        loosen = 1e5 if target.startswith("built") or reference in ("fp8", "bf16") else 1.0
+    assert_parity(batch, objective, backend, granularity, loosen=loosen)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_tuples_weights_and_no_reference(small_chunks, backend, dtype, granularity):
+    batch = Batch(dtype=dtype, pairs=3)
+    weight = torch.tensor([0.5, 2.0, 0.0], device=DEVICE)
+    assert_parity(batch, pf.PGDPO(), backend, granularity, pair_weight=weight)
+    batch.reference, batch.exact = None, (*batch.exact[:2], None)
+    assert_parity(batch, pf.SLiC(), backend, granularity, pair_weight=weight)
+    out, grad = batch.run(pf.SLiC(), backend, granularity=granularity)
+    pair = tuple(t.detach().requires_grad_() for t in batch.prediction.chunk(2))
+    other = pf.preference_loss(pair, batch.target, objective=pf.SLiC(), granularity=granularity, backend=backend)
+    assert torch.equal(out.loss, other.loss)
+    assert torch.equal(torch.cat(torch.autograd.grad(other.loss, pair)), grad)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("shape", [(1,), (127,), (128,), (129,), (4096,), (8197,), (3, 1, 1, 1), (2, 5, 1, 1)], ids=str)
+def test_any_size_with_the_committed_launch(backend, shape):
+    """One element, just under and over a block of scales, whole chunks and a short last one."""
+    for reference in ("stacked", "fp8"):
+        for granularity in ("sample", "element") if len(shape) == 1 else GRANULARITIES:
+            batch = Batch(shape=shape, reference=reference, granularity=granularity, noise=1.0)
+            assert_parity(batch, pf.PGDPO(B), backend, granularity, loosen=4.0)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_many_segments_are_all_folded(monkeypatch, backend):
+    """More partial sums than one step of the fold takes, and more pairs than one of its blocks."""
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(operands, "MIN_CHUNK", 1)
+        monkeypatch.setattr(operands, "MAX_CHUNKS", 150)
+        monkeypatch.setattr(triton_backend, "FOLD_STEP", 16)
+        monkeypatch.setattr(triton_backend, "FOLD_ROWS", 2)
+    cut = operands.segments(torch.Size((37,)), 1)
+    assert DEVICE.type == "cuda" or cut.segments == 37
+    for granularity in ("sample", "element"):
+        assert_parity(Batch(shape=(37,), pairs=3), pf.PGDPO(B), backend, granularity)
+    assert_parity(Batch(shape=(5, 9, 1, 2), pairs=1), pf.PGDPO(B), backend, "frame")
+
+
+def test_a_video_is_cut_by_its_shape_alone():
+    """Every element in exactly one segment, every segment in one group, few enough partial sums to fold."""
+    for shape in ((16, 21, 60, 104), (16, 33, 90, 160), (4, 16, 40, 64), (16, 13, 60, 90), (1, 1, 1, 1), (5,)):
+        shape = torch.Size(shape)
+        whole = operands.segments(shape, 1)
+        assert (whole.segments - 1) * whole.length < shape.numel() <= whole.segments * whole.length
+        assert whole.segments <= operands.MAX_CHUNKS
+        if len(shape) == 4:
+            frames = operands.segments(shape, shape[1])
+            if shape[1] > 1:
+                assert (frames.segments, frames.length) == (shape[0] * shape[1], shape[2] * shape[3])
+
+
+# Numerical promises.
+
+@pytest.mark.parametrize("backend", ["eager", *FUSED])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_a_gap_keeps_its_relative_accuracy_where_training_starts(backend, granularity):
+    """bf16 policy = reference + 1e-3 noise: gaps are 1e-3 of the errors, yet good to float32 rounding."""
+    batch = Batch(shape=(2, 2, 16, 16), dtype=torch.bfloat16, noise=1e-3)
+    out, _ = batch.run(pf.DPO(5000.0), backend, granularity=granularity)
+    exact, _ = batch.run(pf.DPO(5000.0), "eager", exact=True, granularity=granularity)
+    assert out.chosen_gap.abs().max() < 0.01 * out.policy_chosen_error.min()
+    for name in ("chosen_gap", "rejected_gap"):
+        assert distance(getattr(out, name), getattr(exact, name)) < 1e-5
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_float16_gradients_are_rounded_after_the_loss_scale(backend, granularity):
+    """Gradients far below the smallest float16 survive under a loss scale of 65536; rounded before it they are zero."""
+    batch = Batch(dtype=torch.float16)
+    objective = pf.DPO(beta=1e-5)
+    out = pf.preference_loss(batch.prediction, batch.target, batch.reference, objective=objective,
+                             granularity=granularity, backend=backend)
+    plain, = torch.autograd.grad(out.loss, batch.prediction, retain_graph=True)
+    scaled, = torch.autograd.grad(65536.0 * out.loss, batch.prediction)
+    _, exact = batch.run(objective, "eager", exact=True, granularity=granularity)
+    assert distance(plain, exact) > 0.1
+    assert distance(scaled, 65536.0 * exact) < 2.0**-9
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_a_pairs_bits_depend_on_nothing_but_the_pair(small_chunks, granularity):
+    """The same from run to run, alone or in a batch, whatever its neighbours and its place."""
+    batch = Batch(pairs=5, shape=(2, 2, 8, 16))
+    out, grad = batch.run(pf.PGDPO(), "triton", granularity=granularity)
+    again, again_grad = batch.run(pf.PGDPO(), "triton", granularity=granularity)
+    assert torch.equal(out.loss, again.loss) and torch.equal(grad, again_grad)
+    for pairs in ([3], [4, 3], [0, 1, 3]):
+        rows = torch.tensor(pairs + [5 + i for i in pairs], device=DEVICE)
+        p = batch.prediction.detach()[rows].requires_grad_()
+        part = pf.preference_loss(p, batch.target[rows], batch.reference[rows], objective=pf.PGDPO(),
+                                  granularity=granularity, backend="triton")
+        for name in FIELDS:
+            assert torch.equal(getattr(part, name), getattr(out, name)[pairs]), name
+        part_grad, = torch.autograd.grad(part.loss, p)
+        torch.testing.assert_close(part_grad * len(pairs), grad[rows] * 5, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("name", ["dpo", "ipo", "sft", "dpop", "logit-attached", "symmetric-attached", "signed-attached",
+                                  "outer-attached"])
+def test_gradcheck_runs_on_the_fused_path_itself(backend, granularity, name):
+    batch = Batch(pairs=1, shape=(2, 2, 1, 2), dtype=torch.float64)
+
+    def loss(chosen, rejected):
+        return pf.preference_loss((chosen, rejected), batch.target, batch.reference, objective=OBJECTIVES[name],
+                                  granularity=granularity, backend=backend).loss
+
+    pair = tuple(t.detach().clone().requires_grad_() for t in batch.prediction.chunk(2))
+    assert torch.autograd.gradcheck(loss, pair, fast_mode=name != "dpo", atol=1e-4, rtol=1e-3)
+
+
+class Median(pf.Objective):
+    """An objective with no kernel form: the mean of the largest frame losses of each pair."""
+
+    def terms(self, errors, posterior_scale=None):
+        logits = 20.0 * (errors.gap_rejected - errors.gap_chosen)
+        loss = torch.nn.functional.softplus(-logits)
+        one = torch.ones_like(loss)
+        return Terms(loss.amax(-1, keepdim=True).expand_as(loss), logits, one, one, one)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("granularity", ["sample", "frame"])
+def test_an_objective_written_in_torch_runs_fused(small_chunks, backend, granularity):
+    assert Median().epilogue() is None
+    assert_parity(Batch(dtype=torch.float64), Median(), backend, granularity)
+    batch = Batch(dtype=torch.bfloat16, target="built", reference="fp8")
+    assert_parity(batch, Median(), backend, granularity, loosen=10)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_launches_reads_and_writes_nothing_it_was_not_given(small_chunks, backend):
+    """Rows surrounded by guard bands: nothing outside them is read into the result or written."""
+    batch = Batch(pairs=2, shape=(2, 2, 5, 7))
+    clean, _ = batch.run(pf.PGDPO(), backend, granularity="frame")
+    tensors = []
+    for t in (batch.prediction, batch.target, batch.reference):
+        wide = torch.full((4, 3 + 140 + 5), float("nan"), device=DEVICE)
+        wide[:, 3:143] = t.detach().flatten(1)
+        tensors.append(wide)
+    before = [w.clone() for w in tensors]
+    p, y, q = (w[:, 3:143].unflatten(1, (2, 2, 5, 7)) for w in tensors)
+    p.requires_grad_()
+    for granularity in GRANULARITIES:
+        out = pf.preference_loss(p, y, q, objective=pf.PGDPO(), granularity=granularity, backend=backend)
+        grad, = torch.autograd.grad(out.loss, p)
+        assert torch.isfinite(out.loss) and torch.isfinite(grad).all()
+    assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(tensors, before, strict=True))
+
+
+# The operators as torch sees them.
+
+def operator_calls(backend):
+    """(operator, arguments) of a forward and backward in each of the ways the package calls them."""
+    calls = []
+
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.namespace == "pgdpo_fast":
+                calls.append((function, tuple(a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args)))
+            return function(*args, **(kwargs or {}))
+
+    with Recorder():
+        for granularity in GRANULARITIES:
+            for target, reference in (("stacked", "stacked"), ("built", "fp8"), ("shared", "tuple")):
+                batch = Batch(target=target, reference=reference, shape=(2, 2, 3, 5))
+                batch.run(pf.PGDPO(ipr="anchor"), backend, granularity=granularity)
+        pair = tuple(t.detach().requires_grad_() for t in batch.prediction.chunk(2))
+        for objective in (pf.DPO(), pf.PGDPO(ipr="anchor", combine="outer"), pf.SDPO()):
+            for granularity in ("frame", "element"):
+                out = pf.preference_loss(pair, batch.target, batch.reference, objective=objective, backend=backend,
+                                         granularity=granularity, posterior_scale=batch.scale)
+                (2 * out.loss).backward()
+        errors = pf.paired_errors(pair, batch.target, batch.reference, cross=True, backend=backend)
+        (errors.gap_chosen - errors.policy_rejected).sum().backward()
+    return calls
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_every_operator_passes_opcheck(backend):
+    torch.use_deterministic_algorithms(False)        # opcheck compares two runs, and one poison is not equal to another
+    calls = operator_calls(backend)
+    assert {str(f).split(".")[1] for f, _ in calls} == {
+        name for name in dir(fused._ops) if name.startswith("pair_")} >= {"pair_errors", "pair_objective", "pair_gradient"}
+    seen = set()
+    for function, args in calls:
+        key = (function, *((a.shape, a.dtype) if isinstance(a, torch.Tensor) else str(a) for a in args))
+        if key not in seen:
+            seen.add(key)
+            checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+            torch.library.opcheck(function, args, test_utils=checks)
+
+
+@pytest.mark.parametrize("backend", ["eager", *FUSED])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_compiles_as_one_graph_for_every_batch_size(backend, granularity):
+    """torch.compile(fullgraph=True): no graph break, no recompilation as B changes, the same loss and gradients."""
+    torch._dynamo.reset()
+
+    objective = pf.PGDPO(B)
+
+    def step(p, y, q, weight):
+        out = pf.preference_loss(2.0 * p, y, q, objective=objective, granularity=granularity, pair_weight=weight,
+                                 backend=backend)
+        return out.loss, out.metrics(), out.alpha
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for pairs in (2, 3, 5):
+        batch = Batch(pairs=pairs, seed=pairs)
+        arguments = (batch.prediction, batch.target, batch.reference, torch.rand(pairs, device=DEVICE))
+        with torch.compiler.set_stance("default" if pairs == 2 else "fail_on_recompile"):
+            loss, metrics, alpha = compiled(*arguments)
+            grad, = torch.autograd.grad(3.0 * loss, batch.prediction)
+        expected, expected_metrics, expected_alpha = step(*arguments)
+        expected_grad, = torch.autograd.grad(3.0 * expected, batch.prediction)
+        torch.testing.assert_close((loss, metrics, alpha, grad),
+                                   (expected, expected_metrics, expected_alpha, expected_grad))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("granularity", ["sample", "element"])
+def test_inductor_compiles_a_training_step(granularity):
+    torch._dynamo.reset()
+    model = torch.nn.Linear(7, 7, device=DEVICE)
+    batch = Batch()
+
+    def step(latents):
+        loss = pf.preference_loss(model(latents), batch.target, batch.reference, objective=pf.PGDPO(B),
+                                  granularity=granularity, backend="triton").loss
+        loss.backward()
+        return loss.detach()
+
+    grads = []
+    for function in (step, torch.compile(step)):
+        model.zero_grad()
+        loss = function(batch.prediction.detach())
+        grads.append((loss, model.weight.grad.clone()))
+    torch.testing.assert_close(grads[1], grads[0])
+
+
+# Selection.
+
+def test_a_cpu_tensor_never_reaches_a_device_launch():
+    code = """if True:
+        import torch, pgdpo_fast as pf
+        from pgdpo_fast.errors import BackendUnavailable
+        p = torch.randn(2, 8, requires_grad=True)
+        try:
+            pf.preference_loss(p, p.detach(), p.detach(), objective=pf.DPO(), backend="triton")
+        except BackendUnavailable as error:
+            print(error)
+        pf.preference_loss(p, p.detach(), p.detach(), objective=pf.DPO()).loss.backward()
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "backend='triton' cannot run on cpu: triton has no CPU backend" in done.stdout
+
+
+def test_auto_never_picks_the_interpreter():
+    assert backends.select("auto", torch.device("cpu")) in ("eager", "native")
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize("path,constant,limit", [
+    ("kernels/epilogue.py", r"^((?:KIND|FLAG)_\w+) = tl\.constexpr\((\d+)\)", r"^RATIO_LIMIT = tl\.constexpr\((.*)\)"),
+    ("csrc/epilogue.h", r"^ +((?:KIND|FLAG)_\w+) = (\d+),", r"\bRATIO_LIMIT = (.*);"),
+], ids=["triton", "csrc"])
+def test_the_kernels_number_formulas_and_switches_as_the_objectives_do(path, constant, limit):
+    text = (ROOT / path).read_text()
+    found = {name: int(value) for name, value in re.findall(constant, text, re.MULTILINE)}
+    ours = {name: value for name, value in vars(objectives).items() if re.match("KIND_|FLAG_", name)}
+    assert len(found) >= 14 and found == {name: ours[name] for name in found}
+    assert float(re.search(limit, text, re.MULTILINE)[1]) == objectives.RATIO_LIMIT
+
+
+def test_softplus_is_accurate_to_float32_everywhere():
+    """The series behind log(1 + exp(-z)) through the whole loss: z from -100 to 100 by chosen gaps of one element."""
+    if DEVICE.type == "cuda" or "triton" in FUSED:
+        z = torch.linspace(-100, 100, 401)
+        y = torch.zeros(2 * len(z), 1, device=DEVICE)
+        p = torch.zeros_like(y)
+        p[:len(z), 0] = (100 - z).sqrt()
+        p[len(z):, 0] = 10.0
+        out = pf.preference_loss(p, y, pf.ReferenceErrors(*[torch.zeros(len(z), device=DEVICE)] * 2),
+                                 objective=pf.DPO(beta=2.0), backend="triton")
+        exact = torch.nn.functional.softplus(-out.logits.double())
+        assert ((out.per_pair_loss.double() - exact).abs() <= 3e-7 * exact + 1e-37).all()
+        assert math.isclose(out.logits.min().item(), -100, rel_tol=1e-5)
