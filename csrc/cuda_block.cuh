@@ -1,7 +1,7 @@
 // Sums across the threads of a block, in a fixed tree. A team is THREADS threads that work on one segment.
 #pragma once
 
-#include "cuda_pair.h"
+#include "cuda_launch.h"
 
 namespace pgdpo {
 namespace cuda {
@@ -83,6 +83,22 @@ __device__ inline void fold_rows(const Pair& x, const Call<S>& call, S* shared) 
   }
   total = block_total<BLOCK>(total);
   if (threadIdx.x == 0 && call.kind >= 0) *call.loss = total / S(rows);
+}
+
+// A fold is one block, set up while the pass before it runs where the device can (sm_90 on).
+template <class S, class Kernel>
+inline cudaError_t launch_fold(Kernel kernel, int threads, const Pair& x, const Call<S>& call, const Device& device,
+                        cudaStream_t stream) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = 1;
+  config.blockDim = threads;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = device.major >= 9 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, x, call);
 }
 
 }  // namespace cuda

@@ -1,17 +1,28 @@
-// The launches of pair.cu and element.cu as the operators see them. Each enqueues on `stream` of the current device,
+// The launches of the .cu files as the operators see them. Each enqueues on `stream` of the current device,
 // returns the first error and never synchronizes.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
-#include "cuda_pair.h"
 #include "cuda_plan.h"
 
 namespace pgdpo {
 namespace cuda {
 
 struct Device {
-  int multiprocessors, shared_limit, major;
+  int multiprocessors = 0, shared_limit = 0, major = 0;
+};
+
+// Makes a device current for as long as it lives, with what launches need to know of it. Throws when there is none.
+struct Current {
+  explicit Current(int device_index);
+  ~Current();
+  Current(const Current&) = delete;
+  Current& operator=(const Current&) = delete;
+
+  Device device;
+  cudaStream_t stream = nullptr;
+  void* guard = nullptr;
 };
 
 template <class S>

@@ -1,8 +1,10 @@
 // What the host decides before a launch, from shapes, strides and addresses alone: how operands can be read, and whether
-// a call fits on chip. Plain C++, so tests need no GPU.
+// a call fits on chip; and the choice of the kernel that follows. Plain C++, so tests need no GPU.
 #pragma once
 
-#include "cuda_rows.h"
+#include <type_traits>
+
+#include "cuda_pair.h"
 
 namespace pgdpo {
 namespace cuda {
@@ -78,6 +80,90 @@ inline OneTouch one_touch(const Pair& x, bool anchor, const MutableRows* gradien
   plan.blocks = int((items + slots - 1) / slots);
   plan.shared_bytes = int(bytes);
   return plan;
+}
+
+template <int V>
+using Constant = std::integral_constant<int, V>;
+
+// run(policy dtype, access) as compile-time constants. float64 has one pass, the one that reads anything.
+template <class S, class Run>
+void with_policy(const Pair& x, Access access, const Run& run) {
+  if constexpr (sizeof(S) == 8) {
+    run(Constant<FLOAT64>{}, Constant<SCALAR>{});
+  } else {
+    const auto with_access = [&](auto policy) {
+      if (access == SAME)
+        run(policy, Constant<SAME>{});
+      else if (access == MIXED)
+        run(policy, Constant<MIXED>{});
+      else
+        run(policy, Constant<SCALAR>{});
+    };
+    if (x.policy[0].dtype == BFLOAT16)
+      with_access(Constant<BFLOAT16>{});
+    else if (x.policy[0].dtype == FLOAT16)
+      with_access(Constant<FLOAT16>{});
+    else
+      with_access(Constant<FLOAT32>{});
+  }
+}
+
+template <class Run>
+void with_form(int form, const Run& run) {
+  if (form == REFERENCE_NONE)
+    run(Constant<REFERENCE_NONE>{});
+  else if (form == REFERENCE_PREDICTION)
+    run(Constant<REFERENCE_PREDICTION>{});
+  else if (form == REFERENCE_BFLOAT16)
+    run(Constant<REFERENCE_BFLOAT16>{});
+  else
+    run(Constant<REFERENCE_FLOAT8>{});
+}
+
+// run(policy dtype, access, reference form) of the error pass for these operands.
+template <class S, class Run>
+void with_errors(const Pair& x, const Run& run) {
+  with_policy<S>(x, access_of(x, true, nullptr), [&](auto policy, auto access) {
+    if constexpr (decltype(access)::value == SAME)
+      with_form(x.reference_form, [&](auto form) { run(policy, access, form); });
+    else
+      run(policy, access, Constant<ANY>{});
+  });
+}
+
+// The same of the gradient pass, which reads the reference for the anchor alone.
+template <class S, class Run>
+void with_gradients(const Pair& x, const Call<S>& call, const Run& run) {
+  const Access access = access_of(x, call.anchor, call.gradient);
+  with_policy<S>(x, access == SAME && call.anchor ? MIXED : access, [&](auto policy, auto access) {
+    run(policy, access, Constant<decltype(access)::value == SAME ? int(REFERENCE_NONE) : int(ANY)>{});
+  });
+}
+
+// run(policy dtype, access, kind) of an element pass. The objectives of everyday use have kernels of their own.
+template <class S, class Run>
+void with_elements(const Pair& x, const Call<S>& call, const Run& run) {
+  const Access access = access_of(x, true, call.gradient);
+  with_policy<S>(x, access == SAME ? MIXED : access, [&](auto policy, auto access) {
+    if constexpr (decltype(access)::value != SAME) {
+      if (call.outer && call.gradient[0].data != nullptr)
+        run(policy, access, Constant<OUTER_GRADIENTS>{});
+      else if (call.kind == KIND_DPO)
+        run(policy, access, Constant<KIND_DPO>{});
+      else if (call.kind == KIND_PGDPO)
+        run(policy, access, Constant<KIND_PGDPO>{});
+      else
+        run(policy, access, Constant<ANY>{});
+    }
+  });
+}
+
+// run(policy dtype, reference form) of the one-touch launch.
+template <class Run>
+void with_one_touch(const Pair& x, const Run& run) {
+  with_policy<float>(x, SAME, [&](auto policy, auto access) {
+    if constexpr (decltype(access)::value == SAME) with_form(x.reference_form, [&](auto form) { run(policy, form); });
+  });
 }
 
 }  // namespace cuda

@@ -6,6 +6,7 @@
 // hence a pass of their own.
 #include "cuda_block.cuh"
 #include "cuda_launch.h"
+#include "cuda_plan.h"
 
 namespace pgdpo {
 namespace cuda {
@@ -51,57 +52,20 @@ __global__ void __launch_bounds__(FOLD_BLOCK) fold_elements_kernel(const __grid_
   if (threadIdx.x == 0) *call.loss = total / S(x.pairs);
 }
 
-template <class S>
-using Kernel = void (*)(Pair, Call<S>);
-
-// The two objectives of everyday use have kernels of their own; one kernel holds the others.
-template <class S, int P, int ACCESS>
-Kernel<S> elements_of(const Call<S>& call) {
-  if (call.outer && call.gradient[0].data != nullptr) return elements_kernel<S, P, ACCESS, OUTER_GRADIENTS>;
-  switch (call.kind) {
-    case KIND_DPO:
-      return elements_kernel<S, P, ACCESS, KIND_DPO>;
-    case KIND_PGDPO:
-      return elements_kernel<S, P, ACCESS, KIND_PGDPO>;
-    default:
-      return elements_kernel<S, P, ACCESS, ANY>;
-  }
-}
-
-template <int P>
-Kernel<float> elements_of(Access access, const Call<float>& call) {
-  return access == SCALAR ? elements_of<float, P, SCALAR>(call) : elements_of<float, P, MIXED>(call);
-}
-
 }  // namespace
 
 template <class S>
 cudaError_t launch_elements(const Pair& x, const Call<S>& call, cudaStream_t stream) {
-  Kernel<S> kernel;
-  if constexpr (sizeof(S) == 8) {
-    kernel = elements_of<double, FLOAT64, SCALAR>(call);
-  } else {
-    const Access access = access_of(x, true, call.gradient);
-    kernel = x.policy[0].dtype == BFLOAT16  ? elements_of<BFLOAT16>(access, call)
-             : x.policy[0].dtype == FLOAT16 ? elements_of<FLOAT16>(access, call)
-                                            : elements_of<FLOAT32>(access, call);
-  }
-  kernel<<<unsigned(x.pairs * x.segments), THREADS, 0, stream>>>(x, call);
+  with_elements<S>(x, call, [&](auto policy, auto access, auto kind) {
+    elements_kernel<S, decltype(policy)::value, decltype(access)::value, decltype(kind)::value>
+        <<<unsigned(x.pairs * x.segments), THREADS, 0, stream>>>(x, call);
+  });
   return cudaGetLastError();
 }
 
 template <class S>
 cudaError_t launch_fold_elements(const Pair& x, const Call<S>& call, const Device& device, cudaStream_t stream) {
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = 1;
-  config.blockDim = FOLD_BLOCK;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = device.major >= 9 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, fold_elements_kernel<S>, x, call);
+  return launch_fold(fold_elements_kernel<S>, FOLD_BLOCK, x, call, device, stream);
 }
 
 template cudaError_t launch_elements<float>(const Pair&, const Call<float>&, cudaStream_t);

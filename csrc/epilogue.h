@@ -40,6 +40,8 @@ enum Flag : int {
   FLAG_RATIO_SHIFT = 4,
   FLAG_SAFEGUARD = 64,
   FLAG_IMPORTANCE = 128,
+  // Not in objectives.py: callers that know k1 == k2 add it, and one sigmoid serves alpha and 1 - gamma.
+  FLAG_ONE_SIGMOID = 256,
 };
 enum Ratio : int { RATIO_LOGIT = 0, RATIO_SYMMETRIC = 1, RATIO_ABS = 2, RATIO_SIGNED = 3 };
 constexpr double RATIO_LIMIT = 1e6;
@@ -58,14 +60,22 @@ PGDPO_HD float absolute(float x) { return fabsf(x); }
 PGDPO_HD double absolute(double x) { return fabs(x); }
 PGDPO_HD float exponential(float x) { return expf(x); }
 PGDPO_HD double exponential(double x) { return exp(x); }
+// exp(-|x|); a form that is tiny instead of zero far out will do.
+PGDPO_HD float exp_minus_absolute(float x) { return expf(-fabsf(x)); }
+PGDPO_HD double exp_minus_absolute(double x) { return exp(-fabs(x)); }
 // log(1 + t), 0 <= t <= 1.
 PGDPO_HD float log1p_unit(float t) { return log1pf(t); }
 PGDPO_HD double log1p_unit(double t) { return log1p(t); }
 
-// NaN stays NaN, as in torch.clamp.
+// The larger of the two; NaN in x stays NaN, as in torch.clamp.
+PGDPO_HD float at_least(float low, float x) { return low > x ? low : x; }
+PGDPO_HD double at_least(double low, double x) { return low > x ? low : x; }
+PGDPO_HD float at_most(float high, float x) { return high < x ? high : x; }
+PGDPO_HD double at_most(double high, double x) { return high < x ? high : x; }
+
 template <class T>
 PGDPO_HD T clamp(T x, T low, T high) {
-  return select(x > high, high, select(x < low, low, x));
+  return at_most(high, at_least(low, x));
 }
 
 template <class T>
@@ -78,14 +88,14 @@ template <class T>
 struct Logistic {
   T x, decay, up, down;
 
-  PGDPO_HD explicit Logistic(T value) : x(value), decay(exponential(T(0) - absolute(value))) {
+  PGDPO_HD explicit Logistic(T value) : x(value), decay(exp_minus_absolute(value)) {
     const T large = T(1) / (T(1) + decay);
     const T small = decay * large;
     up = select(x >= T(0), large, small);
     down = select(x >= T(0), small, large);
   }
-  PGDPO_HD T softplus_minus() const { return select(x < T(0), T(0) - x, T(0)) + log1p_unit(decay); }
-  PGDPO_HD T softplus_plus() const { return select(x > T(0), x, T(0)) + log1p_unit(decay); }
+  PGDPO_HD T softplus_minus() const { return at_least(T(0), T(0) - x) + log1p_unit(decay); }
+  PGDPO_HD T softplus_plus() const { return at_least(T(0), x) + log1p_unit(decay); }
 };
 
 // What the errors of one group (or one element) are: policy errors, gaps, mean (p_w - q_w)^2, mean (p_w - y_w)(p_l - y_l),
@@ -200,7 +210,7 @@ PGDPO_HD Terms<T> objective(int kind, int flags, const scalar_of<T>* parameters,
       out.gamma = switched.down;
     }
     if (ars) {
-      if (regularized && parameters[1] == parameters[2]) {
+      if (regularized && (flags & FLAG_ONE_SIGMOID)) {
         out.alpha = out.complement;
         alpha_complement = out.gamma;
       } else {

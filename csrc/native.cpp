@@ -261,18 +261,12 @@ void element_gradients(PGDPO_OPERANDS, MaybeTensor weight, MaybeTensor posterior
 STABLE_TORCH_LIBRARY(pgdpo_fast_native, m) {
   m.def("instruction_set() -> str");
   m.def("errors(" PGDPO_SCHEMA "bool anchor, bool cross, Tensor(a!) partial) -> ()");
-  m.def("gradients(" PGDPO_SCHEMA
-        "bool anchor, Tensor coefficients, Tensor incoming, Tensor(a!) chosen, Tensor(b!) rejected) -> ()");
   m.def("fold(Tensor partial, int groups, int count, Tensor(a!) means) -> ()");
   m.def(
       "fold_objective(Tensor partial, int groups, int count, bool gaps, Tensor? reference_errors, Tensor? weight, "
       "Tensor? posterior_scale, int kind, int flags, float[] parameters, Tensor(a!) loss, Tensor(b!) telemetry, "
       "Tensor(c!) coefficients) -> ()");
-  m.def("element_objective(" PGDPO_SCHEMA PGDPO_ELEMENTS_SCHEMA
-        "bool with_gradients, Tensor(a!) loss, Tensor(b!) telemetry, Tensor(c!) means, Tensor(d!) chosen, "
-        "Tensor(e!) rejected) -> ()");
-  m.def("element_gradients(" PGDPO_SCHEMA PGDPO_ELEMENTS_SCHEMA
-        "bool speculative, Tensor means, Tensor incoming, Tensor(a!) chosen, Tensor(b!) rejected) -> ()");
+  define_shared(m);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pgdpo_fast_native, CompositeExplicitAutograd, m) {

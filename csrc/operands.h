@@ -140,6 +140,16 @@ struct Operands {
   "Tensor p_w, Tensor p_l, Tensor y_w, Tensor y_l, Tensor? noise, Tensor? target_scale, Tensor? q_w, Tensor? "  \
   "q_l, Tensor? s_w, Tensor? s_l, int form, int groups, int segments, int length, "
 #define PGDPO_ELEMENTS_SCHEMA "Tensor? weight, Tensor? posterior_scale, int kind, int flags, float[] parameters, bool outer, "
+// Operators both the CPU and the CUDA library implement.
+inline void define_shared(torch::stable::detail::StableLibrary& m) {
+  m.def("gradients(" PGDPO_SCHEMA
+        "bool anchor, Tensor coefficients, Tensor incoming, Tensor(a!) chosen, Tensor(b!) rejected) -> ()");
+  m.def("element_objective(" PGDPO_SCHEMA PGDPO_ELEMENTS_SCHEMA
+        "bool with_gradients, Tensor(a!) loss, Tensor(b!) telemetry, Tensor(c!) means, Tensor(d!) chosen, "
+        "Tensor(e!) rejected) -> ()");
+  m.def("element_gradients(" PGDPO_SCHEMA PGDPO_ELEMENTS_SCHEMA
+        "bool speculative, Tensor means, Tensor incoming, Tensor(a!) chosen, Tensor(b!) rejected) -> ()");
+}
 
 }  // namespace
 }  // namespace pgdpo

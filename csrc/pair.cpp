@@ -6,12 +6,18 @@
 #include "epilogue.h"
 #include "vector.h"
 
+// After a lambda's parameters: inlined like the rest of a pass.
+#define PGDPO_LAMBDA __attribute__((always_inline))
+
 namespace pgdpo {
 inline namespace PGDPO_ISA {
 namespace {
 
 constexpr int MIXED = -1;  // storage types differ between operands: decided per load instead of per pass
-constexpr int FLUSH = 32;  // vectors added in the working precision before they move on to double
+constexpr int FLUSH = 2048;  // elements added up in the working precision before the sums move on to double
+constexpr int BLOCK = 512;   // elements an element pass holds in the first-level cache between its stages
+
+int lesser(int a, int b) { return a < b ? a : b; }
 
 int64_t size_of(int dtype) {
   switch (dtype) {
@@ -142,42 +148,41 @@ struct Reader {
   }
 };
 
-// PLANES running sums: FLUSH vectors in the working precision, the rest in double.
-template <class S, int PLANES>
+// PLANES running sums: up to FLUSH elements in the working precision, the rest in double.
+template <class V, int PLANES>
 struct Sums {
-  using V = Vec<S>;
+  using S = scalar_of<V>;
+  V narrow[PLANES];
   double wide[PLANES][V::width] = {};
 
-  PGDPO_INLINE void flush(V (&narrow)[PLANES]) {
+  Sums() {
+    for (V& plane : narrow) plane = V(S(0));
+  }
+  void flush() {
     for (int k = 0; k < PLANES; ++k) {
-      S lanes[V::width];  // indexing narrow itself would keep it out of registers
-      memcpy(lanes, &narrow[k].v, sizeof(lanes));
+      S lanes[V::width];
+      narrow[k].to(lanes);
       for (int lane = 0; lane < V::width; ++lane) wide[k][lane] += double(lanes[lane]);
       narrow[k] = V(S(0));
     }
   }
-  void write(double* out, int64_t plane) const {
+  // Plane k goes to out[planes[k] * stride].
+  void write(double* out, const int (&planes)[PLANES], int64_t stride) {
+    flush();
     for (int k = 0; k < PLANES; ++k) {
       double total = 0;
       for (int lane = 0; lane < V::width; ++lane) total += wide[k][lane];
-      out[k * plane] = total;
+      out[planes[k] * stride] = total;
     }
   }
 };
 
-// body(whole, i, lanes) over the vectors of a chunk; between(): after every FLUSH of them and at the end.
-template <class V, class Body, class Between>
-PGDPO_INLINE void over_vectors(int count, const Body& body, const Between& between) {
-  const int whole = count / V::width * V::width;
-  for (int i = 0; i < whole;) {
-    const int stop = whole - i < FLUSH * V::width ? whole : i + FLUSH * V::width;
-    for (; i < stop; i += V::width) body(std::true_type{}, i, V::width);
-    between();
-  }
-  if (whole < count) {
-    body(std::false_type{}, whole, count - whole);
-    between();
-  }
+// body(whole, i, lanes) over the vectors of elements [begin, end); lanes < width in the last one alone.
+template <class V, class Body>
+PGDPO_INLINE void over_vectors(int begin, int end, const Body& body) {
+  int i = begin;
+  for (; i + V::width <= end; i += V::width) body(std::true_type{}, i, V::width);
+  if (i < end) body(std::false_type{}, i, end - i);
 }
 
 template <class S, int D>
@@ -186,22 +191,23 @@ void errors(const Pair& x, bool anchor, bool cross, double* sums, int64_t begin,
   for (int64_t c = begin; c < end; ++c) {
     const Chunk at(x, c);
     const Reader<S, D> reader(x, at, true);
-    Sums<S, STATISTICS> totals;
-    V part[STATISTICS];
-    for (V& p : part) p = V(S(0));
-    over_vectors<V>(
-        at.count,
-        [&](auto whole, int i, int lanes) __attribute__((always_inline)) {
-          const Differences<V> d = reader.template read<decltype(whole)::value>(i, lanes);
-          part[0] = part[0] + d.u_w * d.u_w;
-          part[1] = part[1] + d.u_l * d.u_l;
-          part[2] = part[2] + d.minus_w * d.plus_w;
-          part[3] = part[3] + d.minus_l * d.plus_l;
-          if (anchor) part[4] = part[4] + d.minus_w * d.minus_w;
-          if (cross) part[5] = part[5] + d.u_w * d.u_l;
-        },
-        [&]() __attribute__((always_inline)) { totals.flush(part); });
-    totals.write(sums + c, x.pairs * x.segments);
+    Sums<V, STATISTICS> totals;
+    for (int first = 0; first < at.count; first += FLUSH) {
+      V part[STATISTICS];
+      for (V& plane : part) plane = V(S(0));
+      over_vectors<V>(first, lesser(first + FLUSH, at.count), [&](auto whole, int i, int lanes) PGDPO_LAMBDA {
+        const Differences<V> d = reader.template read<decltype(whole)::value>(i, lanes);
+        part[0] = part[0] + d.u_w * d.u_w;
+        part[1] = part[1] + d.u_l * d.u_l;
+        part[2] = part[2] + d.minus_w * d.plus_w;
+        part[3] = part[3] + d.minus_l * d.plus_l;
+        if (anchor) part[4] = part[4] + d.minus_w * d.minus_w;
+        if (cross) part[5] = part[5] + d.u_w * d.u_l;
+      });
+      memcpy(totals.narrow, part, sizeof(part));
+      totals.flush();
+    }
+    totals.write(sums + c, {0, 1, 2, 3, 4, 5}, x.pairs * x.segments);
   }
 }
 
@@ -217,73 +223,175 @@ void gradients(const Pair& x, bool anchor, const double* coefficients, const Mut
     const double* row = coefficients + at.pair * x.groups + at.segment % x.groups;
     const V c_w = S(row[0]), c_l = S(row[rows]), c_anchor = S(row[2 * rows]);
     char* out[2] = {row_start(gradient[0], at.pair, at.start), row_start(gradient[1], at.pair, at.start)};
-    over_vectors<V>(
-        at.count,
-        [&](auto whole, int i, int lanes) __attribute__((always_inline)) {
-          const Differences<V> d = reader.template read<decltype(whole)::value>(i, lanes);
-          V g_w = c_w * d.u_w;
-          if (anchor) g_w = g_w + c_anchor * d.minus_w;
-          put<decltype(whole)::value>(dtype, out[0], i, lanes, g_w);
-          put<decltype(whole)::value>(dtype, out[1], i, lanes, c_l * d.u_l);
-        },
-        []() __attribute__((always_inline)) {});
+    over_vectors<V>(0, at.count, [&](auto whole, int i, int lanes) PGDPO_LAMBDA {
+      const Differences<V> d = reader.template read<decltype(whole)::value>(i, lanes);
+      V g_w = c_w * d.u_w;
+      if (anchor) g_w = g_w + c_anchor * d.minus_w;
+      put<decltype(whole)::value>(dtype, out[0], i, lanes, g_w);
+      put<decltype(whole)::value>(dtype, out[1], i, lanes, c_l * d.u_l);
+    });
   }
+}
+
+// An element pass goes over BLOCK elements in three stages: read and convert (one version per storage type), run the
+// objective (one version per common objective), convert and write. Each stage is a short loop whose iterations overlap,
+// and the versions add instead of multiplying.
+template <class S>
+struct Block {
+  alignas(64) S u_w[BLOCK], u_l[BLOCK], gap_w[BLOCK], gap_l[BLOCK], minus_w[BLOCK];
+  alignas(64) S gradient_w[BLOCK], gradient_l[BLOCK];
+};
+
+enum Wanted { SUMS_AND_GRADIENTS, SUMS, GRADIENTS };
+constexpr int ANY = -1;
+constexpr int OBJECTIVE_SUMS = 7;
+
+// Two registers at a time where there are 32: the objective is one long chain of dependent arithmetic.
+template <class S>
+using Wide = Vec<S, PGDPO_VECTOR_BYTES == 64 && sizeof(S) == 4 ? 2 : 1>;
+
+// What the objective's stage knows besides the block. The sums: loss (or P), logits, alpha, gamma, importance, 1 - gamma, I.
+template <class S>
+struct Stage {
+  int kind, flags;
+  bool outer;
+  S parameters[PARAMETERS];
+  S scale, posterior_scale;
+  S means[ELEMENT_MEANS];
+};
+
+template <class S, int KIND, int FLAGS, bool OUTER, Wanted WANTED>
+void run_objective(const Stage<S>& stage, Block<S>& block, int count, Wide<S> (&sums)[OBJECTIVE_SUMS]) {
+  using V = Wide<S>;
+  const int kind = KIND == ANY ? stage.kind : KIND, flags = FLAGS == ANY ? stage.flags : FLAGS;
+  const V scale = stage.scale, posterior_scale = stage.posterior_scale;
+  const Outer<V> outer{stage.means[0], stage.means[1], stage.means[2], stage.means[3]};
+  S ascending[V::width];
+  for (int lane = 0; lane < V::width; ++lane) ascending[lane] = S(lane);
+  const V numbers = V::at(ascending);
+  V part[OBJECTIVE_SUMS];
+  memcpy(part, sums, sizeof(part));
+  over_vectors<V>(0, count, [&](auto whole, int i, int lanes) PGDPO_LAMBDA {
+    const V u_w = V::at(block.u_w + i), u_l = V::at(block.u_l + i), minus_w = V::at(block.minus_w + i);
+    const Errors<V> e{u_w * u_w,         u_l * u_l, V::at(block.gap_w + i), V::at(block.gap_l + i),
+                      minus_w * minus_w, u_w * u_l, posterior_scale};
+    const Terms<V> t =
+        objective<V>(kind, flags, stage.parameters, e, OUTER && WANTED == GRADIENTS ? &outer : nullptr);
+    if (WANTED != SUMS) {
+      V slope = t.by_chosen * u_w;
+      if (flags & FLAG_IPR_ANCHOR) slope = slope + t.by_anchor * minus_w;
+      (scale * slope).to(block.gradient_w + i);
+      (scale * (t.by_rejected * u_l)).to(block.gradient_l + i);
+    }
+    if (WANTED != GRADIENTS) {
+      const auto add = [&](int k, V term) PGDPO_LAMBDA {
+        part[k] = part[k] + (decltype(whole)::value ? term : select(numbers < V(S(lanes)), term, V(S(0))));
+      };
+      add(0, OUTER ? t.preference : t.loss);
+      add(1, t.logits);
+      add(2, t.alpha);
+      add(3, t.gamma);
+      add(4, t.importance);
+      if (OUTER) add(5, t.complement);
+      if (OUTER) add(6, t.implicit);
+    }
+  });
+  memcpy(sums, part, sizeof(part));
+}
+
+template <class S>
+using RunObjective = void (*)(const Stage<S>&, Block<S>&, int, Wide<S> (&)[OBJECTIVE_SUMS]);
+
+// Objectives with a version of their own in float, pointwise; everything else takes the version that branches.
+template <class S>
+RunObjective<S> pointwise_objective(int kind, int flags) {
+#define PGDPO_VERSION(KIND, FLAGS) \
+  if (sizeof(S) == 4 && kind == (KIND) && flags == (FLAGS)) return run_objective<S, KIND, FLAGS, false, SUMS_AND_GRADIENTS>;
+  PGDPO_VERSION(KIND_DPO, 0)
+  PGDPO_VERSION(KIND_DPO, FLAG_IMPORTANCE)
+  PGDPO_VERSION(KIND_IPO, 0)
+  PGDPO_VERSION(KIND_SLIC, 0)
+  PGDPO_VERSION(KIND_HINGE, 0)
+  PGDPO_VERSION(KIND_SFT, 0)
+  PGDPO_VERSION(KIND_DPOP, 0)
+  PGDPO_VERSION(KIND_DPO_SHIFT, 0)
+  constexpr int both = FLAG_ARS | FLAG_IPR_REWARD;
+  PGDPO_VERSION(KIND_PGDPO, both | FLAG_ONE_SIGMOID | RATIO_LOGIT << FLAG_RATIO_SHIFT)
+  PGDPO_VERSION(KIND_PGDPO, both | FLAG_ONE_SIGMOID | RATIO_SYMMETRIC << FLAG_RATIO_SHIFT)
+  PGDPO_VERSION(KIND_PGDPO, both | FLAG_ONE_SIGMOID | RATIO_ABS << FLAG_RATIO_SHIFT)
+  PGDPO_VERSION(KIND_PGDPO, both | FLAG_ONE_SIGMOID | RATIO_SIGNED << FLAG_RATIO_SHIFT)
+  PGDPO_VERSION(KIND_PGDPO, both | RATIO_LOGIT << FLAG_RATIO_SHIFT)
+#undef PGDPO_VERSION
+  return run_objective<S, ANY, ANY, false, SUMS_AND_GRADIENTS>;
+}
+
+template <class S>
+RunObjective<S> outer_objective(int flags, bool with_gradients) {
+  constexpr int listing = FLAG_ARS | FLAG_IPR_ANCHOR | FLAG_ATTACHED | FLAG_ONE_SIGMOID | RATIO_SIGNED << FLAG_RATIO_SHIFT;
+  if (sizeof(S) == 4 && flags == listing)
+    return with_gradients ? run_objective<S, KIND_PGDPO, listing, true, GRADIENTS>
+                          : run_objective<S, KIND_PGDPO, listing, true, SUMS>;
+  return with_gradients ? run_objective<S, KIND_PGDPO, ANY, true, GRADIENTS>
+                        : run_objective<S, KIND_PGDPO, ANY, true, SUMS>;
 }
 
 template <class S, int D>
 void elements(const Pair& x, const Elements& call, int64_t begin, int64_t end) {
   using V = Vec<S>;
-  S parameters[PARAMETERS];
-  for (int k = 0; k < PARAMETERS; ++k) parameters[k] = S(call.parameters[k]);
+  const bool with_gradients = call.scale != nullptr;
+  const bool one_sigmoid = call.kind == KIND_PGDPO && call.parameters[1] == call.parameters[2];
+  const int flags = call.flags | (one_sigmoid ? FLAG_ONE_SIGMOID : 0);
+  const RunObjective<S> run =
+      call.outer ? outer_objective<S>(flags, with_gradients) : pointwise_objective<S>(call.kind, flags);
+  const bool anchor = call.kind == KIND_PGDPO && (call.flags & FLAG_IPR_ANCHOR);
   const int dtype = D == MIXED ? call.gradient[0].dtype : D;
-  const bool with_gradients = call.scale != nullptr, with_sums = call.sums != nullptr;
-  V numbers;
-  for (int lane = 0; lane < V::width; ++lane) numbers.v[lane] = S(lane);
+  Stage<S> stage{call.kind, flags, call.outer, {}, S(0), S(0), {}};
+  for (int k = 0; k < PARAMETERS; ++k) stage.parameters[k] = S(call.parameters[k]);
+  Block<S> block;
+  if (!anchor) memset(block.minus_w, 0, sizeof(block.minus_w));
   for (int64_t c = begin; c < end; ++c) {
     const Chunk at(x, c);
     const Reader<S, D> reader(x, at, true);
-    const V scale = with_gradients ? S(call.scale[at.pair]) : S(0);
-    const V posterior_scale = call.posterior_scale ? S(call.posterior_scale[at.pair]) : S(0);
-    Outer<V> outer;
-    const bool from_means = call.outer && with_gradients;
-    if (from_means) {
-      const double* mean = call.means + at.pair;
-      outer = {V(S(mean[0])), V(S(mean[x.pairs])), V(S(mean[2 * x.pairs])), V(S(mean[3 * x.pairs]))};
-    }
+    if (with_gradients) stage.scale = S(call.scale[at.pair]);
+    if (call.posterior_scale != nullptr) stage.posterior_scale = S(call.posterior_scale[at.pair]);
+    if (call.means != nullptr)
+      for (int k = 0; k < ELEMENT_MEANS; ++k) stage.means[k] = S(call.means[k * x.pairs + at.pair]);
     char* out[2] = {row_start(call.gradient[0], at.pair, at.start), row_start(call.gradient[1], at.pair, at.start)};
-    Sums<S, ELEMENT_SUMS> totals;
-    V part[ELEMENT_SUMS];
-    for (V& p : part) p = V(S(0));
-    over_vectors<V>(
-        at.count,
-        [&](auto whole, int i, int lanes) __attribute__((always_inline)) {
-          constexpr bool WHOLE = decltype(whole)::value;
-          const Differences<V> d = reader.template read<WHOLE>(i, lanes);
-          const Errors<V> e{d.u_w * d.u_w,         d.u_l * d.u_l, d.minus_w * d.plus_w, d.minus_l * d.plus_l,
-                            d.minus_w * d.minus_w, d.u_w * d.u_l, posterior_scale};
-          const Terms<V> t = objective<V>(call.kind, call.flags, parameters, e, from_means ? &outer : nullptr);
-          if (with_gradients) {
-            put<WHOLE>(dtype, out[0], i, lanes, scale * (t.by_chosen * d.u_w + t.by_anchor * d.minus_w));
-            put<WHOLE>(dtype, out[1], i, lanes, scale * (t.by_rejected * d.u_l));
-          }
-          if (with_sums) {
-            const V terms[ELEMENT_SUMS] = {call.outer ? t.preference : t.loss,
-                                           t.logits,
-                                           t.alpha,
-                                           t.gamma,
-                                           t.importance,
-                                           e.policy_chosen,
-                                           e.policy_rejected,
-                                           e.gap_chosen,
-                                           e.gap_rejected,
-                                           t.complement,
-                                           t.implicit};
-            for (int k = 0; k < ELEMENT_SUMS; ++k)
-              part[k] = part[k] + (WHOLE ? terms[k] : select(numbers < V(S(lanes)), terms[k], V(S(0))));
-          }
-        },
-        [&]() __attribute__((always_inline)) { totals.flush(part); });
-    if (with_sums) totals.write(call.sums + c, x.pairs * x.segments);
+    Sums<V, 4> errors;
+    Sums<Wide<S>, OBJECTIVE_SUMS> terms;
+    for (int first = 0; first < at.count; first += BLOCK) {
+      const int count = lesser(BLOCK, at.count - first);
+      V part[4];
+      memcpy(part, errors.narrow, sizeof(part));
+      over_vectors<V>(0, count, [&](auto whole, int i, int lanes) PGDPO_LAMBDA {
+        const Differences<V> d = reader.template read<decltype(whole)::value>(first + i, lanes);
+        const V gap_w = d.minus_w * d.plus_w, gap_l = d.minus_l * d.plus_l;
+        part[0] = part[0] + d.u_w * d.u_w;
+        part[1] = part[1] + d.u_l * d.u_l;
+        part[2] = part[2] + gap_w;
+        part[3] = part[3] + gap_l;
+        d.u_w.to(block.u_w + i);
+        d.u_l.to(block.u_l + i);
+        gap_w.to(block.gap_w + i);
+        gap_l.to(block.gap_l + i);
+        if (anchor) d.minus_w.to(block.minus_w + i);
+      });
+      memcpy(errors.narrow, part, sizeof(part));
+      run(stage, block, count, terms.narrow);
+      if (with_gradients)
+        over_vectors<V>(0, count, [&](auto whole, int i, int lanes) PGDPO_LAMBDA {
+          put<decltype(whole)::value>(dtype, out[0], first + i, lanes, V::at(block.gradient_w + i));
+          put<decltype(whole)::value>(dtype, out[1], first + i, lanes, V::at(block.gradient_l + i));
+        });
+      if ((first + BLOCK) % FLUSH == 0) {
+        errors.flush();
+        terms.flush();
+      }
+    }
+    if (call.sums != nullptr) {
+      errors.write(call.sums + c, {5, 6, 7, 8}, x.pairs * x.segments);
+      terms.write(call.sums + c, {0, 1, 2, 3, 4, 9, 10}, x.pairs * x.segments);
+    }
   }
 }
 

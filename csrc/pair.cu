@@ -4,6 +4,7 @@
 
 #include "cuda_block.cuh"
 #include "cuda_launch.h"
+#include "cuda_plan.h"
 
 namespace pgdpo {
 namespace cuda {
@@ -161,113 +162,47 @@ __global__ void __launch_bounds__(ONE_TOUCH_THREADS) one_touch_kernel(
   }
 }
 
-using Kernel32 = void (*)(Pair, Call<float>);
-
-template <int P>
-Kernel32 errors_of(Access access, int form) {
-  if (access == SCALAR) return errors_kernel<float, P, SCALAR, ANY>;
-  if (access == MIXED) return errors_kernel<float, P, MIXED, ANY>;
-  switch (form) {
-    case REFERENCE_NONE:
-      return errors_kernel<float, P, SAME, REFERENCE_NONE>;
-    case REFERENCE_PREDICTION:
-      return errors_kernel<float, P, SAME, REFERENCE_PREDICTION>;
-    case REFERENCE_BFLOAT16:
-      return errors_kernel<float, P, SAME, REFERENCE_BFLOAT16>;
-    default:
-      return errors_kernel<float, P, SAME, REFERENCE_FLOAT8>;
-  }
-}
-
-template <int P>
-Kernel32 gradient_of(Access access, bool anchor) {
-  if (access == SCALAR) return gradient_kernel<float, P, SCALAR, ANY>;
-  if (access == MIXED || anchor) return gradient_kernel<float, P, MIXED, ANY>;
-  return gradient_kernel<float, P, SAME, REFERENCE_NONE>;
-}
-
-using OneTouchKernel = void (*)(Pair, Call<float>, int);
-
-template <int P>
-OneTouchKernel one_touch_of(int form) {
-  switch (form) {
-    case REFERENCE_NONE:
-      return one_touch_kernel<P, REFERENCE_NONE>;
-    case REFERENCE_PREDICTION:
-      return one_touch_kernel<P, REFERENCE_PREDICTION>;
-    case REFERENCE_BFLOAT16:
-      return one_touch_kernel<P, REFERENCE_BFLOAT16>;
-    default:
-      return one_touch_kernel<P, REFERENCE_FLOAT8>;
-  }
-}
-
 unsigned blocks(const Pair& x) { return unsigned(x.pairs * x.segments); }
-
-cudaError_t launched() { return cudaGetLastError(); }
 
 }  // namespace
 
-template <>
-cudaError_t launch_errors<float>(const Pair& x, const Call<float>& call, const Device& device, cudaStream_t stream) {
-  const Access access = access_of(x, true, nullptr);
-  const int form = x.reference_form;
-  const Kernel32 kernel = x.policy[0].dtype == BFLOAT16  ? errors_of<BFLOAT16>(access, form)
-                          : x.policy[0].dtype == FLOAT16 ? errors_of<FLOAT16>(access, form)
-                                                         : errors_of<FLOAT32>(access, form);
-  kernel<<<blocks(x), THREADS, 0, stream>>>(x, call);
-  const cudaError_t error = launched();
-  if (error != cudaSuccess) return error;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = 1;
-  config.blockDim = FOLD_BLOCK<float>;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = device.major >= 9 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, fold_kernel<float>, x, call);
+template <class S>
+cudaError_t launch_errors(const Pair& x, const Call<S>& call, const Device& device, cudaStream_t stream) {
+  with_errors<S>(x, [&](auto policy, auto access, auto form) {
+    errors_kernel<S, decltype(policy)::value, decltype(access)::value, decltype(form)::value>
+        <<<blocks(x), THREADS, 0, stream>>>(x, call);
+  });
+  const cudaError_t error = cudaGetLastError();
+  return error != cudaSuccess ? error : launch_fold(fold_kernel<S>, FOLD_BLOCK<S>, x, call, device, stream);
 }
 
-template <>
-cudaError_t launch_errors<double>(const Pair& x, const Call<double>& call, const Device&, cudaStream_t stream) {
-  errors_kernel<double, FLOAT64, SCALAR, ANY><<<blocks(x), THREADS, 0, stream>>>(x, call);
-  const cudaError_t error = launched();
-  if (error != cudaSuccess) return error;
-  fold_kernel<double><<<1, FOLD_BLOCK<double>, 0, stream>>>(x, call);
-  return launched();
-}
-
-template <>
-cudaError_t launch_gradients<float>(const Pair& x, const Call<float>& call, cudaStream_t stream) {
-  const Access access = access_of(x, call.anchor, call.gradient);
-  const Kernel32 kernel = x.policy[0].dtype == BFLOAT16  ? gradient_of<BFLOAT16>(access, call.anchor)
-                          : x.policy[0].dtype == FLOAT16 ? gradient_of<FLOAT16>(access, call.anchor)
-                                                         : gradient_of<FLOAT32>(access, call.anchor);
-  kernel<<<blocks(x), THREADS, 0, stream>>>(x, call);
-  return launched();
-}
-
-template <>
-cudaError_t launch_gradients<double>(const Pair& x, const Call<double>& call, cudaStream_t stream) {
-  gradient_kernel<double, FLOAT64, SCALAR, ANY><<<blocks(x), THREADS, 0, stream>>>(x, call);
-  return launched();
+template <class S>
+cudaError_t launch_gradients(const Pair& x, const Call<S>& call, cudaStream_t stream) {
+  with_gradients<S>(x, call, [&](auto policy, auto access, auto form) {
+    gradient_kernel<S, decltype(policy)::value, decltype(access)::value, decltype(form)::value>
+        <<<blocks(x), THREADS, 0, stream>>>(x, call);
+  });
+  return cudaGetLastError();
 }
 
 cudaError_t launch_one_touch(const Pair& x, const Call<float>& call, const OneTouch& plan, cudaStream_t stream) {
-  const int form = x.reference_form;
-  const OneTouchKernel kernel = x.policy[0].dtype == BFLOAT16  ? one_touch_of<BFLOAT16>(form)
-                                : x.policy[0].dtype == FLOAT16 ? one_touch_of<FLOAT16>(form)
-                                                               : one_touch_of<FLOAT32>(form);
-  cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                           cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
+  const void* kernel = nullptr;
+  with_one_touch(x, [&](auto policy, auto form) {
+    kernel = reinterpret_cast<const void*>(one_touch_kernel<decltype(policy)::value, decltype(form)::value>);
+  });
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
   if (error != cudaSuccess) return error;
   int slots = plan.slots;
   void* arguments[] = {const_cast<Pair*>(&x), const_cast<Call<float>*>(&call), &slots};
-  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(plan.blocks), dim3(ONE_TOUCH_THREADS),
-                                     arguments, plan.shared_bytes, stream);
+  return cudaLaunchCooperativeKernel(kernel, dim3(plan.blocks), dim3(ONE_TOUCH_THREADS), arguments, plan.shared_bytes,
+                                     stream);
 }
+
+template cudaError_t launch_errors<float>(const Pair&, const Call<float>&, const Device&, cudaStream_t);
+template cudaError_t launch_errors<double>(const Pair&, const Call<double>&, const Device&, cudaStream_t);
+template cudaError_t launch_gradients<float>(const Pair&, const Call<float>&, cudaStream_t);
+template cudaError_t launch_gradients<double>(const Pair&, const Call<double>&, cudaStream_t);
 
 }  // namespace cuda
 }  // namespace pgdpo

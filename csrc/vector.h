@@ -5,7 +5,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__F16C__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -34,7 +34,8 @@ struct Lanes<float> {
   typedef uint32_t Bits __attribute__((vector_size(PGDPO_VECTOR_BYTES)));
   static constexpr int mantissa = 23, bias = 127;
   static constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-  static constexpr float exp_low = -104.0f, exp_high = 89.0f;
+  static constexpr float exp_low = -104.0f, exp_high = 89.0f, exp_far = 86.5f;
+  static constexpr uint32_t one = 0x3f800000u, sign = 0x80000000u;
   static constexpr float ln2_high = 0.693359375f, ln2_low = -0.00021219444005469058277f;
 };
 template <>
@@ -44,55 +45,101 @@ struct Lanes<double> {
   typedef uint64_t Bits __attribute__((vector_size(PGDPO_VECTOR_BYTES)));
   static constexpr int mantissa = 52, bias = 1023;
   static constexpr double round = 6755399441055744.0;
-  static constexpr double exp_low = -746.0, exp_high = 710.0;
+  static constexpr double exp_low = -746.0, exp_high = 710.0, exp_far = 707.0;
+  static constexpr uint64_t one = 0x3ff0000000000000u, sign = 0x8000000000000000u;
   static constexpr double ln2_high = 0x1.62e42fee00000p-1, ln2_low = 1.908214929270587816144266e-10;
 };
 
-template <class S>
+// K registers treated as one vector: with more than one, dependent chains of arithmetic overlap.
+template <class S, int K = 1>
 struct Vec {
   using Value = typename Lanes<S>::Value;
   struct Mask {
-    typename Lanes<S>::Mask m;
+    typename Lanes<S>::Mask m[K];
   };
-  static constexpr int width = PGDPO_VECTOR_BYTES / sizeof(S);
+  static constexpr int width = K * PGDPO_VECTOR_BYTES / sizeof(S);
 
-  Value v;
+  Value v[K];
 
   Vec() = default;
-  PGDPO_INLINE Vec(S x) : v(x - Value{}) {}
-  PGDPO_INLINE explicit Vec(Value x) : v(x) {}
+  PGDPO_INLINE Vec(S x) {
+    for (int k = 0; k < K; ++k) v[k] = x - Value{};
+  }
+  PGDPO_INLINE explicit Vec(Value x) {
+    static_assert(K == 1, "one register");
+    v[0] = x;
+  }
 
-  friend PGDPO_INLINE Vec operator+(Vec a, Vec b) { return Vec(a.v + b.v); }
-  friend PGDPO_INLINE Vec operator-(Vec a, Vec b) { return Vec(a.v - b.v); }
-  friend PGDPO_INLINE Vec operator*(Vec a, Vec b) { return Vec(a.v * b.v); }
-  friend PGDPO_INLINE Vec operator/(Vec a, Vec b) { return Vec(a.v / b.v); }
-  friend PGDPO_INLINE Mask operator<(Vec a, Vec b) { return {a.v < b.v}; }
-  friend PGDPO_INLINE Mask operator<=(Vec a, Vec b) { return {a.v <= b.v}; }
-  friend PGDPO_INLINE Mask operator>(Vec a, Vec b) { return {a.v > b.v}; }
-  friend PGDPO_INLINE Mask operator>=(Vec a, Vec b) { return {a.v >= b.v}; }
-  friend PGDPO_INLINE Mask operator==(Vec a, Vec b) { return {a.v == b.v}; }
-  friend PGDPO_INLINE Vec select(Mask m, Vec a, Vec b) { return Vec(m.m ? a.v : b.v); }
-  friend PGDPO_INLINE Vec absolute(Vec x) {
-    using Bits = typename Lanes<S>::Bits;
-    return Vec((Value)((Bits)x.v & ~((Bits)(Value)(Vec(S(-0.0)).v))));
+  static PGDPO_INLINE Vec at(const S* from) {
+    Vec x;
+    memcpy(x.v, from, sizeof(x.v));
+    return x;
+  }
+  PGDPO_INLINE void to(S* into) const { memcpy(into, v, sizeof(v)); }
+
+#define PGDPO_EACH(Result, expression)               \
+  {                                                  \
+    Result out;                                      \
+    for (int k = 0; k < K; ++k) out.PGDPO_MEMBER[k] = expression; \
+    return out;                                      \
+  }
+#define PGDPO_MEMBER v
+  friend PGDPO_INLINE Vec operator+(Vec a, Vec b) PGDPO_EACH(Vec, a.v[k] + b.v[k])
+  friend PGDPO_INLINE Vec operator-(Vec a, Vec b) PGDPO_EACH(Vec, a.v[k] - b.v[k])
+  friend PGDPO_INLINE Vec operator*(Vec a, Vec b) PGDPO_EACH(Vec, a.v[k] * b.v[k])
+  friend PGDPO_INLINE Vec operator/(Vec a, Vec b) PGDPO_EACH(Vec, a.v[k] / b.v[k])
+  friend PGDPO_INLINE Vec operator-(Vec a) PGDPO_EACH(Vec, -a.v[k])
+  friend PGDPO_INLINE Vec select(Mask m, Vec a, Vec b) PGDPO_EACH(Vec, m.m[k] ? a.v[k] : b.v[k])
+  friend PGDPO_INLINE Vec at_least(Vec low, Vec x) PGDPO_EACH(Vec, larger(low.v[k], x.v[k]))
+  friend PGDPO_INLINE Vec at_most(Vec high, Vec x) PGDPO_EACH(Vec, smaller(high.v[k], x.v[k]))
+  friend PGDPO_INLINE Vec absolute(Vec x)
+      PGDPO_EACH(Vec, (Value)((typename Lanes<S>::Bits)x.v[k] & (Lanes<S>::sign - 1)))
+#undef PGDPO_MEMBER
+#define PGDPO_MEMBER m
+  friend PGDPO_INLINE Mask operator<(Vec a, Vec b) PGDPO_EACH(Mask, a.v[k] < b.v[k])
+  friend PGDPO_INLINE Mask operator<=(Vec a, Vec b) PGDPO_EACH(Mask, a.v[k] <= b.v[k])
+  friend PGDPO_INLINE Mask operator>(Vec a, Vec b) PGDPO_EACH(Mask, a.v[k] > b.v[k])
+  friend PGDPO_INLINE Mask operator>=(Vec a, Vec b) PGDPO_EACH(Mask, a.v[k] >= b.v[k])
+  friend PGDPO_INLINE Mask operator==(Vec a, Vec b) PGDPO_EACH(Mask, a.v[k] == b.v[k])
+#undef PGDPO_MEMBER
+#undef PGDPO_EACH
+
+ private:
+  // a > b ? a : b and a < b ? a : b, one instruction each on x86, which gives b where either is NaN.
+  static PGDPO_INLINE Value larger(Value a, Value b) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(S) == 4) return (Value)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    if constexpr (sizeof(S) == 4) return (Value)_mm256_max_ps((__m256)a, (__m256)b);
+#endif
+    return a > b ? a : b;
+  }
+  static PGDPO_INLINE Value smaller(Value a, Value b) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(S) == 4) return (Value)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    if constexpr (sizeof(S) == 4) return (Value)_mm256_min_ps((__m256)a, (__m256)b);
+#endif
+    return a < b ? a : b;
   }
 };
 
-template <class S>
-struct ScalarOf<Vec<S>> {
+template <class S, int K>
+struct ScalarOf<Vec<S, K>> {
   using type = S;
 };
 
 // Even and odd powers apart: two chains of half the length.
-template <class S, int N>
-PGDPO_INLINE Vec<S> polynomial(const S (&c)[N], Vec<S> x) {
-  const Vec<S> square = x * x;
+template <class S, int K, int N>
+PGDPO_INLINE Vec<S, K> polynomial(const S (&c)[N], Vec<S, K> x) {
+  using V = Vec<S, K>;
+  const V square = x * x;
   constexpr int top = N - 1;
-  Vec<S> first = c[top], second = c[top - 1];
+  V first = c[top], second = c[top - 1];
 #pragma GCC unroll 16
   for (int i = top - 2; i >= 0; i -= 2) {
-    first = first * square + Vec<S>(c[i]);
-    if (i > 0) second = second * square + Vec<S>(c[i - 1]);
+    first = first * square + V(c[i]);
+    if (i > 0) second = second * square + V(c[i - 1]);
   }
   return top % 2 ? first * x + second : second * x + first;
 }
@@ -112,9 +159,9 @@ constexpr double EXP_DOUBLE[] = {0.5,
                                  2.5105217004720745164e-8,
                                  2.0914686968086877233e-9};
 // log1p(t) / t on [0, 1], by powers of t - 1/2, Chebyshev interpolation.
-constexpr float LOG1P_FLOAT[] = {0.810930216216f,   -0.288527111915f,  0.132609761683f,  -0.0676876229793f,
-                                 0.0366112232632f,  -0.0205713852161f, 0.0118477560642f, -0.0067441046454f,
-                                 0.00401169082746f, -0.00325434359731f, 0.00198669659365f};
+constexpr float LOG1P_FLOAT[] = {0.810930216216f,   -0.28852667342f,  0.132609494064f,
+                                 -0.0677111866166f, 0.0366256059746f, -0.0202303405738f,
+                                 0.0116395753559f,  -0.00856965611363f, 0.00512610214097f};
 constexpr double LOG1P_DOUBLE[] = {0.81093021621632876396,     -0.28852709909932420339,    0.13260975375420395037,
                                    -0.06768864331087392631,    0.036611854522986629978,    -0.020548811926957060701,
                                    0.011833792120510023121,    -0.0069453946635564479385,  0.0041361787703155111193,
@@ -124,39 +171,71 @@ constexpr double LOG1P_DOUBLE[] = {0.81093021621632876396,     -0.28852709909932
                                    0.000036025972391961975415, -0.000016795557441042185381, 0.000010644190391063811293,
                                    -0.00001645303141901886207, 0.000010523135481271699889};
 
-template <class S>
-PGDPO_INLINE Vec<S> expand_exp(Vec<S> r) {
+template <class S, int K>
+PGDPO_INLINE Vec<S, K> log1p_unit(Vec<S, K> t) {
+  const Vec<S, K> centred = t - Vec<S, K>(S(0.5));
   if constexpr (sizeof(S) == 4) {
-    return polynomial(EXP_FLOAT, r);
+    return t * polynomial(LOG1P_FLOAT, centred);
   } else {
-    return polynomial(EXP_DOUBLE, r);
+    return t * polynomial(LOG1P_DOUBLE, centred);
   }
 }
 
-template <class S>
-PGDPO_INLINE Vec<S> log1p_unit(Vec<S> t) {
+// exp(r) - 1, |r| <= ln2 / 2.
+template <class S, int K>
+PGDPO_INLINE Vec<S, K> expm1_near_zero(Vec<S, K> r) {
   if constexpr (sizeof(S) == 4) {
-    return t * polynomial(LOG1P_FLOAT, t - Vec<S>(0.5f));
+    return r + r * r * polynomial(EXP_FLOAT, r);
   } else {
-    return t * polynomial(LOG1P_DOUBLE, t - Vec<S>(0.5));
+    return r + r * r * polynomial(EXP_DOUBLE, r);
   }
 }
 
-// exp(x) = 2^n exp(r); 2^n in two factors, so that results below the normal range and above the finite one come out.
+// The integer nearest to log2, as a number and in the low bits of `shifted`.
+template <class S, int K>
+struct Power {
+  Vec<S, K> shifted, n;
+
+  PGDPO_INLINE explicit Power(Vec<S, K> log2)
+      : shifted(log2 + Vec<S, K>(Lanes<S>::round)), n(shifted - Vec<S, K>(Lanes<S>::round)) {}
+};
+
+// 2^n for the n in the low bits, within the exponents of normal numbers.
 template <class S>
-PGDPO_INLINE Vec<S> exponential(Vec<S> x) {
+PGDPO_INLINE typename Lanes<S>::Value two_to(typename Lanes<S>::Bits low_bits) {
+  return (typename Lanes<S>::Value)((low_bits << Lanes<S>::mantissa) + Lanes<S>::one);
+}
+
+// exp(x) = 2^n exp(r), |r| <= ln2 / 2; 2^n in two factors, so that results below the normal range and above the finite
+// one come out.
+template <class S, int K>
+PGDPO_INLINE Vec<S, K> exponential(Vec<S, K> x) {
+  using V = Vec<S, K>;
   using L = Lanes<S>;
-  using Value = typename L::Value;
   using Bits = typename L::Bits;
-  x = clamp(x, Vec<S>(L::exp_low), Vec<S>(L::exp_high));
-  const Vec<S> shifted = x * Vec<S>(S(1.44269504088896340736)) + Vec<S>(L::round);
-  const Vec<S> n = shifted - Vec<S>(L::round);
-  const Vec<S> r = (x - n * Vec<S>(L::ln2_high)) - n * Vec<S>(L::ln2_low);
-  const Vec<S> value = Vec<S>(S(1)) + (r + r * r * expand_exp(r));
-  const auto power = (typename L::Mask)((Bits)shifted.v - (Bits)Vec<S>(L::round).v);
-  const Bits half = (Bits)(power >> 1);
-  const Bits rest = (Bits)power - half;
-  return value * Vec<S>((Value)((half + L::bias) << L::mantissa)) * Vec<S>((Value)((rest + L::bias) << L::mantissa));
+  x = clamp(x, V(L::exp_low), V(L::exp_high));
+  const Power<S, K> power(x * V(S(1.44269504088896340736)));
+  const V r = (x - power.n * V(L::ln2_high)) - power.n * V(L::ln2_low);
+  V value = V(S(1)) + expm1_near_zero(r);
+  for (int k = 0; k < K; ++k) {
+    const auto n = (typename L::Mask)((Bits)power.shifted.v[k] - (Bits)(L::round - typename L::Value{}));
+    const Bits half = (Bits)(n >> 1);
+    value.v[k] = value.v[k] * two_to<S>(half) * two_to<S>((Bits)n - half);
+  }
+  return value;
+}
+
+// exp(-|x|), never below the normal range, so that one factor does.
+template <class S, int K>
+PGDPO_INLINE Vec<S, K> exp_minus_absolute(Vec<S, K> x) {
+  using V = Vec<S, K>;
+  using L = Lanes<S>;
+  const V size = at_most(V(L::exp_far), absolute(x));
+  const Power<S, K> power(size * V(S(-1.44269504088896340736)));
+  const V r = (-(power.n * V(L::ln2_high)) - size) - power.n * V(L::ln2_low);
+  V scale;
+  for (int k = 0; k < K; ++k) scale.v[k] = two_to<S>((typename L::Bits)power.shifted.v[k]);
+  return scale + scale * expm1_near_zero(r);
 }
 
 template <class To, class From>
@@ -265,7 +344,7 @@ PGDPO_INLINE Vec<S> load_lanes(int dtype, const char* at, int64_t i, int count) 
 
 template <class S>
 PGDPO_INLINE void store_lanes(int dtype, char* at, int64_t i, int count, Vec<S> x) {
-  for (int lane = 0; lane < count; ++lane) encode<S>(dtype, at, i + lane, x.v[lane]);
+  for (int lane = 0; lane < count; ++lane) encode<S>(dtype, at, i + lane, x.v[0][lane]);
 }
 
 typedef uint16_t Halves __attribute__((vector_size(PGDPO_VECTOR_BYTES / 2)));
@@ -282,20 +361,33 @@ PGDPO_INLINE Vec<float> load_float8(const char* at, int64_t i) {
   return Vec<float>((Value)((rest == 0x7fu ? size | 0x7fc00000u : size) | ((wide & 0x80u) << 24)));
 }
 
+// 16-bit values in the upper halves of 32-bit lanes.
+PGDPO_INLINE Vec<float> load_bfloat16(const char* at, int64_t i) {
+#if defined(__AVX512F__)
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(at + 2 * i)));
+  return Vec<float>((Vec<float>::Value)_mm512_slli_epi32(wide, 16));
+#elif defined(__AVX2__)
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(at + 2 * i)));
+  return Vec<float>((Vec<float>::Value)_mm256_slli_epi32(wide, 16));
+#else
+  Halves h;
+  memcpy(&h, at + 2 * i, sizeof(h));
+  return Vec<float>((Vec<float>::Value)(__builtin_convertvector(h, Lanes<float>::Bits) << 16));
+#endif
+}
+
 // A whole vector from element i on.
 template <class S>
 PGDPO_INLINE Vec<S> load(int dtype, const char* at, int64_t i) {
   constexpr bool single = sizeof(S) == 4;
   if constexpr (single) {
-    if (dtype == BFLOAT16) {
-      Halves h;
-      memcpy(&h, at + 2 * i, sizeof(h));
-      return Vec<S>((typename Vec<S>::Value)(__builtin_convertvector(h, typename Lanes<S>::Bits) << 16));
-    }
+    if (dtype == BFLOAT16) return load_bfloat16(at, i);
 #if defined(__AVX512F__)
-    if (dtype == FLOAT16) return Vec<S>((typename Vec<S>::Value)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(at + 2 * i))));
-#elif defined(__F16C__)
-    if (dtype == FLOAT16) return Vec<S>((typename Vec<S>::Value)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(at + 2 * i))));
+    if (dtype == FLOAT16)
+      return Vec<S>((typename Vec<S>::Value)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(at + 2 * i))));
+#elif defined(__AVX2__)
+    if (dtype == FLOAT16)
+      return Vec<S>((typename Vec<S>::Value)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(at + 2 * i))));
 #endif
   }
   if (dtype == (single ? FLOAT32 : FLOAT64)) {
@@ -312,27 +404,27 @@ PGDPO_INLINE void store(int dtype, char* at, int64_t i, Vec<S> x) {
   if constexpr (single) {
     using Bits = typename Lanes<S>::Bits;
     if (dtype == BFLOAT16) {
-      const Bits bits = (Bits)x.v;
+      const Bits bits = (Bits)x.v[0];
       const Bits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-      const Bits kept = (x.v == x.v) ? rounded : (bits | 0x400000u);
+      const Bits kept = (x.v[0] == x.v[0]) ? rounded : (bits | 0x400000u);
       const Halves h = __builtin_convertvector(kept >> 16, Halves);
       memcpy(at + 2 * i, &h, sizeof(h));
       return;
     }
 #if defined(__AVX512F__)
     if (dtype == FLOAT16) {
-      _mm256_storeu_si256((__m256i*)(at + 2 * i), _mm512_cvtps_ph((__m512)x.v, 0));
+      _mm256_storeu_si256((__m256i*)(at + 2 * i), _mm512_cvtps_ph((__m512)x.v[0], 0));
       return;
     }
-#elif defined(__F16C__)
+#elif defined(__AVX2__)
     if (dtype == FLOAT16) {
-      _mm_storeu_si128((__m128i*)(at + 2 * i), _mm256_cvtps_ph((__m256)x.v, 0));
+      _mm_storeu_si128((__m128i*)(at + 2 * i), _mm256_cvtps_ph((__m256)x.v[0], 0));
       return;
     }
 #endif
   }
   if (dtype == (single ? FLOAT32 : FLOAT64)) {
-    memcpy(at + sizeof(S) * i, &x.v, sizeof(x.v));
+    memcpy(at + sizeof(S) * i, x.v, sizeof(x.v));
     return;
   }
   store_lanes<S>(dtype, at, i, Vec<S>::width, x);
