@@ -72,6 +72,6 @@ class CacheReference:
             needed = [f"data.reference_cache={output}", f"training.draws_per_pair={options.draws_per_pair}"]
             needed += [f"training.granularity={self.granularity}"] if self.granularity else []
             print(f"reference cache: {cache.path} ({len(block.ids)} pairs x {block.draws} draws, "
-                  f"{len(cache) - block.rows} rows for evaluation; {cache.layout.format}, {describe_bytes(cache.bytes)})")
+                  f"{len(cache) - block.rows} for evaluation; {cache.layout.format}, {describe_bytes(cache.bytes)})")
             print(f"train with: pgdpo-fast train {self.config} --set {' '.join(needed)}")
         return 0
