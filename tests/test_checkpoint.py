@@ -127,7 +127,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_older_checkpoint(finished, mo
             patched.setattr(checkpoint.os, "replace", lambda source, target: die() if target.name == "step_00000006"
                             else replace_file(source, target))  # fmt: skip
         else:
-            name = {"optimizer": "write_shard", "weights": "_sync", "manifest": "write_json"}[moment]
+            name = {"optimizer": "write_shard", "weights": "fsync_path", "manifest": "write_json"}[moment]
             patched.setattr(checkpoint, name, die)
         train(longer, display="none")
     assert ".writing_step_00000006" in checkpoints(run_dir)

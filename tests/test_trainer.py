@@ -98,7 +98,7 @@ def command(config, tmp_path):
 
 
 def wait_for_rows(run_dir, count, process):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (run_dir / "metrics.jsonl").exists() or len((run_dir / "metrics.jsonl").read_text().splitlines()) < count:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.005)

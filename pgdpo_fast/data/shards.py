@@ -27,6 +27,7 @@ __all__ = [
     "check_disk",
     "describe_bytes",
     "exclusive_lock",
+    "fsync_path",
     "open_shard",
     "read_json",
     "sha256_bytes",
@@ -83,7 +84,7 @@ def atomic_file(path: str | os.PathLike, durable: bool = True) -> Iterator[Path]
                 os.fsync(file.fileno())
         os.replace(temporary, path)
         if durable:
-            _fsync_folder(path.parent)
+            fsync_path(path.parent)
     except OSError as error:
         raise DataError(
             f"{path}: could not be written ({error.strerror or error}); free space or fix the folder's "
@@ -93,8 +94,9 @@ def atomic_file(path: str | os.PathLike, durable: bool = True) -> Iterator[Path]
         temporary.unlink(missing_ok=True)
 
 
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync_path(path: Path) -> None:
+    """Make a file's bytes, or a folder's entries, survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

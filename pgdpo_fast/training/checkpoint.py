@@ -21,6 +21,7 @@ from pgdpo_fast.data.shards import (
     Shard,
     check_disk,
     describe_bytes,
+    fsync_path,
     read_json,
     sha256_file,
     verified,
@@ -59,7 +60,7 @@ def save_checkpoint(
         if final.exists():  # only a damaged one: a whole one would have been resumed from
             _remove(final)
         os.replace(staging, final)
-        _sync(root)
+        fsync_path(root)
         # a newer one was damaged or abandoned: the run went on from an older step
         newer = [path for path in _finished(root) if path.name > final.name]
         for path in newer + [path for path in _finished(root) if path not in newer][keep:]:
@@ -182,9 +183,9 @@ def _write(
     if model is not None:
         adapter.export(model, folder / WEIGHTS)
         for file in sorted((folder / WEIGHTS).iterdir()):
-            _sync(file)
+            fsync_path(file)
             shards.append(Shard(f"{WEIGHTS}/{file.name}", file.stat().st_size, sha256_file(file)))
-        _sync(folder / WEIGHTS)
+        fsync_path(folder / WEIGHTS)
         adapter.check_export(model, folder / WEIGHTS)
     write_json(
         folder / MANIFEST, {"step": step, "identity": dict(identity), "files": [shard.to_dict() for shard in shards]}
@@ -249,11 +250,3 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(doomed)
     os.replace(folder, doomed)
     shutil.rmtree(doomed)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
