@@ -6,7 +6,7 @@ recipe make no telemetry beyond what their authors print, so a ratio to them nev
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +59,27 @@ def make_inputs(case: Case, device: torch.device, seed: int) -> Inputs:
     else:
         held = pf.PackedReference.pack(reference, target, case.reference_form)
     return Inputs(prediction.requires_grad_(), target, held)
+
+
+def select(x: Inputs, pairs: Sequence[int], cast: Callable[[Tensor], Tensor] = lambda t: t) -> Inputs:
+    """The inputs of some of the pairs, each tensor a copy; `cast` is applied to all but packed rows."""
+    count = x.prediction.shape[0] // 2
+    stacked = [*pairs, *(pair + count for pair in pairs)]
+
+    def rows(t):
+        return cast(t.detach()[stacked if t.shape[0] == 2 * count else list(pairs)])
+
+    if isinstance(x.target, pf.NoisedTarget):
+        target = pf.NoisedTarget(*(rows(t) for t in vars(x.target).values()))
+    else:
+        target = rows(x.target)
+    if isinstance(x.reference, pf.ReferenceErrors):
+        reference = pf.ReferenceErrors(rows(x.reference.chosen), rows(x.reference.rejected))
+    elif isinstance(x.reference, pf.PackedReference):
+        reference = pf.PackedReference(*(None if t is None else t[list(pairs)] for t in vars(x.reference).values()))
+    else:
+        reference = rows(x.reference)
+    return Inputs(rows(x.prediction).requires_grad_(), target, reference)
 
 
 def whole_target(target, pairs: int) -> Tensor:

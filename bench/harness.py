@@ -24,7 +24,7 @@ from torch import Tensor
 
 import pgdpo_fast as pf
 
-from .contenders import CONTENDERS, Contender, Inputs, make_inputs
+from .contenders import CONTENDERS, Contender, Inputs, make_inputs, select
 from .shapes import Case
 
 # Relative error allowed against float64: the rounding of the result alone for fused backends, more for the others.
@@ -51,36 +51,19 @@ class Gate:
         return self.loss_error <= self.loss_tolerance and self.gradient_error <= self.gradient_tolerance
 
 
-def oracle(case: Case, x: Inputs, objective: pf.Objective, pair: int) -> tuple[float, Tensor]:
+def oracle(x: Inputs, objective: pf.Objective, granularity: str, pair: int) -> tuple[float, Tensor]:
     """Loss and gradient `[2, ...]` of one pair alone, by the eager backend in float64."""
-    rows = [pair, pair + case.pairs]
-
-    def wide(t):
-        return t.detach().double()
-
-    prediction = wide(x.prediction[rows]).requires_grad_()
-    one = slice(pair, pair + 1)
-    if isinstance(x.target, pf.NoisedTarget):
-        target = pf.NoisedTarget(wide(x.target.clean[rows]), wide(x.target.noise[one]),
-                                 wide(x.target.noise_scale[one]), wide(x.target.clean_scale[one]))
-    else:
-        target = wide(x.target[one] if case.target_form == "shared" else x.target[rows])
-    if isinstance(x.reference, pf.ReferenceErrors):
-        reference = pf.ReferenceErrors(wide(x.reference.chosen[one]), wide(x.reference.rejected[one]))
-    elif isinstance(x.reference, pf.PackedReference):
-        reference = pf.PackedReference(*(None if t is None else t[one] for t in vars(x.reference).values()))
-    else:
-        reference = wide(x.reference[rows])
-    loss = pf.preference_loss(prediction, target, reference, objective=objective, granularity=case.granularity,
-                              backend="eager").loss
-    return loss.item(), torch.autograd.grad(loss, prediction)[0]
+    wide = select(x, [pair], torch.Tensor.double)
+    loss = pf.preference_loss(wide.prediction, wide.target, wide.reference, objective=objective,
+                              granularity=granularity, backend="eager").loss
+    return loss.item(), torch.autograd.grad(loss, wide.prediction)[0]
 
 
 def check(case: Case, x: Inputs, contender: Contender, loss: Tensor, gradient: Tensor, incoming: float = 1.0) -> Gate:
     """Compare a loss and a gradient `[2B, ...]` (times `incoming`) with float64, pair by pair to bound memory."""
     total = error = norm = 0.0
     for pair in range(case.pairs):
-        pair_loss, expected = oracle(case, x, contender.objective, pair)
+        pair_loss, expected = oracle(x, contender.objective, case.granularity, pair)
         total += pair_loss / case.pairs
         expected.mul_(incoming / case.pairs)
         error += (gradient[[pair, pair + case.pairs]].double() - expected).square().sum().item()
@@ -413,8 +396,8 @@ def _measure_on_device(entry: dict, step: Step, sets: int) -> None:
     entry["launches"] = launches(step)
 
 
-def measure_copy(device: torch.device) -> dict:
+def measure_copy(device: torch.device, seconds: float = 2.0) -> dict:
     """The ceiling: bytes read plus bytes written a second of a large copy, far past every cache."""
     nbytes = 8 * 2**30 if device.type == "cuda" else 2**29
-    timing = copy_timing(nbytes, device, seconds=2.0)
+    timing = copy_timing(nbytes, device, seconds)
     return {"bytes": nbytes, "time": asdict(timing), "bytes_per_second": nbytes / timing.median}

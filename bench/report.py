@@ -74,7 +74,7 @@ def columns(result: dict) -> list[tuple[str, str]]:
     first = [("contender", "contender"), ("time", "device time" if on_gpu else "time"), ("spread", "spread")]
     device = [("launch_by_launch", "launch by launch"), ("host", "host"), ("launches", "launches")]
     last = [("vs_eager", "vs eager"), ("vs_compile", "vs compile"), ("of_copy", "of copy"),
-            ("beyond_gradients", "memory beyond gradients")]
+            ("beyond_gradients", "temporaries")]
     return first + (device if on_gpu else []) + last
 
 
@@ -199,14 +199,14 @@ def compare(previous: dict, result: dict) -> list[dict]:
 def write(result: dict, folder: Path, name: str, changes: list[dict] | None = None) -> list[Path]:
     """Write `name`.json, `name`.md and the figures; each file appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = [_replace(folder / f"{name}.json", json.dumps(result, indent=1) + "\n"),
-               _replace(folder / f"{name}.md", markdown(result, changes))]
+    written = [replace(folder / f"{name}.json", json.dumps(result, indent=1) + "\n"),
+               replace(folder / f"{name}.md", markdown(result, changes))]
     if any(line["status"] == "ok" for line in lines(result)):
         written += [roofline(result, folder / f"{name}-roofline.png"), speedup(result, folder / f"{name}-speedup.png")]
     return written
 
 
-def _replace(path: Path, text: str) -> Path:
+def replace(path: Path, text: str) -> Path:
     partial = path.with_name(path.name + ".part")
     partial.write_text(text)
     os.replace(partial, path)

@@ -1,0 +1,324 @@
+"""What must hold on the device before any speed counts: parity with float64 in every form a call can take, and the
+properties torch and CUDA ask of an operator. Each check is one function that returns what it saw or raises.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import product
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pgdpo_fast as pf
+from pgdpo_fast import backends
+from pgdpo_fast.diffusion import draw_noise
+
+from .contenders import Contender, Inputs, make_inputs, select
+from .harness import check
+from .shapes import BYTES, GRANULARITIES, REFERENCE_FORMS, SHAPES, SMALL_SHAPES, TARGET_FORMS, Case
+
+# Well-conditioned in float32, so that 1e-6 is a fair bound; the whole family is compared on the CPU by the tests.
+OBJECTIVES = (pf.PGDPO(), pf.DPO(beta=100.0, label_smoothing=0.1), pf.PGDPO(ratio="symmetric", ipr="anchor"))
+TRUNCATION_SLACK = 2.0  # Triton's interpreter truncates where hardware rounds
+
+
+class Skip(Exception):
+    """A check that cannot be made here; the message says why."""
+
+
+def usable_backends(device: torch.device) -> tuple[list[str], dict[str, str]]:
+    """Fused backends that run on `device`, and why the others do not."""
+    reasons = {name: backends.unavailable(name, device) for name in backends.NAMES if name != "eager"}
+    return [name for name, reason in reasons.items() if reason is None], {k: v for k, v in reasons.items() if v}
+
+
+def loss_of(x: Inputs, backend: str, granularity: str = "sample", objective: pf.Objective = OBJECTIVES[0]):
+    return pf.preference_loss(x.prediction, x.target, x.reference, objective=objective, granularity=granularity,
+                              backend=backend)
+
+
+def loss_and_gradient(x: Inputs, backend: str, granularity: str = "sample") -> tuple[pf.PreferenceLossOutput, Tensor]:
+    out = loss_of(x, backend, granularity)
+    return out, *torch.autograd.grad(out.loss, x.prediction)
+
+
+def expect(condition: bool, message: str) -> None:
+    if not condition:
+        raise AssertionError(message)
+
+
+# -- parity
+
+def parity_cases(dry_run: bool) -> list[Case]:
+    """The whole grid at an odd size, then at true video sizes, each in an order that mixes all properties early."""
+    def grid(shape, pairs, dtypes=tuple(BYTES), targets=TARGET_FORMS):
+        found = [Case(shape, pairs, *rest) for rest in product(GRANULARITIES, REFERENCE_FORMS, targets, dtypes)]
+        found = [case for case in found if case.possible]
+        random.Random(0).shuffle(found)
+        return found
+
+    odd = grid(SMALL_SHAPES[1], 2)
+    even = grid(SMALL_SHAPES[0], 3, ("bfloat16", "float32"), ("stacked",))
+    if dry_run:
+        return odd[:10] + even[:4]
+    large = [case for name in ("videocrafter2", "cogvideox-480p", "wan2.1-720p", "hunyuanvideo-720p")
+             for case in grid(SHAPES[name], 1, ("bfloat16",), ("stacked",))]
+    return odd + even + grid(SHAPES["wan2.1-480p"], 1) + large
+
+
+def parity(case: Case, backend: str, device: torch.device, index: int, seed: int) -> dict:
+    """Outcome of one comparison with float64: fresh inputs, poisoned memory, an incoming gradient other than 1 in
+    every second case and always in float16, whose gradients would vanish without."""
+    objective = OBJECTIVES[index % (2 if case.reference_form == "errors" else 3)]
+    contender = Contender(backend, "", fused=True, objective=objective)
+    incoming = float(case.pairs * case.shape.numel) / 2 if case.dtype == "float16" or index % 2 else 1.0
+    x = make_inputs(case, device, seed + index)
+    poisoned = torch.utils.deterministic.fill_uninitialized_memory
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
+    try:
+        out = loss_of(x, backend, case.granularity, objective)
+        gradient, = torch.autograd.grad(out.loss * incoming, x.prediction)
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = poisoned
+    gate = check(case, x, contender, out.loss.detach(), gradient, incoming)
+    if device.type == "cpu" and backend == "triton" and BYTES[case.dtype] == 2:
+        gate = replace(gate, gradient_tolerance=TRUNCATION_SLACK * gate.gradient_tolerance)
+    return {"objective": type(objective).__name__, "incoming": incoming,
+            "status": "ok" if gate.green else "red",
+            "detail": f"loss {gate.loss_error:.1e} of {gate.loss_tolerance:.0e}, gradient {gate.gradient_error:.1e} of "
+                      f"{gate.gradient_tolerance:.0e}"}
+
+
+# -- properties
+
+def gradcheck(backend: str, device: torch.device, dry_run: bool) -> str:
+    """float64 gradients equal finite differences on the fused path itself."""
+    shape = replace(SMALL_SHAPES[1], latents=(1, 2, 2, 3))
+    settings = (("sample", pf.PGDPO(detach_weights=False)), ("frame", pf.DPO(beta=10.0)),
+                ("element", pf.DPO(beta=10.0)))
+    for granularity, objective in settings[:1] if dry_run and backend == "triton" else settings:
+        x = make_inputs(Case(shape, 1, granularity, "predictions", dtype="float64"), device, 3)
+
+        def loss(p, x=x, granularity=granularity, objective=objective):
+            return loss_of(Inputs(p, x.target, x.reference), backend, granularity, objective).loss
+
+        torch.autograd.gradcheck(loss, (x.prediction,), atol=1e-6, rtol=1e-4)
+    return "sample, frame and element" if not (dry_run and backend == "triton") else "sample"
+
+
+class _Recorded(TorchDispatchMode):
+    """Remembers the package's operators called inside, with their arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "pgdpo_fast":
+            copies = [a.detach().clone() if isinstance(a, Tensor) else a for a in args]
+            self.calls.setdefault(function, (copies, dict(kwargs or {})))
+        return function(*args, **(kwargs or {}))
+
+
+def opcheck(backend: str, device: torch.device, dry_run: bool) -> str:
+    """Schema, fake kernels and AOT dispatch of every operator a call reaches."""
+    del dry_run
+    names = set()
+    for granularity in ("sample", "element"):
+        x = make_inputs(Case(SMALL_SHAPES[1], 2, granularity, dtype="float32"), device, 5)
+        with _Recorded() as recorded:
+            loss_and_gradient(x, backend, granularity)
+            pf.paired_errors(x.prediction, x.target, x.reference, granularity=granularity, backend=backend)
+        for function, (args, kwargs) in recorded.calls.items():
+            torch.library.opcheck(function, args, kwargs, test_utils=(
+                "test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"))
+            names.add(function.name())
+    expect(len(names) >= 3, f"expected at least three operators to be reached, saw {sorted(names)}")
+    return ", ".join(sorted(names))
+
+
+def fullgraph(backend: str, device: torch.device, dry_run: bool) -> str:
+    """torch.compile takes the call without a break, with no recompile over B once B is dynamic, to the same bits."""
+    if dry_run and backend == "triton":
+        raise Skip("the interpreter is not compiled")
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda p, y, q: loss_of(Inputs(p, y, q), backend).loss, fullgraph=True,
+                             backend="aot_eager" if dry_run else "inductor")
+    for pairs in (2, 3, 4, 5):
+        x = make_inputs(Case(SMALL_SHAPES[1], pairs, dtype="float32"), device, pairs)
+        if pairs == 4:
+            torch._dynamo.config.error_on_recompile = True
+        try:
+            loss = compiled(x.prediction, x.target, x.reference)
+            gradient, = torch.autograd.grad(loss, x.prediction)
+        finally:
+            torch._dynamo.config.error_on_recompile = False
+        out, expected = loss_and_gradient(x, backend)
+        expect(torch.equal(loss, out.loss) and torch.equal(gradient, expected), f"B={pairs}: bits differ uncompiled")
+    return "B = 2, 3, 4, 5; no recompile from the third on"
+
+
+def determinism(backend: str, device: torch.device, dry_run: bool) -> str:
+    """The same bits from run to run, and per pair whatever the batch."""
+    shape = SMALL_SHAPES[1] if dry_run else SHAPES["wan2.1-480p"]
+    chosen = GRANULARITIES[:1] if dry_run and backend == "triton" else GRANULARITIES
+    for granularity in chosen:
+        x = make_inputs(Case(shape, 4, granularity), device, 7)
+        out, gradient = loss_and_gradient(x, backend, granularity)
+        for _ in range(1 if dry_run else 5):
+            again, same = loss_and_gradient(x, backend, granularity)
+            expect(torch.equal(again.per_pair_loss, out.per_pair_loss) and torch.equal(same, gradient),
+                   f"{granularity}: bits change from run to run")
+        for pairs in (1, 2):
+            few, few_gradient = loss_and_gradient(select(x, range(pairs)), backend, granularity)
+            rows = [*range(pairs), *range(4, 4 + pairs)]
+            expect(torch.equal(few.per_pair_loss, out.per_pair_loss[:pairs]), f"{granularity}: loss depends on B")
+            expect(torch.equal(few_gradient * (pairs / 4), gradient[rows]), f"{granularity}: gradient depends on B")
+    return f"{'one repeat' if dry_run else 'five repeats'}, B = 1, 2, 4, {', '.join(chosen)}"
+
+
+def bad_pair(backend: str, device: torch.device, dry_run: bool) -> str:
+    """NaN in one pair is reported for that pair and touches no other."""
+    del dry_run
+    for granularity in GRANULARITIES:
+        x = make_inputs(Case(SMALL_SHAPES[1], 3, granularity, dtype="float32"), device, 9)
+        whole = loss_of(x, backend, granularity).per_pair_loss.detach()
+        with torch.no_grad():
+            x.prediction[1].view(-1)[5] = float("nan")
+        out = loss_of(x, backend, granularity)
+        finite = out.per_pair_loss.isfinite().reshape(3, -1).all(1).tolist()
+        expect(finite == [True, False, True], f"{granularity}: finite pairs {finite}")
+        expect(torch.equal(out.per_pair_loss[[0, 2]], whole[[0, 2]]), f"{granularity}: other pairs changed")
+    return "all granularities"
+
+
+def layouts(backend: str, device: torch.device, dry_run: bool) -> str:
+    """Channels-last, transposed and sliced operands, and a tuple for a stack, give the bits of contiguous ones."""
+    del dry_run
+    x = make_inputs(Case(SMALL_SHAPES[1], 2, dtype="float32"), device, 11)
+    out, gradient = loss_and_gradient(x, backend)
+    relaid = {
+        "channels_last_3d": lambda t: t.contiguous(memory_format=torch.channels_last_3d),
+        "transposed": lambda t: t.transpose(1, 4).contiguous().transpose(1, 4),
+        "sliced": lambda t: torch.cat([t, t], 4)[..., : t.shape[4]],
+    }
+    for name, lay in relaid.items():
+        y = Inputs(lay(x.prediction.detach()).requires_grad_(), lay(x.target), lay(x.reference))
+        same, other = loss_and_gradient(y, backend)
+        expect(torch.equal(same.loss, out.loss) and torch.equal(other, gradient), f"{name}: bits differ")
+    halves = [t.detach().clone().requires_grad_() for t in x.prediction.chunk(2)]
+    loss = loss_of(Inputs(tuple(halves), x.target, x.reference), backend).loss
+    expect(torch.equal(torch.cat(torch.autograd.grad(loss, halves)), gradient), "tuple: bits differ")
+    return ", ".join([*relaid, "tuple"])
+
+
+def cuda_graph(backend: str, device: torch.device, dry_run: bool) -> str:
+    """Loss and gradients captured once and replayed on new inputs give the bits of plain calls."""
+    del dry_run
+    if device.type != "cuda":
+        raise Skip("CUDA graphs need a GPU")
+    for granularity in GRANULARITIES:
+        case = Case(SHAPES["wan2.1-480p"], 2, granularity)
+        x, fresh = make_inputs(case, device, 13), make_inputs(case, device, 14)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                loss_and_gradient(x, backend, granularity)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out, gradient = loss_and_gradient(x, backend, granularity)
+        with torch.no_grad():
+            for name in ("prediction", "target", "reference"):
+                getattr(x, name).copy_(getattr(fresh, name))
+        for _ in range(2):
+            graph.replay()
+        torch.cuda.synchronize()
+        expected, expected_gradient = loss_and_gradient(fresh, backend, granularity)
+        expect(torch.equal(out.loss, expected.loss) and torch.equal(gradient, expected_gradient),
+               f"{granularity}: a replay on new inputs differs from a plain call")
+    return "all granularities"
+
+
+def streams(backend: str, device: torch.device, dry_run: bool) -> str:
+    """On a side stream every launch waits for that stream's earlier work: work on the default stream would read NaN."""
+    del dry_run
+    if device.type != "cuda":
+        raise Skip("streams need a GPU")
+    for granularity in GRANULARITIES:
+        x = make_inputs(Case(SHAPES["wan2.1-480p"], 1, granularity), device, 15)
+        expected, expected_gradient = loss_and_gradient(x, backend, granularity)
+        late = Inputs(torch.full_like(x.prediction, float("nan")).requires_grad_(), x.target, x.reference)
+        torch.cuda.synchronize()
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(20_000_000)
+            with torch.no_grad():
+                late.prediction.copy_(x.prediction)
+            out, gradient = loss_and_gradient(late, backend, granularity)
+        side.synchronize()
+        expect(torch.equal(out.loss, expected.loss) and torch.equal(gradient, expected_gradient),
+               f"{granularity}: a call on a side stream ran ahead of it")
+    return "all granularities, behind a sleeping stream"
+
+
+def offsets(backend: str, device: torch.device, dry_run: bool) -> str:
+    """Rows more than 2^31 elements apart, and a batch of more than 2^31 elements, are addressed right."""
+    if dry_run or device.type != "cuda":
+        raise Skip("needs 40 GiB of device memory")
+    case = Case(SHAPES["videocrafter2"], 2)
+    x = make_inputs(case, device, 17)
+    expected, expected_gradient = loss_and_gradient(x, backend)
+    apart = 2**31 + 64
+    buffer = torch.empty(apart + case.shape.numel, dtype=torch.bfloat16, device=device)
+    chosen, rejected = x.prediction.detach().chunk(2)
+    strides = (apart, *chosen.stride()[1:])
+    far = buffer.as_strided(chosen.shape, strides).copy_(chosen)
+    halves = (far.detach().requires_grad_(), rejected.clone().requires_grad_())
+    out = loss_of(Inputs(halves, x.target, x.reference), backend)
+    gradient = torch.cat(torch.autograd.grad(out.loss, halves))
+    expect(torch.equal(out.loss, expected.loss) and torch.equal(gradient, expected_gradient), "far rows: bits differ")
+    del buffer, far, halves, out, gradient
+
+    case = Case(SHAPES["hunyuanvideo-720p"], 256, "sample", "errors")
+    expect(case.elements > 2**31, "the batch is too small for this check")
+    prediction = torch.empty(512, *case.shape.latents, dtype=torch.bfloat16, device=device).normal_()
+    target = torch.empty(256, *case.shape.latents, dtype=torch.bfloat16, device=device).normal_()
+    reference = pf.ReferenceErrors(*(torch.full((256,), 2.0, device=device) for _ in range(2)))
+    x = Inputs(prediction.requires_grad_(), target, reference)
+    out, gradient = loss_and_gradient(x, backend)
+    alone, alone_gradient = loss_and_gradient(select(x, [255]), backend)
+    expect(torch.equal(out.per_pair_loss[255:], alone.per_pair_loss), "2^31 elements: the last pair's loss is wrong")
+    expect(torch.equal(gradient[[255, 511]], alone_gradient / 256), "2^31 elements: the last pair's gradient is wrong")
+    return f"rows {apart} elements apart; a batch of {case.elements} elements"
+
+
+PROPERTIES: tuple[Callable[[str, torch.device, bool], str], ...] = (
+    determinism, cuda_graph, streams, bad_pair, layouts, gradcheck, opcheck, offsets, fullgraph)
+
+
+def draws(device: torch.device) -> str:
+    """The noise generator gives the CPU's values to one ulp."""
+    shape = (16, 5, 31, 53)
+    here = draw_noise(7, ["a", "b", "clip-3"], [0, 5, 2**31], shape, "cpu")
+    there = draw_noise(7, ["a", "b", "clip-3"], [0, 5, 2**31], shape, device).cpu()
+    ulps = (here.view(torch.int32).long() - there.view(torch.int32).long()).abs()
+    same_sign = (here.sign() == there.sign()) | (here == 0)
+    expect(bool(same_sign.all()) and int(ulps.max()) <= 1, f"off by up to {int(ulps.max())} ulp")
+    return f"{int((ulps > 0).sum())} of {ulps.numel()} values differ, by one ulp"
+
+
+def checks(device: torch.device, dry_run: bool) -> Iterator[tuple[str, str, Callable[[], str]]]:
+    """(name, backend, check) of every property on every backend that runs here."""
+    yield "draws", "", lambda: draws(device)
+    names, _ = usable_backends(device)
+    for function, backend in product(PROPERTIES, names):
+        yield function.__name__, backend, lambda f=function, b=backend: f(b, device, dry_run)

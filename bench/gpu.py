@@ -1,0 +1,282 @@
+"""Everything that needs a GPU, in one command and under eight minutes: correctness first, then speed.
+
+Needs torch >= 2.11 and triton >= 3.6; parts whose packages are missing are skipped with the reason. Each section runs
+in a process of its own with a time limit; results so far are on disk after each. A form or backend that is red in the
+correctness part gets no speed figure.
+
+    python bench/gpu.py [--out FOLDER] [--seconds 470]
+    python bench/gpu.py --dry-run        # the whole harness on a CPU, tiny shapes; its figures mean nothing
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() not in (ROOT, ROOT / "bench")]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part and its time limit in seconds. Parts of one wave run side by side; a timed part is alone in its wave."""
+
+    name: str
+    seconds: float
+    wave: int
+    shards: int = 1
+
+
+SECTIONS = (
+    Section("environment", 40, 0),
+    Section("parity", 115, 1, shards=8), Section("properties", 115, 1),
+    Section("memcheck", 115, 1), Section("racecheck", 115, 1),
+    Section("speed", 200, 2), Section("tuning", 55, 3), Section("cache", 25, 4), Section("step", 60, 5),
+)
+GRACE = 8.0  # seconds past its limit before a section is ended from outside
+
+
+def load(name: str, folder: Path):
+    """Import a package from its folder. The clone's root never enters `sys.path`: its `kernels/` and `bench/` would
+    shadow other packages."""
+    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py",
+                                                  submodule_search_locations=[str(folder)])
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_all() -> None:
+    """This clone's pgdpo_fast and bench, installed or not."""
+    load("pgdpo_fast", ROOT / "pgdpo_fast").kernels = load("pgdpo_fast.kernels", ROOT / "kernels")
+    load("bench", ROOT / "bench")
+
+
+def run_section(options: argparse.Namespace) -> int:
+    """The inside of a section's process."""
+    load_all()
+    from bench import sections
+
+    red = json.loads(Path(options.red).read_text()) if options.red else []
+    index, of = map(int, options.shard.split("/"))
+    run = sections.Run(Path(options.records), options.seconds, options.seed, (index, of), red, options.dry_run)
+    sections.SECTIONS[options.section](run)
+    run.add(kind="done")
+    return 0
+
+
+# -- the parent: imports nothing heavy, so that nothing in a section can take it down
+
+def start(section: Section, shard: int, folder: Path, seconds: float, options, red: Path | None):
+    records = folder / f"{section.name}-{shard}.jsonl"
+    command = [sys.executable, str(Path(__file__).resolve()), "--section", section.name, "--records", str(records),
+               "--seconds", f"{seconds:.1f}", "--seed", str(options.seed), "--shard", f"{shard}/{section.shards}"]
+    command += ["--red", str(red)] if red else []
+    command += ["--dry-run"] if options.dry_run else []
+    variables = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    if options.dry_run:
+        variables |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    else:
+        variables.pop("TRITON_INTERPRET", None)
+    log = (folder / f"{section.name}-{shard}.log").open("w")
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=variables, cwd=folder,
+                               start_new_session=True)
+    return process, records, Path(log.name)
+
+
+def stop(process: subprocess.Popen) -> None:
+    """End a section's process and those it started."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def finish(process, records: Path, log: Path, until: float) -> tuple[list[dict], str]:
+    """Wait for a section's process; its records and how it ended ('ok', or what went wrong)."""
+    try:
+        process.wait(max(0.1, until - time.monotonic()))
+        ended = "ok" if process.returncode == 0 else f"exit code {process.returncode}"
+    except subprocess.TimeoutExpired:
+        stop(process)
+        ended = "time limit"
+    found = []
+    for line in records.read_text().splitlines() if records.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:  # the last line of a process that was ended
+            continue
+    if ended != "ok":
+        tail = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-5:]
+        ended += ": " + " | ".join(tail)[-600:] if tail else ""
+    return [record for record in found if record.get("kind") != "done"], ended
+
+
+def run_waves(options, folder: Path, save) -> dict:
+    """All sections, wave by wave; `save(result)` after each."""
+    begin = time.monotonic()
+    deadline = begin + options.seconds
+    result = {"dry_run": options.dry_run, "seed": options.seed, "sections": {}, "environment": None, "copy": None,
+              "checks": [], "cases": [], "experiments": [], "cache": [], "step": [], "left_out": []}
+    places = {"check": "checks", "case": "cases", "experiment": "experiments", "cache": "cache", "step": "step",
+              "left_out": "left_out"}
+    chosen = [s for s in SECTIONS if not options.only or s.name in options.only or s.name == "environment"]
+    if options.dry_run:  # its times mean nothing, so timed parts may share the machine
+        chosen = [replace(section, wave=min(section.wave, 2), shards=1) for section in chosen]
+    for wave in sorted({section.wave for section in chosen}):
+        red = folder / "red.json"
+        red.write_text(json.dumps([check for check in result["checks"] if check["status"] == "red"]))
+        running = []
+        try:
+            for section in (s for s in chosen if s.wave == wave):
+                seconds = min(section.seconds, deadline - time.monotonic() - GRACE)
+                if seconds < 10:
+                    result["sections"][section.name] = {"ended": "not started: no time left"}
+                    continue
+                until = time.monotonic() + seconds + GRACE
+                running += [(section, until, start(section, shard, folder, seconds, options, red))
+                            for shard in range(section.shards)]
+            wave_begin = time.monotonic()
+            for section, until, (process, records, log) in running:
+                found, ended = finish(process, records, log, until)
+                entry = result["sections"].setdefault(section.name, {"ended": "ok"})
+                entry["seconds"] = time.monotonic() - wave_begin
+                if ended != "ok":
+                    entry["ended"] = ended
+                    if found and found[-1]["kind"] == "begin":  # this check took the process down, or hung
+                        cut = ended.startswith("time limit")
+                        found[-1] |= {"kind": "check", "status": "skipped" if cut else "red", "detail": ended}
+                for record in found:
+                    kind = record.pop("kind")
+                    if kind in places:
+                        result[places[kind]].append(record)
+                    elif kind in ("environment", "copy"):
+                        result[kind] = record
+        finally:
+            for _, _, (process, _, _) in running:
+                stop(process)
+        result["seconds"] = time.monotonic() - begin
+        save(result)
+        if wave == 0 and result["environment"] is None:
+            break  # no device: nothing else can say more
+    return result
+
+
+def markdown(result: dict) -> str:
+    """The whole result as a Markdown page."""
+    facts = result["environment"] or {}
+    out = [f"# GPU run on {facts.get('device', 'no device')}", ""]
+    if result["dry_run"]:
+        out += ["**DRY RUN on a CPU with tiny shapes: it tests the harness, its figures mean nothing.**", ""]
+    if facts:
+        out += [f"* torch {facts['torch']}, triton {facts['triton']}, {facts['time']}, seed {result['seed']}, "
+                f"{result['seconds']:.0f} s in all", f"* {facts.get('nvidia_smi', '')}".rstrip("* "),
+                *(f"* backend {name} not run: {why}" for name, why in facts["backends_unavailable"].items())]
+    if result["copy"]:
+        out.append(f"* device-to-device copy {result['copy']['bytes_per_second'] / 1e12:.2f} TB/s, read plus written")
+    out += [f"* {name} ended by {e['ended']}" for name, e in result["sections"].items() if e["ended"] != "ok"]
+    out += [f"* {entry['check']}: {entry['count']} of {entry['of']} left out, no time" for entry in result["left_out"]]
+
+    out += ["", "## Correctness", "", "| check | backend | ok | red | skipped | |",
+            "| --- | --- | ---: | ---: | ---: | --- |"]
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for check in result["checks"]:
+        groups.setdefault((check["check"], check["backend"]), []).append(check)
+    for (name, backend), found in sorted(groups.items()):
+        count = {s: sum(c["status"] == s for c in found) for s in ("ok", "red", "skipped")}
+        said = [c["detail"] for c in found if c["status"] != "ok"] or [found[0]["detail"] if len(found) == 1 else ""]
+        out.append(f"| {name} | {backend} | {count['ok']} | {count['red']} | {count['skipped']} | "
+                   f"{said[0].replace('|', '/')} |")
+    red = [check for check in result["checks"] if check["status"] == "red"]
+    out += ["", *(f"* red: {c['check']} {c['backend']} {c.get('key', '')} {c['detail']}" for c in red[:40])]
+
+    if result["experiments"]:
+        out += ["", "## Tuning", "", "| experiment | backend | expected | measured | verdict |",
+                "| --- | --- | ---: | ---: | --- |"]
+        for e in result["experiments"]:
+            measured = f"{e['ratio']:.3f}" if e.get("ratio") else ""
+            out.append(f"| {e['name']} | {e['backend']} | {e['expected_ratio']:.2f} | {measured} | "
+                       f"{e['verdict']} {e.get('detail', '')} |")
+    if result["cache"]:
+        out += ["", "## Reference cache", "", "| rows | bytes | pack | copy out | gather | copy in |",
+                "| --- | ---: | ---: | ---: | ---: | ---: |"]
+        out += [f"| {c['form']} | {c['bytes'] / 1e6:.1f} MB | " + " | ".join(
+            f"{1e3 * c[k]:.2f} ms" for k in ("pack_s", "copy_out_s", "gather_s", "copy_in_s")) + " |"
+            for c in result["cache"]]
+    if result["step"]:
+        out += ["", "## Training step", "", "| model | frames | reference | loss | step | peak memory |",
+                "| --- | ---: | --- | --- | ---: | ---: |"]
+        for s in result["step"]:
+            if s["status"] == "ok":
+                peak = f"{s['peak_bytes'] / 2**30:.1f} GiB" if s["peak_bytes"] else ""
+                out.append(f"| {s['model']} | {s['frames']} | {s['reference']} | {s['backend']} | "
+                           f"{s['seconds']:.3f} s | {peak} |")
+        out += ["", *(f"* skipped: {s['detail']}" for s in result["step"] if s["status"] == "skipped")]
+    return "\n".join(out).rstrip() + "\n"
+
+
+def save_in(folder: Path, name: str, result: dict, plots: bool) -> None:
+    """Write `name`.json and `name`.md, with the speed tables and figures when there are any."""
+    from bench import report
+
+    folder.mkdir(parents=True, exist_ok=True)
+    text = markdown(result)
+    if result["cases"] and result["copy"] and result["environment"]:
+        text += "\n" + report.markdown(result).replace("\n## ", "\n### ").replace("# Fused", "## Fused", 1)
+        if plots and importlib.util.find_spec("matplotlib"):
+            report.roofline(result, folder / f"{name}-roofline.png")
+            report.speedup(result, folder / f"{name}-speedup.png")
+    report.replace(folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
+    report.replace(folder / f"{name}.md", text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder of the results; bench/results/<device> by default")
+    parser.add_argument("--seconds", type=float, default=470.0, help="time for everything")
+    parser.add_argument("--seed", type=int, default=None, help="seed of the random inputs; a fresh one by default")
+    parser.add_argument("--only", nargs="*", default=[], choices=[section.name for section in SECTIONS],
+                        help="run these sections alone (and environment)")
+    parser.add_argument("--dry-run", action="store_true", help="exercise the harness on a CPU with tiny shapes")
+    for inner in ("--section", "--records", "--red"):
+        parser.add_argument(inner, help=argparse.SUPPRESS)
+    parser.add_argument("--shard", default="0/1", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.seed = secrets.randbelow(2**31) if options.seed is None else options.seed
+    if options.section:
+        return run_section(options)
+
+    load("bench", ROOT / "bench")
+    name = "dry-run" if options.dry_run else "gpu"
+    out = options.out or (ROOT / "out" / "gpu-dry-run" if options.dry_run else None)
+    with tempfile.TemporaryDirectory(prefix="pgdpo-gpu-") as scratch:
+        def save(result, plots=False):
+            facts = result["environment"]
+            save_in(out or ROOT / "bench" / "results" / (facts["slug"] if facts else "no-device"), name, result, plots)
+            done = [f"{n} {'ok' if e['ended'] == 'ok' else 'FAILED'}" for n, e in result["sections"].items()]
+            print(f"[{result['seconds']:5.0f} s] {', '.join(done)}", flush=True)
+
+        result = run_waves(options, Path(scratch), save)
+    if result["environment"] is None:
+        print(f"no device could be used: {result['sections']['environment']['ended']}", file=sys.stderr)
+        return 2
+    save(result, plots=True)
+    print(markdown(result))
+    from bench import report
+
+    if result["cases"] and result["copy"]:
+        print(report.summary(result))
+    return 1 if any(check["status"] == "red" for check in result["checks"]) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,395 @@
+"""The parts of the GPU command, each run in a process of its own: a crash or a hang in one costs the others nothing.
+
+A section writes one JSON record a finding, at once, so that whatever ended it, what it found is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+import pgdpo_fast as pf
+
+from . import correctness, harness
+from .contenders import CONTENDERS, OBJECTIVE, Contender, make_inputs
+from .experiments import EXPERIMENTS, KEEP_GAIN, Experiment
+from .shapes import BATCHES, SHAPES, SMALL_SHAPES, Case
+
+
+class Run:
+    """What a section knows: device, deadline, seed, which share of the work is its own, and where findings go."""
+
+    def __init__(self, records: Path, seconds: float, seed: int, shard: tuple[int, int], red: list[dict],
+                 dry_run: bool):
+        self.records, self.seed, self.shard, self.red, self.dry_run = records, seed, shard, red, dry_run
+        self.deadline = time.monotonic() + seconds
+        if not dry_run and not torch.cuda.is_available():
+            raise SystemExit("no CUDA device: torch.cuda.is_available() is False; try --dry-run")
+        self.device = torch.device("cpu" if dry_run else "cuda")
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def stop_on_dead_device(self) -> None:
+        """After an illegal access every later call fails too: end the process rather than blame the rest."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def add(self, **record) -> None:
+        with self.records.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def describe(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:300] if text else ''}"
+
+
+def environment(run: Run) -> None:
+    facts = harness.environment(run.device)
+    names, reasons = correctness.usable_backends(run.device)
+    facts |= {"backends": names, "backends_unavailable": reasons}
+    if not run.dry_run:
+        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw",
+                 "--format=csv,noheader"]
+        if shutil.which(query[0]):
+            facts["nvidia_smi"] = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.strip()
+    run.add(kind="environment", **facts)
+    run.add(kind="copy", **harness.measure_copy(run.device, 0.1 if run.dry_run else 2.0))
+
+
+# -- correctness
+
+def parity(run: Run) -> None:
+    index, shards = run.shard
+    names, reasons = correctness.usable_backends(run.device)
+    for name, reason in reasons.items():
+        if index == 0:
+            run.add(kind="check", check="parity", backend=name, status="skipped", detail=reason)
+    work = [(i, case, name) for i, case in enumerate(correctness.parity_cases(run.dry_run)) for name in names]
+    for place, (i, case, name) in enumerate(work):
+        if place % shards != index:
+            continue
+        if run.left() < 0:
+            run.add(kind="left_out", check="parity", count=len(range(place, len(work), shards)), of=len(work))
+            return
+        record = {"check": "parity", "backend": name, "key": case.key, "granularity": case.granularity,
+                  "reference_form": case.reference_form}
+        run.add(kind="begin", **record)
+        try:
+            record |= correctness.parity(case, name, run.device, i, run.seed)
+        except Exception as error:  # a broken form is a finding; the others are still to be compared
+            record |= {"status": "red", "detail": describe(error)}
+        run.add(kind="check", **record)
+        run.stop_on_dead_device()
+
+
+def properties(run: Run) -> None:
+    for name, backend, check in correctness.checks(run.device, run.dry_run):
+        record = {"kind": "check", "check": name, "backend": backend}
+        if run.left() < 0:
+            run.add(**record, status="skipped", detail="no time left in this section")
+            continue
+        run.add(**record | {"kind": "begin"})
+        begin = time.monotonic()
+        try:
+            record |= {"status": "ok", "detail": check()}
+        except correctness.Skip as reason:
+            record |= {"status": "skipped", "detail": str(reason)}
+        except Exception as error:  # red, whatever was raised
+            record |= {"status": "red", "detail": describe(error)}
+        run.add(**record, seconds=time.monotonic() - begin)
+        run.stop_on_dead_device()
+
+
+def small_kernels(run: Run) -> None:
+    """Every kernel once on small shapes: what compute-sanitizer watches."""
+    names, _ = correctness.usable_backends(run.device)
+    for backend in names:
+        for granularity, form in (("sample", "errors"), ("sample", "predictions"), ("frame", "bf16"),
+                                  ("element", "fp8"), ("element", "predictions")):
+            x = make_inputs(Case(SMALL_SHAPES[1], 2, granularity, form), run.device, run.seed)
+            _, gradient = correctness.loss_and_gradient(x, backend, granularity)
+            run.add(kind="ran", backend=backend, case=f"{granularity}/{form}", sum=float(gradient.float().sum()))
+    if run.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _sanitizer(run: Run, tool: str) -> None:
+    found = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    record = {"kind": "check", "check": tool, "backend": ""}
+    if run.dry_run or found is None:
+        run.add(**record, status="skipped", detail="dry run" if run.dry_run else "compute-sanitizer is not installed")
+        return
+    kept = run.records.with_suffix(f".{tool}")
+    command = [found, "--tool", tool, "--error-exitcode", "9", sys.executable, str(Path(__file__).with_name("gpu.py")),
+               "--section", "small_kernels", "--records", str(kept), "--seconds", "600", "--seed", str(run.seed)]
+    # Without torch's caching every tensor is its own allocation, so that one byte past it is out of bounds.
+    variables = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    try:
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=max(run.left(), 1))
+    except subprocess.TimeoutExpired:
+        run.add(**record, status="skipped", detail="did not end within this section's time")
+        return
+    output = done.stdout + done.stderr
+    verdict = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", output)
+    ran = len(kept.read_text().splitlines()) if kept.exists() else 0
+    detail = f"{verdict[-1] if verdict else 'no summary'}; {ran} calls"
+    if done.returncode == 0 and verdict and ran:
+        run.add(**record, status="ok", detail=detail)
+    elif done.returncode == 9 or re.search(r"SUMMARY: [1-9]", " ".join(verdict)):
+        run.add(**record, status="red", detail=detail, output=output[-4000:])
+    else:
+        run.add(**record, status="skipped", detail=f"exit code {done.returncode}: {detail}", output=output[-4000:])
+
+
+def memcheck(run: Run) -> None:
+    _sanitizer(run, "memcheck")
+
+
+def racecheck(run: Run) -> None:
+    _sanitizer(run, "racecheck")
+
+
+# -- speed
+
+def withheld_by(red: list[dict]) -> Callable[[Contender, Case], str | None]:
+    """Why a fused contender's speed must not be reported: a red check of its backend, or of its very form (parity)."""
+    def reason(contender: Contender, case: Case) -> str | None:
+        for record in red if contender.fused else ():
+            same_form = (record.get("granularity", case.granularity) == case.granularity
+                         and record.get("reference_form", case.reference_form) == case.reference_form)
+            if record["backend"] in ("", contender.name) and record["check"] != "draws" and same_form:
+                return f"withheld: {record['check']} is red ({record['detail']})"
+        return None
+    return reason
+
+
+def speed_cases(dry_run: bool) -> list[tuple[Case, bool]]:
+    """(case, with torch.compile), most wanted first."""
+    if dry_run:
+        return [(Case(SMALL_SHAPES[0], 1, "sample", "errors"), False), (Case(SMALL_SHAPES[0], 2, "element"), False)]
+    main = [(Case(SHAPES[name], pairs, *form), True) for pairs in (1, 16, 4) for name in SHAPES
+            for form in (("sample", "errors"), ("element", "predictions"))]
+    wan = SHAPES["wan2.1-480p"]
+    forms = [Case(wan, 4, g, r) for g in ("frame", "element", "sample") for r in ("errors", "bf16", "fp8")]
+    forms += [Case(wan, 4, "sample", "predictions", t) for t in ("shared", "built")]
+    whole = [Case(SHAPES[name], pairs, "sample", "predictions") for pairs in BATCHES for name in SHAPES]
+    known = {case for case, _ in main}
+    return main + [(case, case.shape is wan and case in whole) for case in dict.fromkeys(forms + whole)
+                   if case.possible and case not in known]
+
+
+def speed(run: Run) -> None:
+    withheld = withheld_by(run.red)
+    work = speed_cases(run.dry_run)
+    for place, (case, compiled) in enumerate(work):
+        if run.left() < 0:
+            run.add(kind="left_out", check="speed", count=len(work) - place, of=len(work))
+            return
+        contenders = [c for c in CONTENDERS if compiled or c.name != "compile"]
+        budget = harness.Budget(0.05, (2, 3)) if run.dry_run else harness.DEFAULT_BUDGET
+        run.add(kind="case", **harness.measure(case, run.device, contenders=contenders, seed=run.seed + 1000 * place,
+                                               budget=budget, withheld=withheld))
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+# -- tuning
+
+def _median_seconds(run: Run, case: Case, backend: str) -> dict:
+    contender = Contender(backend, "", fused=True)
+    sets = harness.input_sets(case, run.device) if run.device.type == "cuda" else 2
+    inputs = [make_inputs(case, run.device, run.seed + i) for i in range(sets)]
+    call = contender.prepare(case)
+    gate = harness.check(case, inputs[0], contender, *call(inputs[0]))
+    if not gate.green:
+        return {"status": "red", "gate": asdict(gate)}
+
+    def step(i):
+        return call(inputs[i % sets])
+
+    timing = harness.time_graph(step, sets) if run.device.type == "cuda" else \
+        harness.time_in_turns({"one": step}, 0.05, (2, 3))["one"]
+    return {"status": "ok", **asdict(timing)}
+
+
+def verdict(pairs: list[tuple[dict, dict]]) -> tuple[str, float | None]:
+    """keep, drop, no difference or red, with the geometric mean of new over old."""
+    if any(x["status"] != "ok" for pair in pairs for x in pair):
+        return "red", None
+    ratios = [new["median"] / old["median"] for old, new in pairs]
+    worst = max(ratio - 1 - max(old["spread"], new["spread"]) for ratio, (old, new) in zip(ratios, pairs, strict=True))
+    mean = statistics.geometric_mean(ratios)
+    if mean <= 1 - KEEP_GAIN and worst <= KEEP_GAIN:
+        return "keep", mean
+    return ("drop" if mean >= 1 + KEEP_GAIN else "no difference"), mean
+
+
+def tuning(run: Run) -> None:
+    experiments = EXPERIMENTS
+    if run.dry_run:  # one setting on a tiny case
+        tiny = (Case(SMALL_SHAPES[0], 1, "sample", "errors"),)
+        experiments = (replace(EXPERIMENTS[0], cases=tiny), replace(EXPERIMENTS[-1], cases=tiny))
+    present: dict[tuple[str, Case], dict] = {}
+    names, reasons = correctness.usable_backends(run.device)
+    for experiment in experiments:
+        run.add(kind="experiment", **_experiment(run, experiment, present, names, reasons))
+
+
+def _experiment(run: Run, experiment: Experiment, present: dict, names: list[str], reasons: dict[str, str]) -> dict:
+    record = {"name": experiment.name, "backend": experiment.backend, "because": experiment.because,
+              "expected_ratio": experiment.expected_ratio,
+              "settings": {path: repr(value) for path, value in experiment.settings.items()}}
+    if experiment.backend not in names:
+        return record | {"verdict": "skipped", "detail": reasons[experiment.backend]}
+    if run.left() < 0:
+        return record | {"verdict": "skipped", "detail": "no time left in this section"}
+    pairs = []
+    try:
+        for case in experiment.cases:
+            place = (experiment.backend, case)
+            if place not in present:
+                present[place] = _median_seconds(run, case, experiment.backend)
+            with experiment.applied():
+                pairs.append((present[place], _median_seconds(run, case, experiment.backend)))
+    except Exception as error:  # a setting that does not even run is an outcome
+        return record | {"verdict": "failed", "detail": describe(error)}
+    decision, ratio = verdict(pairs)
+    return record | {"verdict": decision, "ratio": ratio,
+                     "cases": {case.key: {"before": old, "after": new}
+                               for case, (old, new) in zip(experiment.cases, pairs, strict=True)}}
+
+
+# -- the reference cache
+
+def cache(run: Run) -> None:
+    """Packing into pinned memory and gathering back, each against a pinned copy of the same bytes."""
+    from pgdpo_fast.reference import rows
+
+    on_gpu = run.device.type == "cuda"
+    case = Case(SMALL_SHAPES[0] if run.dry_run else SHAPES["wan2.1-480p"], 2, "element", "predictions")
+    count = 8 if run.dry_run else 64
+    x = make_inputs(case, run.device, run.seed)
+
+    def timed(work: Callable[[], object]) -> float:
+        samples = []
+        for turn in range(3 if run.dry_run else 12):
+            if on_gpu:
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            work()
+            if on_gpu:
+                torch.cuda.synchronize()
+            if turn >= (1 if run.dry_run else 3):
+                samples.append(time.perf_counter() - begin)
+        return statistics.median(samples)
+
+    for form in ("bf16", "fp8"):
+        if run.left() < 0:
+            run.add(kind="left_out", check="cache", count=1, of=2)
+            return
+        packed = rows.pack(x.reference, x.target, form)
+        host = {k: torch.empty(v.shape, dtype=v.dtype, pin_memory=on_gpu) for k, v in packed.items()}
+        nbytes = sum(v.numel() * v.element_size() for v in packed.values())
+
+        def keep(source, host=host):
+            for name, value in source.items():
+                host[name].copy_(value, non_blocking=True)
+
+        table = {k: torch.empty((count, *v.shape[1:]), dtype=v.dtype, pin_memory=on_gpu) for k, v in packed.items()}
+        for k, v in table.items():
+            v.copy_(packed[k].cpu().repeat((count // case.pairs, *[1] * (v.ndim - 1))))
+        places = [(0, (7 * i) % count) for i in range(case.pairs)]
+
+        def fetch(table=table, places=places, host=host):
+            for value in rows.gather([table], places, out=host).values():
+                value.to(run.device, non_blocking=True)
+
+        run.add(kind="cache", form=form, bytes=nbytes, pairs=case.pairs, shape=case.shape.name,
+                pack_s=timed(lambda form=form, keep=keep: keep(rows.pack(x.reference, x.target, form))),
+                copy_out_s=timed(lambda keep=keep, packed=packed: keep(packed)), gather_s=timed(fetch),
+                copy_in_s=timed(lambda host=host: [v.to(run.device, non_blocking=True) for v in host.values()]))
+
+
+# -- a training step
+
+WAN_1_3B = {"num_attention_heads": 12, "attention_head_dim": 128, "in_channels": 16, "out_channels": 16,
+            "text_dim": 4096, "freq_dim": 256, "ffn_dim": 8960, "num_layers": 30, "cross_attn_norm": True,
+            "qk_norm": "rms_norm_across_heads", "eps": 1e-6, "rope_max_seq_len": 1024, "patch_size": [1, 2, 2]}
+WAN_TINY = WAN_1_3B | {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 16, "freq_dim": 32,
+                       "ffn_dim": 32, "num_layers": 2}
+
+
+def step(run: Run) -> None:
+    """Forward, loss and backward of Wan2.1-1.3B with random weights, 480p: where the time and the memory go."""
+    try:
+        import diffusers  # noqa: F401
+        import peft  # noqa: F401
+
+        from pgdpo_fast.models import LoraConfig, ModelConfig, adapter_from_config, adapters_off
+    except ImportError as error:
+        run.add(kind="step", status="skipped", detail=f"needs diffusers and peft: {error}")
+        return
+    on_gpu = run.device.type == "cuda"
+    config = ModelConfig(architecture=WAN_TINY if run.dry_run else WAN_1_3B, train="lora", lora=LoraConfig(),
+                         gradient_checkpointing=True, text_tokens=8 if run.dry_run else None)
+    adapter = adapter_from_config(config)
+    with torch.device(run.device):
+        model = adapter.make_trainable(adapter.load(run.device))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    height, width = (8, 8) if run.dry_run else (60, 104)
+    text = torch.randn(2, adapter.text_tokens, config.architecture["text_dim"], device=run.device)
+    times = torch.full((2,), 500.0, device=run.device)
+    for frames in ((2,) if run.dry_run else (5, 21)):
+        noised, target = (torch.randn(2, 16, frames, height, width, device=run.device) for _ in range(2))
+
+        def reference_now(noised=noised, target=target):
+            with torch.no_grad(), adapters_off(model):
+                return pf.reference_errors(adapter.forward(model, noised, times, text), target)
+
+        cached = reference_now()
+        for reference, backend in (("cached", "auto"), ("cached", "eager"), ("adapter-off", "auto")):
+            record = {"kind": "step", "model": "wan2.1-1.3b" if not run.dry_run else "tiny", "frames": frames,
+                      "reference": reference, "backend": backend, "train": "lora", "checkpointing": True}
+            if run.left() < 0:
+                run.add(**record, status="skipped", detail="no time left in this section")
+                continue
+
+            def one(reference=reference, backend=backend, noised=noised, target=target, cached=cached,
+                    reference_now=reference_now):
+                given = cached if reference == "cached" else reference_now()
+                loss = pf.preference_loss(adapter.forward(model, noised, times, text), target, given,
+                                          objective=OBJECTIVE, backend=backend).loss
+                torch.autograd.grad(loss, parameters)
+
+            samples = []
+            for turn in range(2 if run.dry_run else 4):
+                if on_gpu:
+                    torch.cuda.synchronize()
+                    torch.cuda.reset_peak_memory_stats()
+                begin = time.perf_counter()
+                one()
+                if on_gpu:
+                    torch.cuda.synchronize()
+                if turn:
+                    samples.append(time.perf_counter() - begin)
+                if run.left() < 0 and samples:
+                    break
+            run.add(**record, status="ok", seconds=statistics.median(samples), samples=samples,
+                    peak_bytes=torch.cuda.max_memory_allocated() if on_gpu else None)
+
+
+SECTIONS = {function.__name__: function for function in (
+    environment, parity, properties, memcheck, racecheck, small_kernels, speed, tuning, cache, step)}
