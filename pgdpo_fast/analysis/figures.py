@@ -126,71 +126,94 @@ def _source(runs: Sequence[RunRecord]) -> str:
     return "training batches, smoothed (no held-out pairs)"
 
 
-def _reward_lines(
-    runs, colours, key: str, title: str, reading: str, metric: str, wide: bool, below: str = ""
-) -> Chart | None:
-    if not any(finite(run.curve(metric)[1]) for run in runs):
+def _chosen(runs, colours):
+    """All curves, and beside them those that the largest would press flat against zero."""
+    curves, exponent = _reward_curves(runs, "rewards/chosen")
+    if not curves:
         return None
-    curves = {run.label: run.smooth_curve(metric) for run in runs}
-    exponent = power_of_ten([value for _, values in curves.values() for value in values])
+    sizes = {label: max(map(abs, finite(values)), default=0.0) for label, (_, values) in curves.items()}
+    flat = [label for label, size in sizes.items() if 0 < size < max(sizes.values()) / 6]
 
     def draw(figure):
-        axes = figure.subplots()
-        axes.axhline(0, color=FAINT, linewidth=1)
-        lines = {
-            label: (steps, [value / 10**exponent for value in values]) for label, (steps, values) in curves.items()
-        }
-        _lines(axes, lines, colours, markers=runs[0].held_out)
-        low, high = axes.get_ylim()
-        if below and low < 0:
-            axes.axhspan(low, 0, color=BAD, alpha=0.07, linewidth=0, zorder=0)
+        stacked = figure.get_figwidth() < 6
+        if flat:
+            first, *second = figure.subplots(2, 1) if stacked else figure.subplots(1, 2, width_ratios=(3, 2))
+        else:
+            first, second = figure.subplots(), []
+        for axes, labels in ((first, list(curves)), *((axes, flat) for axes in second)):
+            axes.axhline(0, color=FAINT, linewidth=1)
+            _lines(axes, {label: curves[label] for label in labels}, colours, markers=runs[0].held_out)
+            low, high = axes.get_ylim()
+            for label in curves.keys() - labels:
+                _leaving(axes, label, curves[label], colours[label])
+            if low < 0:
+                axes.axhspan(low, 0, color=BAD, alpha=0.07, linewidth=0, zorder=0)
             axes.set_ylim(low, high)
-            axes.annotate(below, (0.012, 0.03), xycoords="axes fraction", color=BAD, fontsize=9, va="bottom")
-        _labels(axes, "optimizer step", f"reward {unit(exponent)}".strip())
+            _labels(
+                axes, "optimizer step", f"reward {unit(exponent)}".strip() + (", close up" if axes in second else "")
+            )
+        if first.get_ylim()[0] < 0:
+            text = "below zero: worse than the reference at the chosen clips"
+            first.annotate(text, (0.012, 0.03), xycoords="axes fraction", color=BAD, fontsize=9, va="bottom")
 
-    return _chart(key, title, reading, draw, wide)
-
-
-def _chosen(runs, colours):
-    return _reward_lines(
-        runs,
-        colours,
-        "chosen",
-        "Chosen reward",
+    reading = (
         f"How much better than the reference model the chosen clips are predicted, on {_source(runs)}. Below zero the "
-        "model has become worse at the very clips people preferred: that is displacement.",
-        "rewards/chosen",
-        wide=True,
-        below="below zero: worse than the reference at the chosen clips",
+        "model has become worse at the very clips people preferred: that is displacement."
+    )
+    return _chart("chosen", "Chosen reward", reading, draw, wide=True, small_height=5.4 if flat else 3.1)
+
+
+def _leaving(axes, label: str, curve: tuple[Sequence[float], Sequence[float]], colour: str) -> None:
+    """A curve that does not fit: drawn as far as the axes go, its name where it leaves."""
+    (low, high), (steps, values) = axes.get_ylim(), curve
+    axes.plot(steps, values, color=colour)
+    step, value = next(point for point in zip(steps, values, strict=True) if not low <= point[1] <= high)
+    down = value < low
+    axes.annotate(
+        f"{label} {'↓' if down else '↑'}",
+        (step, low if down else high),
+        xytext=(6, 8 if down else -8),
+        textcoords="offset points",
+        color=colour,
+        fontweight="bold",
+        va="bottom" if down else "top",
     )
 
 
 def _rejected(runs, colours):
-    return _reward_lines(
-        runs,
-        colours,
-        "rejected",
-        "Rejected reward",
-        "The same for the rejected clips. Every objective may push it down; the question is what that costs above.",
-        "rewards/rejected",
-        wide=False,
+    reading = (
+        "The same for the rejected clips. Every objective may push it down; the question is what that costs above."
     )
+    return _reward(runs, colours, "rejected", "Rejected reward", reading, "rewards/rejected")
 
 
 def _margin(runs, colours):
-    return _reward_lines(
-        runs,
-        colours,
-        "margin",
-        "Margin",
-        "Chosen minus rejected reward: the only thing DPO's loss looks at.",
-        "rewards/margins",
-        wide=False,
-    )
+    reading = "Chosen minus rejected reward: the only thing DPO's loss looks at."
+    return _reward(runs, colours, "margin", "Margin", reading, "rewards/margins")
+
+
+def _reward(runs, colours, key: str, title: str, reading: str, metric: str) -> Chart | None:
+    curves, exponent = _reward_curves(runs, metric)
+
+    def draw(figure):
+        axes = figure.subplots()
+        axes.axhline(0, color=FAINT, linewidth=1)
+        _lines(axes, curves, colours, markers=runs[0].held_out)
+        _labels(axes, "optimizer step", f"reward {unit(exponent)}".strip())
+
+    return _chart(key, title, reading, draw) if curves else None
+
+
+def _reward_curves(runs, metric: str) -> tuple[dict[str, tuple[list[int], list[float]]], int]:
+    """Curves by label, divided by a power of ten, and its exponent; no curve for a run without rewards."""
+    curves = {run.label: run.smooth_curve(metric) for run in runs if finite(run.curve(metric)[1])}
+    exponent = power_of_ten([value for _, values in curves.values() for value in values])
+    scaled = {label: (steps, [value / 10**exponent for value in values]) for label, (steps, values) in curves.items()}
+    return scaled, exponent
 
 
 def _accuracy(runs, colours):
-    curves = {run.label: run.smooth_curve("rewards/accuracies") for run in runs if run.step}
+    curves = {run.label: run.smooth_curve("rewards/accuracies") for run in runs}
 
     def draw(figure):
         axes = figure.subplots()
@@ -200,18 +223,17 @@ def _accuracy(runs, colours):
         lines = {
             label: tuple(zip(*[(step, 100 * value) for step, value in zip(*curve, strict=True) if step], strict=True))
             for label, curve in curves.items()
+            if any(curve[0])
         }
         _lines(axes, lines, colours, markers=runs[0].held_out)
         axes.set_ylim(min(40, *(min(values) for _, values in lines.values())) - 3, 103)
         _labels(axes, "optimizer step", "accuracy (%)")
 
-    return _chart(
-        "accuracy",
-        "Accuracy",
-        "Share of draws with a margin above zero. A model can be right about every pair and "
-        "have forgotten the chosen clips, so read it together with the chosen reward.",
-        draw,
+    reading = (
+        "Share of draws with a margin above zero. A model can be right about every pair and have forgotten the chosen "
+        "clips, so read it together with the chosen reward."
     )
+    return _chart("accuracy", "Accuracy", reading, draw) if any(any(steps) for steps, _ in curves.values()) else None
 
 
 # -- weights
@@ -475,7 +497,9 @@ def _labels(axes, x: str, y: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True)) if not axes.get_xticks(minor=True).size else None
 
 
-def _chart(key: str, title: str, reading: str, draw: Callable[[Figure], None], wide: bool = False) -> Chart:
+def _chart(
+    key: str, title: str, reading: str, draw: Callable[[Figure], None], wide: bool = False, small_height: float = 3.1
+) -> Chart:
     def picture(name: str, size: tuple[float, float]) -> str:
         with rc_context({**STYLE, "svg.hashsalt": name}):
             figure = Figure(figsize=size, layout="constrained")
@@ -484,7 +508,7 @@ def _chart(key: str, title: str, reading: str, draw: Callable[[Figure], None], w
             figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
         return _to_inline(buffer.getvalue(), name, title)
 
-    small = picture(key if not wide else f"{key}-small", (4.9, 3.1))
+    small = picture(key if not wide else f"{key}-small", (4.9, small_height))
     return Chart(key, title, reading, picture(key, (9.2, 3.6)), small) if wide else Chart(key, title, reading, small)
 
 
