@@ -1,4 +1,4 @@
-"""Video files to uint8 frames and back, by PyAV: the same file and arguments give the same bytes on every machine.
+"""Video files to uint8 frames and back, by PyAV: the same file and arguments give the same bytes, run after run.
 
 Both clips of a pair pass through the same rule, so they may differ in size, length and frame rate: frames are picked
 by timestamp at the wanted rate, resized to cover the wanted size with antialiasing, and cropped at the centre.
