@@ -319,20 +319,31 @@ def _advantage(runs, colours):
     probed = [run for run in runs if run.advantages and run.objective != "dpo"]
     if not probed:
         return None
-    exponent = power_of_ten([row["advantage"] for run in probed for row in run.advantages])
+    everything = finite([row["advantage"] for run in probed for row in run.advantages])
+    sizes = sorted(abs(value) for value in everything if value)
+    if not sizes:
+        return None
+    middle = sizes[len(sizes) // 2]
+    skewed = sizes[-1] > 20 * middle  # a few noise levels weigh thousands of times more than others
+    exponent = power_of_ten([middle if skewed else sizes[-1]])
 
     def draw(figure):
         axes = figure.subplots()
         axes.axhline(0, color=FAINT, linewidth=1)
+        if skewed:
+            axes.set_yscale("symlog", linthresh=10 ** math.floor(math.log10(middle)) / 10**exponent)
+            axes.minorticks_off()
         for run in probed:
             steps = [row["step"] for row in run.advantages]
             values = [row["advantage"] / 10**exponent for row in run.advantages]
             faces = [colours[run.label] if value > 0 else PAPER for value in values]
             axes.vlines(steps, 0, values, color=colours[run.label], linewidth=1.2, alpha=0.6)
             axes.scatter(steps, values, s=30, color=faces, edgecolors=colours[run.label], linewidths=1.4, zorder=3)
-        ends = [(run.label, run.advantages[-1]["advantage"] / 10**exponent) for run in probed]
-        _end_labels(axes, ends, colours, max(run.advantages[-1]["step"] for run in probed))
-        _labels(axes, "optimizer step", f"Γ {unit(exponent)} (nats an element)".replace("  ", " "))
+            axes.plot([], [], "o", color=colours[run.label], label=run.label)
+        if len(probed) > 1:
+            axes.legend(frameon=False, ncols=len(probed), loc="upper right", fontsize=9)
+        scale = " · logarithmic scale" if skewed else ""
+        _labels(axes, "optimizer step", " ".join(["Γ", *filter(None, [unit(exponent)]), f"(nats an element){scale}"]))
 
     shares = join_words(
         [
