@@ -44,6 +44,7 @@ SECTIONS = (
     Section("speed", 200, 2), Section("tuning", 55, 3), Section("cache", 25, 4), Section("step", 60, 5),
 )
 GRACE = 8.0  # seconds past its limit before a section is ended from outside
+LEAST = 10.0  # seconds a section must have left to be started
 
 
 def load(name: str, folder: Path):
@@ -139,7 +140,7 @@ def run_waves(options, folder: Path, save) -> dict:
         try:
             for section in (s for s in chosen if s.wave == wave):
                 seconds = min(section.seconds, deadline - time.monotonic() - GRACE)
-                if seconds < 10:
+                if seconds < LEAST:
                     result["sections"][section.name] = {"ended": "not started: no time left"}
                     continue
                 until = time.monotonic() + seconds + GRACE

@@ -179,8 +179,9 @@ def host_seconds(step: Step, calls: int = 50, rounds: int = 5) -> float:
 def copy_timing(nbytes: int, device: torch.device, seconds: float = 0.5) -> Timing:
     """Time of `copy_` that reads nbytes/2 and writes nbytes/2, rotating over more than three times the cache."""
     sets = max(1, -(-3 * last_level_cache(device) // nbytes))
-    pairs = [tuple(torch.empty(max(1, nbytes // 4), dtype=torch.bfloat16, device=device).normal_() for _ in range(2))
-             for _ in range(sets)]
+    count = max(1, nbytes // 4)
+    noise = torch.randn(min(count, 2**20), device=device).bfloat16().repeat(-(-count // 2**20))[:count]
+    pairs = [(noise.clone(), noise.clone()) for _ in range(sets)]
 
     def step(i):
         source, destination = pairs[i % sets]

@@ -31,7 +31,7 @@ def run(chosen: Iterable[Case], device: torch.device, *, seed: int, budget: Budg
     started = time.perf_counter()
     result = {"environment": environment(device), "seed": seed, "copy": None, "cases": []}
     progress("copy bandwidth")
-    result["copy"] = measure_copy(device)
+    result["copy"] = measure_copy(device, min(2.0, budget.seconds))
     for case in chosen:
         result["cases"].append(measure(case, device, seed=seed, budget=budget, progress=progress, **options))
     result["seconds"] = time.perf_counter() - started

@@ -1,6 +1,6 @@
 """Loss and gradients on this machine's CPU, timed by pytest-benchmark: `pytest bench --benchmark-only`.
 
-Groups are cases, so that pytest-benchmark's table compares contenders. Each is compared with float64 before it is timed.
+Groups are cases, so that pytest-benchmark's table compares contenders. Each is compared with float64 before timing.
 """
 
 from __future__ import annotations

@@ -1,0 +1,335 @@
+"""The benchmarks tell the truth: bytes are counted from the algorithm, a wrong contender gets no figure, memory is
+measured, and the one GPU command runs end to end on a CPU, survives what its sections do, and withholds what is red."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pgdpo_fast.cli.bench import Bench, _load
+from pgdpo_fast.errors import ConfigError, DataError
+
+ROOT = Path(__file__).resolve().parent.parent
+bench = _load()
+from bench import contenders, correctness, experiments, gpu, harness, report, sections, shapes, table  # noqa: E402
+
+CPU = torch.device("cpu")
+SMALL = shapes.Case(shapes.SMALL_SHAPES[1], 2)
+EAGER, RECIPE = (next(c for c in contenders.CONTENDERS if c.name == name) for name in ("eager", "diffusion-dpo"))
+FAST = harness.Budget(0.01, (2, 3))
+
+
+def grid():
+    return [replace(SMALL, granularity=g, reference_form=r, target_form=t) for g in shapes.GRANULARITIES
+            for r in shapes.REFERENCE_FORMS for t in shapes.TARGET_FORMS]
+
+
+def test_floor_bytes_are_those_of_the_tensors_a_call_takes():
+    for case in filter(lambda case: case.possible, grid()):
+        x = contenders.make_inputs(case, CPU, 0)
+
+        def held(value):
+            if isinstance(value, torch.Tensor):
+                return value.numel() * value.element_size()
+            return sum(held(t) for t in vars(value).values() if t is not None)
+
+        scales = 2 * case.pairs * 4 if case.target_form == "built" else 0  # two scalars a pair, not counted
+        assert case.input_bytes == held(x.prediction) + held(x.target) + held(x.reference) - scales, case.key
+        assert case.floor_bytes == case.input_bytes + held(x.prediction)
+
+
+def test_the_floor_is_the_table_of_the_algorithm():
+    case = shapes.Case(shapes.SHAPES["wan2.1-480p"], 1, "element", "predictions")
+    video = 2 * 16 * 21 * 60 * 104
+    assert case.floor_bytes == 8 * video == case.two_pass_bytes
+    assert replace(case, granularity="sample").two_pass_bytes == 12 * video
+    assert replace(case, granularity="sample", reference_form="errors").floor_bytes == 6 * video + 8
+
+
+@pytest.mark.parametrize("name", ["eager", "diffusion-dpo"])
+def test_baselines_agree_with_float64_wherever_they_can_run(name):
+    contender = next(c for c in contenders.CONTENDERS if c.name == name)
+    ran = 0
+    for case in filter(lambda case: case.possible, grid()):
+        if contender.refuses(case, CPU) is None:
+            x = contenders.make_inputs(case, CPU, 1)
+            assert harness.check(case, x, contender, *contender.prepare(case)(x)).green, case.key
+            ran += 1
+    assert ran == {"eager": 33, "diffusion-dpo": 2}[name]
+
+
+def test_selected_pairs_are_those_pairs():
+    x = contenders.make_inputs(replace(SMALL, pairs=3, reference_form="fp8", target_form="built"), CPU, 2)
+    one = contenders.select(x, [1])
+    assert torch.equal(one.prediction, x.prediction[[1, 4]])
+    assert torch.equal(one.target.clean, x.target.clean[[1, 4]]) and torch.equal(one.target.noise, x.target.noise[[1]])
+    assert torch.equal(one.reference.rejected_scale, x.reference.rejected_scale[[1]])
+
+
+class Wrong(contenders.Contender):
+    """A contender whose gradient is off by `error`."""
+
+    error = 0.01
+
+    def refuses(self, case, device):
+        return None
+
+    def prepare(self, case):
+        call = EAGER.prepare(case)
+
+        def wrong(x):
+            loss, gradient = call(x)
+            return loss, gradient * (1 + self.error)
+
+        return wrong
+
+
+@pytest.mark.parametrize("error", [0.01, float("nan")])
+def test_a_contender_that_is_wrong_gets_no_figure(error):
+    wrong = Wrong("wrong", "")
+    object.__setattr__(wrong, "error", error)
+    record = harness.measure(SMALL, CPU, contenders=(EAGER, wrong), budget=FAST)
+    assert record["contenders"]["eager"]["status"] == "ok" and record["contenders"]["eager"]["time"]["median"] > 0
+    assert record["contenders"]["wrong"]["status"] == "red"
+    assert not {"time", "graph", "peak_extra_bytes"} & set(record["contenders"]["wrong"])
+
+
+def test_a_contender_that_raises_costs_the_others_nothing():
+    class Broken(Wrong):
+        def prepare(self, case):
+            raise RuntimeError("no such kernel")
+
+    record = harness.measure(SMALL, CPU, contenders=(Broken("broken", ""), EAGER), budget=FAST)
+    assert record["contenders"]["broken"] == {"status": "failed", "reason": "RuntimeError: no such kernel"}
+    assert record["contenders"]["eager"]["status"] == "ok"
+
+
+def test_a_case_that_does_not_fit_is_skipped_with_its_size(monkeypatch):
+    monkeypatch.setattr(harness, "free_memory", lambda device: 1000)
+    assert "GiB are free" in harness.measure(SMALL, CPU, contenders=(EAGER,))["skipped"]
+
+
+def test_peak_memory_is_what_was_allocated():
+    def step(i):
+        a = torch.empty(1_000_000)
+        b = torch.empty(500_000)
+        del a
+        c = torch.empty(100_000)
+        return b, c
+
+    assert harness.peak_extra_bytes(step, CPU) == 6_000_000
+
+
+def test_contenders_take_turns_and_every_sample_counts():
+    order = []
+    timings = harness.time_in_turns({name: lambda i, n=name: (order.append(n), torch.rand(2000).sum())
+                                     for name in "ab"}, 0.0, (3, 3))
+    assert set(timings) == {"a", "b"} and all(t.repeats == 3 and t.fastest <= t.median for t in timings.values())
+    runs = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
+    assert runs == ["a", "b"] * 4  # one warm-up, three rounds
+
+
+def test_triton_is_never_timed_on_a_cpu():
+    triton = next(c for c in contenders.CONTENDERS if c.name == "triton")
+    assert "never timed" in triton.refuses(SMALL, CPU)
+
+
+@pytest.fixture(scope="module")
+def result():
+    cases = (SMALL, replace(SMALL, granularity="element"))
+    return table.run(cases, CPU, seed=3, budget=FAST, contenders=(EAGER, RECIPE, Wrong("native", "")))
+
+
+def test_reports_hold_the_same_figures_and_no_red_one(result, tmp_path, capsys):
+    written = {path.name: path for path in report.write(result, tmp_path, "x")}
+    assert set(written) == {"x.json", "x.md", "x-roofline.png", "x-speedup.png"}
+    assert json.loads(written["x.json"].read_text()) == json.loads(json.dumps(result))
+    page = written["x.md"].read_text()
+    assert "native red" in page and "| native |" not in page
+    report.show(result)
+    shown = capsys.readouterr().out
+    median = report.duration(report.best_time(result["cases"][0]["contenders"]["eager"]))
+    assert median in page and median in shown and "native red on" in shown and "  native  " not in shown
+
+
+def test_comparison_calls_noise_noise(result):
+    slower = json.loads(json.dumps(result))
+    for case in slower["cases"]:
+        eager = case["contenders"]["eager"]["time"]
+        eager |= {"median": eager["median"] * 100, "spread": 0.0}
+        case["contenders"]["diffusion-dpo"]["time"]["spread"] = 10.0
+    found = {(c["case"], c["contender"]): c["verdict"] for c in report.compare(result, slower)}
+    assert found[SMALL.key, "eager"] == "slower" and found[SMALL.key, "diffusion-dpo"] == "within noise"
+    assert {c["verdict"] for c in report.compare(result, result)} == {"within noise"}
+
+
+def test_default_cases_cover_the_shapes_and_batches():
+    cases = table.cases(reference_forms=shapes.REFERENCE_FORMS, granularities=shapes.GRANULARITIES)
+    assert len(cases) == 5 * 3 * (4 + 4 + 3) and all(case.possible for case in cases)
+
+
+def test_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench.table, "QUICK", (SMALL,))
+    monkeypatch.setattr(bench.table, "measure", lambda case, device, **options: harness.measure(
+        case, device, contenders=(EAGER, RECIPE), **options))
+    Bench(quick=True, seconds=0.01, seed=1, out=tmp_path).run()
+    Bench(quick=True, seconds=0.01, seed=1, out=tmp_path, compare=tmp_path / "quick.json").run()
+    assert "Against the previous results" in (tmp_path / "quick.md").read_text()
+    assert "vs eager" in capsys.readouterr().out
+
+
+def test_command_refuses_impossible_requests(tmp_path):
+    with pytest.raises(ConfigError, match="no errors form"):
+        Bench(granularity=("element",), reference_form=("errors",)).run()
+    with pytest.raises(ConfigError, match="above 0"):
+        Bench(batch=(0,)).run()
+    with pytest.raises(DataError, match="absent.json"):
+        Bench(quick=True, compare=tmp_path / "absent.json").run()
+
+
+# -- the GPU command
+
+def test_every_experiment_names_a_setting_that_exists_and_restores_it():
+    for experiment in experiments.EXPERIMENTS:
+        before = [getattr(*experiments._resolve(path)) for path in experiment.settings]
+        with experiment.applied():
+            assert [getattr(*experiments._resolve(path)) for path in experiment.settings] == list(
+                experiment.settings.values())
+        assert [getattr(*experiments._resolve(path)) for path in experiment.settings] == before
+        assert experiment.expected_ratio > 0 and experiment.because and all(case.possible for case in experiment.cases)
+
+
+def timing(median, spread=0.01):
+    return {"status": "ok", "median": median, "spread": spread}
+
+
+@pytest.mark.parametrize("pairs, expected", [
+    ([(timing(1.0), timing(0.9)), (timing(1.0), timing(0.99))], "keep"),
+    ([(timing(1.0), timing(0.98)), (timing(1.0), timing(1.01))], "no difference"),
+    ([(timing(1.0), timing(0.5)), (timing(1.0), timing(1.1))], "no difference"),  # much faster, but not everywhere
+    ([(timing(1.0), timing(1.2))], "drop"),
+    ([(timing(1.0), {"status": "red"})], "red"),
+])
+def test_a_setting_is_kept_only_when_it_wins_clearly_and_everywhere(pairs, expected):
+    assert sections.verdict(pairs)[0] == expected
+
+
+def test_parity_covers_the_whole_grid_at_an_odd_and_at_a_true_size():
+    forms = {(g, r, t, d) for g in shapes.GRANULARITIES for r in shapes.REFERENCE_FORMS for t in shapes.TARGET_FORMS
+             for d in shapes.BYTES if (g, r) != ("element", "errors")}
+    cases = correctness.parity_cases(dry_run=False)
+    for name in ("small-odd", "wan2.1-480p"):
+        assert {(c.granularity, c.reference_form, c.target_form, c.dtype) for c in cases if c.shape.name == name} == forms
+    assert {c.shape.name for c in cases} >= set(shapes.SHAPES)
+
+
+def test_the_speed_table_has_every_shape_and_batch_with_compile():
+    with_compile = {(case.shape.name, case.pairs, case.granularity) for case, compiled in sections.speed_cases(False)
+                    if compiled}
+    assert with_compile >= {(s, b, g) for s in shapes.SHAPES for b in (1, 4, 16) for g in ("sample", "element")}
+
+
+def test_red_forms_and_red_backends_get_no_speed_figure():
+    native, triton = (SimpleNamespace(name=name, fused=True) for name in ("native", "triton"))
+    parity = {"check": "parity", "backend": "native", "granularity": "sample", "reference_form": "predictions",
+              "status": "red", "detail": "loss 1"}
+    reason = sections.withheld_by([parity])
+    assert "parity is red" in reason(native, SMALL)
+    assert reason(native, replace(SMALL, granularity="frame")) is None and reason(triton, SMALL) is None
+    reason = sections.withheld_by([{"check": "streams", "backend": "native", "status": "red", "detail": "ran ahead"}])
+    assert reason(native, replace(SMALL, granularity="frame")) and reason(triton, SMALL) is None
+    everyone = sections.withheld_by([{"check": "memcheck", "backend": "", "status": "red", "detail": "1 error"}])
+    assert everyone(native, SMALL) and everyone(triton, SMALL) and everyone(EAGER, SMALL) is None
+
+
+def fake_sections(tmp_path, monkeypatch, bodies):
+    """Run the parent over scripts that stand in for sections; returns (result, what was saved after each wave)."""
+    sections_ = tuple(gpu.Section(name, 4, wave) for wave, name in enumerate(bodies))
+
+    def start(section, shard, folder, seconds, options, red):
+        records, log = folder / f"{section.name}.jsonl", folder / f"{section.name}.log"
+        script = "import json, os, sys, time\nout = open(sys.argv[1], 'a', buffering=1)\n" + bodies[section.name]
+        process = subprocess.Popen([sys.executable, "-c", script, str(records)], stdout=log.open("w"),
+                                   stderr=subprocess.STDOUT, start_new_session=True)
+        return process, records, log
+
+    monkeypatch.setattr(gpu, "SECTIONS", sections_)
+    monkeypatch.setattr(gpu, "start", start)
+    monkeypatch.setattr(gpu, "GRACE", 0.5)
+    monkeypatch.setattr(gpu, "LEAST", 0.1)
+    saved = []
+    options = SimpleNamespace(seconds=17.0, seed=1, only=[], dry_run=False)
+    return gpu.run_waves(options, tmp_path, lambda result: saved.append(json.dumps(result))), saved
+
+
+ENVIRONMENT = "out.write(json.dumps({'kind': 'environment', 'device': 'x'}) + '\\n')"
+
+
+def test_a_section_that_crashes_or_hangs_is_recorded_and_the_rest_goes_on(tmp_path, monkeypatch):
+    begin = "out.write(json.dumps({'kind': 'begin', 'check': 'streams', 'backend': 'native'}) + '\\n')\n"
+    result, saved = fake_sections(tmp_path, monkeypatch, {
+        "environment": ENVIRONMENT,
+        "crash": begin + "print('illegal address'); os.abort()",
+        "cut": "out.write(json.dumps({'kind': 'case', 'key': 'a'}) + '\\n{\"kind\": \"ca'); sys.exit(0)",
+        "hang": begin + "time.sleep(60)",
+    })
+    assert len(saved) == 4
+    crash = result["sections"]["crash"]["ended"]
+    assert crash.startswith("exit code -6") and "illegal address" in crash
+    assert result["sections"]["cut"]["ended"] == "ok" and result["cases"] == [{"key": "a"}]
+    assert result["sections"]["hang"]["ended"].startswith("time limit")
+    assert [(c["check"], c["status"]) for c in result["checks"]] == [("streams", "red"), ("streams", "skipped")]
+
+
+def test_without_a_device_nothing_else_is_started(tmp_path, monkeypatch):
+    result, saved = fake_sections(tmp_path, monkeypatch, {"environment": "sys.exit('no CUDA device')", "speed": ""})
+    assert list(result["sections"]) == ["environment"] and len(saved) == 1
+    assert "no CUDA device" in result["sections"]["environment"]["ended"]
+
+
+@pytest.mark.slow
+def test_dry_run_goes_through_every_section(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "bench" / "gpu.py"), "--dry-run", "--out", str(tmp_path)],
+                          capture_output=True, text=True, cwd=tmp_path, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    result = json.loads((tmp_path / "dry-run.json").read_text())
+    assert {name: entry["ended"] for name, entry in result["sections"].items()} == {s.name: "ok" for s in gpu.SECTIONS}
+    checks = {(c["check"], c["backend"]): c["status"] for c in result["checks"]}
+    names = [function.__name__ for function in correctness.PROPERTIES]
+    backends = result["environment"]["backends"]
+    assert "triton" in backends and set(checks) >= {(name, b) for name in [*names, "parity"] for b in backends}
+    assert set(checks.values()) <= {"ok", "skipped"}
+    assert result["cases"] and result["cache"] and result["step"] and not result["left_out"]
+    assert {e["verdict"] for e in result["experiments"]} <= {"keep", "drop", "no difference"}
+    assert "DRY RUN" in (tmp_path / "dry-run.md").read_text() and (tmp_path / "dry-run-roofline.png").stat().st_size
+
+
+def test_the_command_leaves_the_clone_off_the_path(tmp_path):
+    """`kernels/` and `bench/` next to pgdpo_fast must not shadow packages of those names."""
+    script = (f"import sys; sys.argv = ['gpu.py']; sys.path.insert(0, {str(ROOT / 'bench')!r}); "
+              f"import runpy; names = runpy.run_path({str(ROOT / 'bench' / 'gpu.py')!r}, run_name='x'); "
+              "names['load_all'](); "
+              "import pgdpo_fast.kernels, bench, importlib.util as u; "
+              "print(u.find_spec('kernels'), u.find_spec('harness'), pgdpo_fast.kernels.__file__)")
+    out = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, cwd=tmp_path, check=True)
+    kernels, harness_, where = out.stdout.split()
+    assert where == str(ROOT / "kernels" / "__init__.py") and harness_ == "None"
+    assert kernels == "None" or str(ROOT) not in kernels
+
+
+def test_without_a_clone_the_command_says_what_to_do(tmp_path, monkeypatch):
+    import pgdpo_fast
+
+    monkeypatch.setattr(pgdpo_fast, "__file__", str(tmp_path / "site" / "pgdpo_fast" / "__init__.py"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="clone"):
+        _load()
+    assert importlib.util.find_spec("bench.harness")  # the one loaded before stays usable
