@@ -15,7 +15,7 @@ __all__ = ["Demo"]
 
 @dataclass
 class Demo:
-    """See likelihood displacement, and PG-DPO avoiding it, in about five minutes on two CPU cores; no network needed.
+    """See likelihood displacement, and PG-DPO avoiding it, in a few minutes on two CPU cores; no network needed.
 
     Renders clips of moving objects, trains a small video transformer on them, fine-tunes it with DPO and with PG-DPO
     from the same start and on the same draws, and writes report.html and summary.json. Run it again after an
@@ -27,7 +27,7 @@ class Demo:
     seed: int = 0
     """of the clips, the first weights, the order of the pairs and the noise"""
     steps: int | None = None
-    """fine-tuning steps of each method, unset: 200"""
+    """fine-tuning steps of each method, unset: 150"""
     pretraining_steps: int | None = None
     """steps of the training from scratch, unset: 1200"""
     fast: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -94,7 +94,7 @@ def _print_table(report) -> None:
     )
     for label, found in report.outcomes.items():
         share = "–" if found.gamma_positive_share is None else f"{found.gamma_positive_share:.0%}"
-        colour = "red" if found.kind == "displaced" else "green"
+        colour = {"displaced": "red", "improved": "green", "held": "green"}.get(found.kind, "default")
         table.add_row(
             label,
             f"[{colour}]{found.chosen_reward:+.4f}[/]",

@@ -61,10 +61,10 @@ class Plan:
     layers: int = 2
     pretraining_steps: int = 1200
     pretraining_pairs: int = 8
-    steps: int = 200
+    steps: int = 150
     pairs_per_step: int = 4
     learning_rate: float = 3e-5
-    evaluations: int = 20
+    evaluations: int = 15
     evaluation_draws: int = 4
     clip_rows: int = 3
     sampler_steps: int = 32
