@@ -6,7 +6,6 @@ Arguments are checked here, once, and turned into the operands the backends shar
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -107,28 +106,28 @@ class PreferenceLossOutput:
     chosen_gap: Tensor
     rejected_gap: Tensor
 
-    @cached_property
+    @property
     def chosen_reward(self) -> Tensor:
         return -self.chosen_gap
 
-    @cached_property
+    @property
     def rejected_reward(self) -> Tensor:
         return -self.rejected_gap
 
-    @cached_property
+    @property
     def margin(self) -> Tensor:
         return self.rejected_gap - self.chosen_gap
 
-    @cached_property
+    @property
     def gradient_factor(self) -> Tensor:
         """sigmoid(-z), the size of the preference gradient: near 0 the pair is learnt, 1/2 it is undecided."""
         return torch.sigmoid(-self.logits)
 
-    @cached_property
+    @property
     def reference_chosen_error(self) -> Tensor:
         return self.policy_chosen_error - self.chosen_gap
 
-    @cached_property
+    @property
     def reference_rejected_error(self) -> Tensor:
         return self.policy_rejected_error - self.rejected_gap
 
@@ -137,7 +136,8 @@ class PreferenceLossOutput:
         nan = torch.full_like(self.margin, float("nan"))
         values = {
             "rewards/chosen": self.chosen_reward, "rewards/rejected": self.rejected_reward,
-            "rewards/margins": self.margin, "rewards/accuracies": torch.where(self.margin.isnan(), nan, self.margin > 0),
+            "rewards/margins": self.margin,
+            "rewards/accuracies": torch.where(self.margin.isnan(), nan, self.margin > 0),
             "logits": self.logits, "gradient_factor": self.gradient_factor,
             "weights/alpha": self.alpha, "weights/gamma": self.gamma, "weights/importance": self.importance,
             "errors/policy_chosen": self.policy_chosen_error, "errors/policy_rejected": self.policy_rejected_error,
@@ -155,7 +155,7 @@ class PreferenceLossOutput:
             raise NonFiniteError(f"loss is NaN or infinite for pair(s) {', '.join(map(str, names))} of "
                                  f"{len(self.per_pair_loss)}; their predictions, targets or reference are not finite")
         if not bool(torch.isfinite(self.loss)):
-            raise NonFiniteError("loss is NaN or infinite though that of every pair is finite; the weights are not finite")
+            raise NonFiniteError("loss is NaN or infinite, that of every pair is finite; the weights are not finite")
 
 
 def _describe(x) -> str:

@@ -39,8 +39,7 @@ def unpack(rows: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def group_errors(x: Operands, reference_form: int, granularity: str, anchor: bool, cross: bool) -> GroupErrors:
-    """Statistics `[B, G]` of every group, differentiable by the predictions (the cross term is not): G is 1, the frames,
-    or all elements."""
+    """Statistics `[B, G]` of every group (G: 1, frames or elements), differentiable by the predictions but for cross."""
 
     def mean(values: Tensor) -> Tensor:
         if granularity == "sample":

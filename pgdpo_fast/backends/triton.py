@@ -26,6 +26,7 @@ DEFAULT_LAUNCH = Launch()
 FOLD_ROWS, FOLD_STEP, FOLD_WARPS = 8, 128, 8
 
 
+@torch.compiler.assume_constant_result
 def unavailable(device: torch.device) -> str | None:
     """Why Triton cannot serve tensors on `device`, or None when it can."""
     try:
@@ -132,6 +133,21 @@ def fold_objective(partial: Tensor, groups: int, count: int, gaps: bool, referen
             WEIGHTED=weight is not None, COMPUTE=_triton_dtype(partial.dtype),
             ROWS=FOLD_ROWS, FOLD=FOLD_STEP, num_warps=FOLD_WARPS, enable_fp_fusion=True)
     return loss, telemetry, coefficients
+
+
+def statistics(x: Operands, reference_form: int, groups: int, anchor: bool, cross: bool) -> Tensor:
+    """Means of all statistics over each group, `[6, B, G]`, in two launches."""
+    return fold(partial_sums(x, reference_form, groups, anchor, cross), groups, x.numel // groups)
+
+
+def objective(x: Operands, reference_form: int, groups: int, anchor: bool, cross: bool, reference_errors: Tensor | None,
+              weight: Tensor | None, posterior_scale: Tensor | None, kind: int, flags: int,
+              parameters: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss `[]`, telemetry `[9, B, G]` and gradient coefficients `[3, B, G]` in two launches."""
+    gaps = x.reference is not None or reference_errors is not None
+    partial = partial_sums(x, reference_form, groups, anchor, cross)
+    return fold_objective(partial, groups, x.numel // groups, gaps, reference_errors, weight, posterior_scale, kind,
+                          flags, parameters)
 
 
 def gradients(x: Operands, reference_form: int, groups: int, anchor: bool, coefficients: Tensor, incoming: Tensor,
