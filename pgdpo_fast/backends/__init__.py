@@ -23,22 +23,20 @@ def unavailable(name: str, device: torch.device) -> str | None:
         from pgdpo_fast.backends import triton
 
         return triton.unavailable(device)
-    if device.type != "cpu":
-        return f"the native kernels are for CPU tensors, these are on {device}"
-    return _native_reason()
+    return _native_reason(device.type, device.index)
 
 
 @torch.compiler.assume_constant_result
-def _native_reason() -> str | None:
+def _native_reason(device_type: str, index: int | None) -> str | None:
     from pgdpo_fast.backends import native
 
-    return native.unavailable(torch.device("cpu"))
+    return native.unavailable(torch.device(device_type, index))
 
 
 @torch.compiler.assume_constant_result
 def _cpu_default() -> str:
     """The native kernels where they can be had, else torch, with one warning unless that was asked for."""
-    reason = _native_reason()
+    reason = _native_reason("cpu", None)
     if reason is None:
         return "native"
     from pgdpo_fast.backends.native import SWITCHED_OFF

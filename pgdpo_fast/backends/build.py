@@ -1,8 +1,9 @@
-"""Builds the native library: on first use into a per-user cache, or ahead of time into a wheel (see setup.py).
+"""Builds the native libraries: on first use into a per-user cache, or ahead of time into a wheel (see setup.py).
 
-A cached build is keyed by sources, flags, compiler, torch version and instruction set, made under a file lock, put in
-place atomically and checked against the digest in its name before it is loaded. Needs the standard library alone;
-torch is imported when a build starts.
+The CUDA operators are a library of their own beside the CPU one, so that one can fail without the other. A cached build
+is keyed by sources, flags, compiler, torch version and instruction set or device architecture, made under a file lock,
+put in place atomically and checked against the digest in its name before it is loaded. Needs the standard library
+alone; torch is imported when a build starts.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -31,6 +33,10 @@ INSTRUCTION_SETS = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
 }
+# Division to 2 ulp instead of the last bit: half the instructions of the element kernels go into it otherwise.
+NVCC_FLAGS = ("-std=c++17", "-O3", "-prec-div=false", "-Xcompiler=-fPIC,-fvisibility=hidden")
+CUDA_KERNELS = ("pair.cu", "element.cu")
+CUDA_HOST = ("cuda_ops.cpp", "cuda_device.cpp")
 TIMEOUT_SECONDS = 600
 
 
@@ -73,40 +79,105 @@ def all_instruction_sets() -> tuple[str, ...]:
 
 
 def compile_library(target: Path, instruction_sets: tuple[str, ...]) -> None:
-    """Compile the sources for `instruction_sets` and put the library at `target`, replacing it atomically.
+    """Compile the CPU sources for `instruction_sets` and put the library at `target`, replacing it atomically.
 
     Raises:
         BuildError: a compiler call failed; the message holds its first error.
     """
+    command, root = [*compiler(), *FLAGS], sources()
+    calls = {"native": [*command, *_torch_flags(), *(f"-DPGDPO_HAVE_{name.upper()}" for name in instruction_sets), "-c",
+                        str(root / "native.cpp")]}
+    for name in instruction_sets:
+        calls[name] = [*command, *INSTRUCTION_SETS[name], f"-DPGDPO_ISA={name}", "-c", str(root / "pair.cpp")]
+    _compile_and_link(target, calls, [])
+
+
+def nvcc() -> str:
+    """The CUDA compiler: from CUDACXX, CUDA_HOME or CUDA_PATH, the PATH, or /usr/local/cuda.
+
+    Raises:
+        BuildError: there is none.
+    """
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    places = *(f"{home}/bin/nvcc" for home in homes), "nvcc", "/usr/local/cuda/bin/nvcc"
+    for command in (os.environ.get("CUDACXX"), *places):
+        if command and shutil.which(command):
+            return shutil.which(command)
+    raise BuildError("no nvcc found; install the CUDA toolkit of torch's CUDA version and set CUDA_HOME to it")
+
+
+def nvcc_command(source: Path, architectures: tuple[str, ...]) -> list[str]:
+    """The call that compiles one .cu file for `architectures` such as "90"; the caller adds -o."""
+    return [nvcc(), *NVCC_FLAGS, f"-ccbin={compiler()[0]}",
+            *(f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures), "-c", str(source)]
+
+
+def compile_cuda_library(target: Path, architectures: tuple[str, ...]) -> None:
+    """Compile the CUDA sources for `architectures` such as ("90",) and put the library at `target`. Needs no GPU.
+
+    Raises:
+        BuildError: as `compile_library`, or the toolkit does not fit torch.
+    """
+    root, toolkit = sources(), Path(nvcc()).resolve().parents[1]
+    _check_toolkit()
+    command = [*compiler(), *FLAGS, *_torch_flags(), "-DUSE_CUDA", f"-I{toolkit / 'include'}", "-c"]
+    calls = {name: nvcc_command(root / name, architectures) for name in CUDA_KERNELS}
+    calls |= {name: [*command, str(root / name)] for name in CUDA_HOST}
+    folders = [f"-L{folder}" for folder in (toolkit / "lib64", *toolkit.glob("targets/*/lib"), toolkit / "lib")]
+    _compile_and_link(target, calls, [*folders, "-lcudart_static", "-ldl", "-lrt", "-lpthread"])
+
+
+def _check_toolkit() -> None:
+    """A library holds the runtime of its toolkit, which needs a driver of the same major version as torch's."""
+    import torch
+
+    found = re.search(r"release (\d+)\.(\d+)", _call([nvcc(), "--version"]))
+    if found is None:
+        raise BuildError(f"{nvcc()} --version printed no release")
+    if torch.version.cuda and torch.version.cuda.split(".")[0] != found[1]:
+        raise BuildError(f"{nvcc()} is of CUDA {found[1]}.{found[2]}, torch of CUDA {torch.version.cuda}; "
+                         f"install a CUDA {torch.version.cuda.split('.')[0]} toolkit and set CUDA_HOME to it")
+
+
+def _torch_flags() -> list[str]:
+    import torch
+
+    return [TORCH_TARGET, f"-I{Path(torch.__file__).parent / 'include'}"]
+
+
+def _compile_and_link(target: Path, calls: dict[str, list[str]], libraries: list[str]) -> None:
+    """Run the compiler calls side by side, link their objects with torch and `libraries`, and replace `target`."""
     import torch
 
     if sys.platform == "win32":
         raise BuildError("the native library is not supported on Windows")
-    command, root, torch_root = [*compiler(), *FLAGS], sources(), Path(torch.__file__).parent
-    link = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [f"-L{torch_root / 'lib'}", "-ltorch_cpu"]
+    folder = Path(torch.__file__).parent / "lib"
+    link = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [
+        f"-L{folder}", "-ltorch_cpu", *(["-ltorch_cuda"] if (folder / "libtorch_cuda.so").exists() else [])]
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        have = [f"-DPGDPO_HAVE_{name.upper()}" for name in instruction_sets]
-        calls = {f"{scratch}/native.o": [
-            *command, TORCH_TARGET, f"-I{torch_root / 'include'}", *have, "-c", str(root / "native.cpp")]}
-        for name in instruction_sets:
-            calls[f"{scratch}/{name}.o"] = [
-                *command, *INSTRUCTION_SETS[name], f"-DPGDPO_ISA={name}", "-c", str(root / "pair.cpp")]
+        objects = {f"{scratch}/{name}.o": call for name, call in calls.items()}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda item: _call([*item[1], "-o", item[0]]), calls.items()))
-        _call([*command, "-shared", *calls, *link, "-o", f"{scratch}/library.so"])
+            list(pool.map(lambda item: _call([*item[1], "-o", item[0]]), objects.items()))
+        _call([*compiler(), *FLAGS, "-shared", *objects, *link, *libraries, "-o", f"{scratch}/library.so"])
         os.replace(f"{scratch}/library.so", target)
 
 
-def _call(command: list[str]) -> None:
+def _call(command: list[str]) -> str:
+    """What the command printed.
+
+    Raises:
+        BuildError: it failed; the message holds its first error.
+    """
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{command[0]}: {error}") from error
     if done.returncode:
-        lines = done.stderr.splitlines()
-        first = next((line for line in lines if "error:" in line or "fatal" in line), lines[-1] if lines else "no output")
+        lines = done.stderr.splitlines() or ["no output"]
+        first = next((line for line in lines if "error:" in line or "fatal" in line), lines[-1])
         raise BuildError(f"{command[0]} exited with {done.returncode}: {first.strip()}")
+    return done.stdout
 
 
 def cache_directory() -> Path:
@@ -118,32 +189,46 @@ def cache_directory() -> Path:
 
 
 def cached_library() -> Path:
-    """The library for this machine, built now if no build of exactly these sources is in the cache.
+    """The CPU library for this machine, built now if no build of exactly these sources is in the cache.
 
     Raises:
         BuildError: it cannot be built; a failed compilation is remembered until a source, flag or the compiler changes.
     """
-    directory = cache_directory() / "native" / _key()
+    name = host_instruction_set()
+    files = [path for path in (*sources().glob("*.h"), *sources().glob("*.cpp")) if not path.name.startswith("cuda_")]
+    return _cached("native", f"CPU kernels for {name}", files, [name, *FLAGS, *compiler(), *_stamp(compiler()[0])],
+                   lambda target: compile_library(target, (name,)))
+
+
+def cached_cuda_library(architectures: tuple[str, ...]) -> Path:
+    """The CUDA library for devices of `architectures` such as ("90",), otherwise as `cached_library`."""
+    name = ",".join(architectures)
+    files = [path for path in sources().iterdir() if path.suffix in (".h", ".cuh", ".cu", ".cpp")]
+    identity = [name, *FLAGS, *NVCC_FLAGS, *compiler(), *_stamp(compiler()[0]), *_stamp(nvcc())]
+    return _cached("cuda", f"CUDA kernels for sm_{name}", files, identity,
+                   lambda target: compile_cuda_library(target, architectures))
+
+
+def _stamp(executable: str) -> tuple[str, str, str]:
+    binary = Path(executable).resolve()
+    return str(binary), str(binary.stat().st_size), str(binary.stat().st_mtime_ns)
+
+
+def _cached(kind: str, what: str, files: list[Path], identity: list[str], build) -> Path:
+    """The library named by the contents of `files` and by `identity`, from the cache or by `build(target)`."""
+    import torch
+
+    digest = hashlib.sha256("\0".join([torch.__version__, platform.machine(), TORCH_TARGET, *identity]).encode())
+    for path in sorted(files):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    directory = cache_directory() / kind / digest.hexdigest()[:16]
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         with _locked(directory / "lock"):
-            return _find(directory) or _build(directory)
+            return _find(directory) or _build(directory, what, build)
     except OSError as error:
         raise BuildError(f"cannot use the cache directory {directory} ({error}); set PGDPO_FAST_CACHE to a writable one"
                          ) from error
-
-
-def _key() -> str:
-    import torch
-
-    command = compiler()
-    binary = Path(command[0]).resolve()
-    identity = [torch.__version__, platform.machine(), host_instruction_set(), *FLAGS, TORCH_TARGET, *command,
-                str(binary), str(binary.stat().st_size), str(binary.stat().st_mtime_ns)]
-    digest = hashlib.sha256("\0".join(identity).encode())
-    for path in sorted([*sources().glob("*.h"), *sources().glob("*.cpp")]):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def _find(directory: Path) -> Path | None:
@@ -159,14 +244,13 @@ def _library_name(path: Path) -> str:
     return f"native.{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}.so"
 
 
-def _build(directory: Path) -> Path:
+def _build(directory: Path, what: str, build) -> Path:
     failure = directory / "failure.txt"
     if failure.exists():
         raise BuildError(f"{failure.read_text()} (to try again, delete {failure})")
-    name = host_instruction_set()
-    logging.getLogger("pgdpo_fast").warning("building the native CPU kernels for %s, once: %s", name, directory)
+    logging.getLogger("pgdpo_fast").warning("building the native %s, once: %s", what, directory)
     try:
-        compile_library(directory / "unnamed.so", (name,))
+        build(directory / "unnamed.so")
     except BuildError as error:
         failure.write_text(str(error))
         raise

@@ -53,17 +53,15 @@ def _backend(name: str):
 def _pair_errors(*args):
     *tensors, reference_form, groups, anchor, cross, backend = args
     x, run = operands.gather(*tensors), _backend(backend)
-    return run.fold(run.partial_sums(x, reference_form, groups, anchor, cross), groups, x.numel // groups)
+    return run.statistics(x, reference_form, groups, anchor, cross)
 
 
 def _pair_objective(*args):
     (*tensors, reference_errors, weight, posterior_scale,
      reference_form, groups, anchor, cross, kind, flags, parameters, backend) = args
     x, run = operands.gather(*tensors), _backend(backend)
-    gaps = x.reference is not None or reference_errors is not None
-    partial = run.partial_sums(x, reference_form, groups, anchor, cross)
-    return run.fold_objective(partial, groups, x.numel // groups, gaps, reference_errors, weight, posterior_scale,
-                              kind, flags, parameters)
+    return run.objective(x, reference_form, groups, anchor, cross, reference_errors, weight, posterior_scale, kind,
+                         flags, parameters)
 
 
 def _pair_gradient(*args):

@@ -1,6 +1,7 @@
-"""Calls the native CPU passes of csrc/. The library comes with the wheel or is built on first use.
+"""Calls the native passes of csrc/. The libraries come with the wheel or are built on first use.
 
-Sums leave the passes in double, so the fold and the objective run in double whatever the predictions are.
+On the CPU sums leave the passes in double, so the fold and the objective run in double whatever the predictions are. On
+CUDA devices errors, fold and objective are one call into C++, the gradients another.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from pgdpo_fast.backends import build
 from pgdpo_fast.backends.operands import Operands, segments
 
 SWITCHED_OFF = "switched off by PGDPO_FAST_NATIVE=0"
-TELEMETRY, ELEMENT_MEANS = 9, 4
+STATISTICS, TELEMETRY, ELEMENT_MEANS = 6, 9, 4
+CUDA_CAPABILITY = (8, 0)
 
 
 class Status(NamedTuple):
@@ -29,7 +31,7 @@ class Status(NamedTuple):
 
 
 class _Library:
-    """The loaded library of this process, or why there is none; found out once."""
+    """The loaded CPU library of this process, or why there is none; found out once."""
 
     def __init__(self):
         self._lock = threading.Lock()
@@ -48,9 +50,8 @@ class _Library:
         if os.environ.get("PGDPO_FAST_NATIVE") == "0":
             return SWITCHED_OFF
         try:
-            path = build.PREBUILT if build.PREBUILT.exists() else build.cached_library()
+            path = self._find()
             torch.ops.load_library(path)
-            torch.ops.pgdpo_fast_native.instruction_set()
         except build.BuildError as error:
             return str(error)
         except (OSError, RuntimeError) as error:
@@ -58,15 +59,37 @@ class _Library:
         self.path = str(path)
         return None
 
+    def _find(self) -> os.PathLike:
+        return build.PREBUILT if build.PREBUILT.exists() else build.cached_library()
 
-_library = _Library()
+
+class _CudaLibrary(_Library):
+    """The CUDA operators, which share the CPU library's schemas; one library for all devices of this machine."""
+
+    def _load(self) -> str | None:
+        return _library.load().reason or super()._load()
+
+    def _find(self) -> os.PathLike:
+        devices = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+        return build.cached_cuda_library(tuple(sorted({f"{a}{b}" for a, b in devices if (a, b) >= CUDA_CAPABILITY})))
+
+
+_library, _cuda_library = _Library(), _CudaLibrary()
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Why the native library cannot serve tensors on `device`, or None when it can. The first call may build it."""
-    if device.type != "cpu":
-        return f"the native kernels are for CPU tensors, these are on {device}"
-    return _library.load().reason
+    """Why the native kernels cannot serve tensors on `device`, or None when they can. The first call may build them."""
+    if device.type == "cpu":
+        return _library.load().reason
+    if device.type != "cuda":
+        return f"the native kernels are for CPU and CUDA tensors, these are on {device}"
+    if torch.version.hip or not torch.cuda.is_available():
+        return "the native CUDA kernels need an NVIDIA GPU that torch can use; run nvidia-smi and pgdpo-fast doctor"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < CUDA_CAPABILITY:
+        have, need = (".".join(map(str, pair)) for pair in (capability, CUDA_CAPABILITY))
+        return f"compute capability {have} is below the {need} the native CUDA kernels need; use backend='eager'"
+    return _cuda_library.load().reason
 
 
 def status() -> Status:
@@ -96,7 +119,7 @@ class PartialSums(NamedTuple):
 def partial_sums(x: Operands, reference_form: int, groups: int, anchor: bool, cross: bool) -> PartialSums:
     """The sums of all statistics over every segment, one pass over the operands."""
     arguments = _arguments(x, reference_form, groups)
-    sums = torch.empty((6, x.pairs, arguments[-2]), dtype=torch.float64)
+    sums = torch.empty((STATISTICS, x.pairs, arguments[-2]), dtype=torch.float64)
     torch.ops.pgdpo_fast_native.errors(*arguments, anchor and reference_form != 0, cross, sums)
     return PartialSums(sums, x.compute_dtype)
 
@@ -121,6 +144,68 @@ def fold_objective(partial: PartialSums, groups: int, count: int, gaps: bool, re
     return loss, telemetry, coefficients
 
 
+def statistics(x: Operands, reference_form: int, groups: int, anchor: bool, cross: bool) -> Tensor:
+    """Means of all statistics over each group, `[6, B, G]`."""
+    if not x.policy.chosen.is_cuda:
+        return fold(partial_sums(x, reference_form, groups, anchor, cross), groups, x.numel // groups)
+    means = _empty(x, STATISTICS, x.pairs, groups)
+    torch.ops.pgdpo_fast_native.statistics(*_arguments(x, reference_form, groups), anchor, cross, means)
+    return means
+
+
+def objective(x: Operands, reference_form: int, groups: int, anchor: bool, cross: bool, reference_errors: Tensor | None,
+              weight: Tensor | None, posterior_scale: Tensor | None, kind: int, flags: int,
+              parameters: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss `[]`, telemetry `[9, B, G]` and gradient coefficients `[3, B, G]`.
+
+    Args:
+        reference_errors: `[2, B, G]`, weight: `[B, G]`, posterior_scale: `[B]`, in the accumulation dtype.
+    """
+    if not x.policy.chosen.is_cuda:
+        gaps = x.reference is not None or reference_errors is not None
+        return fold_objective(partial_sums(x, reference_form, groups, anchor, cross), groups, x.numel // groups, gaps,
+                              reference_errors, weight, posterior_scale, kind, flags, parameters)
+    out = _empty(x), _empty(x, TELEMETRY, x.pairs, groups), _empty(x, 3, x.pairs, groups)
+    torch.ops.pgdpo_fast_native.objective(
+        *_arguments(x, reference_form, groups), anchor, cross, *_contiguous(reference_errors, weight, posterior_scale),
+        kind, flags, parameters, *out)
+    return out
+
+
+def loss_and_gradients(x: Operands, reference_form: int, groups: int, anchor: bool, cross: bool,
+                       reference_errors: Tensor | None, weight: Tensor | None, posterior_scale: Tensor | None,
+                       kind: int, flags: int, parameters: tuple[float, ...], incoming: Tensor | None = None,
+                       ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`objective` and `gradients` at once: loss `[]`, telemetry `[9, B, G]`, both gradients `[B, ...]`.
+
+    On a device with compute capability 9.0 or more, operands that fit into its shared memory together are read once, in
+    one cooperative launch (csrc/cuda_plan.h has the rule); else it is the launches of the two.
+
+    Args:
+        incoming: `[]` in the accumulation dtype, multiplies the gradients; None for 1.
+    """
+    gradient = tuple(torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in x.policy)
+    if not x.policy.chosen.is_cuda:
+        loss, telemetry, coefficients = objective(x, reference_form, groups, anchor, cross, reference_errors, weight,
+                                                  posterior_scale, kind, flags, parameters)
+        gradients(x, reference_form, groups, anchor, coefficients,
+                  torch.ones_like(loss) if incoming is None else incoming, *gradient)
+        return loss, telemetry, *gradient
+    out = _empty(x), _empty(x, TELEMETRY, x.pairs, groups), _empty(x, 3, x.pairs, groups)
+    torch.ops.pgdpo_fast_native.loss_and_gradients(
+        *_arguments(x, reference_form, groups), anchor, cross, *_contiguous(reference_errors, weight, posterior_scale),
+        kind, flags, parameters, *out, incoming, *gradient)
+    return *out[:2], *gradient
+
+
+def _empty(x: Operands, *shape: int) -> Tensor:
+    return x.policy.chosen.new_empty(shape, dtype=x.compute_dtype)
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
 def gradients(x: Operands, reference_form: int, groups: int, anchor: bool, coefficients: Tensor, incoming: Tensor,
               chosen: Tensor, rejected: Tensor) -> None:
     """Write the gradients by both predictions into `chosen` and `rejected`, each `[B, ...]` with contiguous rows."""
@@ -135,10 +220,9 @@ def element_objective(x: Operands, reference_form: int, weight: Tensor | None, p
 
     `gradients`, when given, is filled with both gradients for an incoming gradient of 1, in the same pass.
     """
-    loss = torch.empty((), dtype=x.compute_dtype)
-    telemetry, means = loss.new_empty((TELEMETRY, x.pairs, 1)), loss.new_empty((ELEMENT_MEANS, x.pairs))
+    loss, telemetry, means = _empty(x), _empty(x, TELEMETRY, x.pairs, 1), _empty(x, ELEMENT_MEANS, x.pairs)
     torch.ops.pgdpo_fast_native.element_objective(
-        *_arguments(x, reference_form, 1), weight, posterior_scale, kind, flags, parameters, outer,
+        *_arguments(x, reference_form, 1), *_contiguous(weight, posterior_scale), kind, flags, parameters, outer,
         gradients is not None, loss, telemetry, means, *(gradients or (loss, loss)))
     return loss, telemetry, means
 
@@ -148,5 +232,5 @@ def element_gradients(x: Operands, reference_form: int, weight: Tensor | None, p
                       incoming: Tensor, chosen: Tensor, rejected: Tensor, speculative: bool) -> None:
     """Write both gradients; with `speculative` they are already there for an incoming gradient of 1."""
     torch.ops.pgdpo_fast_native.element_gradients(
-        *_arguments(x, reference_form, 1), weight, posterior_scale, kind, flags, parameters, outer, speculative, means,
-        incoming, chosen, rejected)
+        *_arguments(x, reference_form, 1), *_contiguous(weight, posterior_scale), kind, flags, parameters, outer,
+        speculative, means, incoming, chosen, rejected)
