@@ -30,9 +30,10 @@ class CacheReference:
     draws: int | None = None
     """Distinct draws of a pair, short for --set training.draws_per_pair=N. Unset and 0 in the configuration: one for
     every visit."""
-    format: Literal["auto", "errors", "bf16", "fp8"] = "auto"
-    """errors: two numbers a row, exact. bf16, fp8: packed predictions, for rewards per element and objectives that look
-    at the reference's prediction. auto: errors where they are enough, else bf16."""
+    format: Literal["auto", "errors", "predictions", "bf16", "fp8"] = "auto"
+    """errors: two numbers a row, exact. predictions: for rewards per element and objectives that look at the
+    reference's prediction, in the network's dtype, exact. bf16, fp8: predictions rounded to 2 or 1 bytes an element.
+    auto: errors where they are enough, else predictions."""
     granularity: Literal["sample", "frame", "element"] | None = None
     """Short for --set training.granularity=..."""
     set: Annotated[

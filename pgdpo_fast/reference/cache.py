@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -45,8 +45,10 @@ class Layout:
     """How the rows lie on disk. Depends on no process count, so work can be resumed with any.
 
     Attributes:
-        format, granularity: see `rows`; granularity matters to the format "errors" alone.
+        format: see `rows`.
+        granularity: of the format "errors"; "any" for the others.
         shape: (C, F, H, W) of the latents.
+        dtype: the network's, "bf16" or "fp32".
         pairs_per_forward: pairs the reference saw at once; rows are those of a run that does the same, bit for bit.
         rows_per_shard: rows of every shard but a block's last.
     """
@@ -54,21 +56,29 @@ class Layout:
     format: str
     granularity: str
     shape: tuple[int, int, int, int]
+    dtype: str
     pairs_per_forward: int
     rows_per_shard: int
 
     @classmethod
-    def of(cls, format: str, granularity: str, shape: Sequence[int], pairs_per_forward: int,
+    def of(cls, format: str, granularity: str, shape: Sequence[int], dtype: str, pairs_per_forward: int,
            shard_bytes: int = 64 << 20) -> Layout:
         """At most `shard_bytes` and 64 forwards a shard: a shard is hashed in whole before its first row is used (40 ms
         for 64 MiB), and is the unit that processes share the work by."""
-        one = _row_bytes(format, granularity, shape) * pairs_per_forward
-        return cls(format, granularity, tuple(shape), pairs_per_forward,
-                   pairs_per_forward * max(1, min(64, shard_bytes // one)))
+        granularity = granularity if format == "errors" else "any"
+        one = cls(format, granularity, tuple(shape), dtype, pairs_per_forward, pairs_per_forward)
+        forwards = max(1, min(64, shard_bytes // (one.row_bytes * pairs_per_forward)))
+        return replace(one, rows_per_shard=forwards * pairs_per_forward)
 
     @property
     def row_bytes(self) -> int:
-        return _row_bytes(self.format, self.granularity, self.shape)
+        """Bytes of one row."""
+        return sum(prod(size) * dtype.itemsize for size, dtype in self.tensors.values())
+
+    @property
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of every tensor of a row."""
+        return row_tensors(self.format, self.granularity, self.shape, self.dtype)
 
     def shards(self, blocks: Sequence[Block]) -> list[range]:
         """The rows of every shard. A block begins a new one."""
@@ -78,10 +88,6 @@ class Layout:
             ranges += [range(at, min(at + self.rows_per_shard, last)) for at in range(first, last, self.rows_per_shard)]
             first = last
         return ranges
-
-
-def _row_bytes(format: str, granularity: str, shape: Sequence[int]) -> int:
-    return sum(prod(size) * dtype.itemsize for size, dtype in row_tensors(format, granularity, shape).values())
 
 
 class ReferenceCache:
@@ -144,8 +150,9 @@ class ReferenceCache:
         return gather(self._tables, places, out)
 
     def get(self, keys: Sequence[tuple[str, int]], device: torch.device | str = "cpu"):
-        """What `preference_loss` takes as its reference for a batch: `ReferenceErrors` or `PackedReference`."""
-        return as_reference({name: rows.to(device) for name, rows in self.rows(keys).items()})
+        """What `preference_loss` takes as its reference for a batch, see `as_reference`."""
+        rows = {name: values.to(device) for name, values in self.rows(keys).items()}
+        return as_reference(rows, self.layout.format)
 
     def table(self) -> Rows:
         """All rows in host memory, in the order of `numbers`; for the format "errors", whose rows are a few bytes."""

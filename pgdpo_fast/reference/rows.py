@@ -18,22 +18,25 @@ from pgdpo_fast.loss import NoisedTarget, PackedReference, ReferenceErrors, refe
 
 __all__ = ["FORMATS", "Rows", "as_reference", "check_finite", "gather", "pack", "row_tensors"]
 
-FORMATS = ("errors", "bf16", "fp8")
+FORMATS = ("errors", "predictions", "bf16", "fp8")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 # Name -> [B, ...] tensor: "chosen" and "rejected", and for fp8 "chosen_scale" and "rejected_scale".
 Rows = dict[str, Tensor]
 
 
-def row_tensors(format: str, granularity: str, shape: Sequence[int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def row_tensors(format: str, granularity: str, shape: Sequence[int],
+                dtype: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of every tensor of one row, for latents of `shape` [C, F, H, W].
 
-    errors: two float32, or two [F] float32 per frame. bf16: two residuals q - y. fp8: two uint8 [C, F, H, W] holding
-    float8 (e4m3) bytes, each with [ceil(C*F*H*W / 128)] float32 scales.
+    errors: two float32, or two [F] float32 per frame. predictions: two [C, F, H, W] in the network's `dtype`, exact.
+    bf16: two residuals q - y. fp8: two uint8 [C, F, H, W] holding float8 (e4m3) bytes, each with
+    [ceil(C*F*H*W / 128)] float32 scales.
     """
     if format == "errors":
         kept = ((shape[1],) if granularity == "frame" else (), torch.float32)
         return {"chosen": kept, "rejected": kept}
-    kept = (tuple(shape), torch.bfloat16 if format == "bf16" else torch.uint8)
+    kept = (tuple(shape), {"predictions": DTYPES[dtype], "bf16": torch.bfloat16, "fp8": torch.uint8}[format])
     tensors = {"chosen": kept, "rejected": kept}
     if format == "fp8":
         scale = ((-(-prod(shape) // PACK_BLOCK),), torch.float32)
@@ -50,11 +53,14 @@ def pack(prediction: Tensor, target: Tensor | NoisedTarget, format: str, granula
         prediction: `[2B, C, F, H, W]`, chosen half first.
         target: what it should have been, in any form `preference_loss` takes.
         format: one of `FORMATS`.
-        granularity, backend: of the errors, as in `preference_loss`; packed predictions serve any granularity.
+        granularity, backend: of the errors, as in `preference_loss`; the other formats serve any granularity.
     """
     if format == "errors":
         errors = reference_errors(prediction, target, granularity=granularity, backend=backend)
         return {"chosen": errors.chosen.float(), "rejected": errors.rejected.float()}
+    if format == "predictions":
+        pairs = prediction.shape[0] // 2
+        return {"chosen": prediction[:pairs], "rejected": prediction[pairs:]}
     packed = PackedReference.pack(prediction, target, format)
     return {name: rows for name, rows in vars(packed).items() if rows is not None}
 
@@ -91,7 +97,8 @@ def gather(tables: Sequence[Mapping[str, Tensor]], places: Sequence[tuple[int, i
     return {name: torch.stack([tables[shard][name][row] for shard, row in places], out=into[name]) for name in first}
 
 
-def as_reference(rows: Rows) -> ReferenceErrors | PackedReference:
+def as_reference(rows: Rows, format: str) -> ReferenceErrors | tuple[Tensor, Tensor] | PackedReference:
     """Rows as the `reference` argument of `preference_loss`."""
-    packed = rows["chosen"].dtype != torch.float32
-    return PackedReference(**rows) if packed else ReferenceErrors(**rows)
+    if format == "errors":
+        return ReferenceErrors(**rows)
+    return (rows["chosen"], rows["rejected"]) if format == "predictions" else PackedReference(**rows)

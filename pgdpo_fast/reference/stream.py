@@ -1,7 +1,7 @@
 """Brings cached rows to where the loss runs before it asks: disk to host in another thread, host to device beside it.
 
-Two scalars a row (format "errors") live on the device as one table. Packed predictions are read ahead from the
-memory-mapped shards; for a GPU they pass through pinned slots and a side stream, so neither the disk nor the bus is
+Two scalars a row (format "errors") live on the device as one table. Predictions are read ahead from the memory-mapped
+shards; for a GPU they pass through pinned slots and a side stream, so neither the disk nor the bus is
 waited for while a step computes.
 """
 
@@ -19,7 +19,7 @@ import torch
 
 from pgdpo_fast.loss import PackedReference, ReferenceErrors
 from pgdpo_fast.reference.cache import ReferenceCache
-from pgdpo_fast.reference.rows import Rows, as_reference, gather, row_tensors
+from pgdpo_fast.reference.rows import Rows, as_reference, gather
 
 __all__ = ["RowStream"]
 
@@ -52,10 +52,9 @@ class RowStream:
         if self.device.type == "cuda":
             self._side = torch.cuda.Stream(self.device)
             self._slots: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
-            tensors = row_tensors(cache.layout.format, cache.layout.granularity, cache.layout.shape)
             for _ in range(2):  # one is filled while the other is copied
                 rows = {name: torch.empty((pairs, *shape), dtype=dtype, pin_memory=True)
-                        for name, (shape, dtype) in tensors.items()}
+                        for name, (shape, dtype) in cache.layout.tensors.items()}
                 self._slots.put(_Slot(rows, torch.cuda.Event()))
 
     def prefetch(self, keys: Keys) -> None:
@@ -64,7 +63,7 @@ class RowStream:
             if self._pool is not None and tuple(keys) not in self._ahead and len(self._ahead) < self.depth:
                 self._ahead[tuple(keys)] = self._pool.submit(self._fetch, list(keys))
 
-    def take(self, keys: Keys) -> ReferenceErrors | PackedReference:
+    def take(self, keys: Keys) -> ReferenceErrors | tuple[torch.Tensor, torch.Tensor] | PackedReference:
         """The reference of a batch on the device, ready for the current stream.
 
         Raises:
@@ -72,7 +71,7 @@ class RowStream:
         """
         if self._table is not None:
             places = [(0, number) for number in self.cache.numbers(keys)]
-            return as_reference(gather([self._table], places))
+            return as_reference(gather([self._table], places), "errors")
         with self._lock:
             future = self._ahead.pop(tuple(keys), None) or self._pool.submit(self._fetch, list(keys))
         began = time.perf_counter()
@@ -83,7 +82,7 @@ class RowStream:
             current.wait_event(arrived)
             for values in rows.values():
                 values.record_stream(current)
-        return as_reference(rows)
+        return as_reference(rows, self.cache.layout.format)
 
     def close(self) -> None:
         """Forget what was read ahead and end the thread."""

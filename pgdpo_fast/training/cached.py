@@ -14,7 +14,7 @@ from itertools import cycle, islice
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pgdpo_fast.data.latent_store import LatentStore
 from pgdpo_fast.data.shards import describe_bytes
@@ -64,19 +64,19 @@ def _fingerprint(config: TrainConfig, store: LatentStore, adapter: ModelAdapter,
 
 
 def choose_format(config: TrainConfig, format: str = "auto") -> str:
-    """The format asked for, or the smallest that serves the objective: errors where two numbers a group do, else bf16.
+    """The format asked for, or the smallest that is exact: errors where two numbers a group do, else predictions.
 
     Raises:
         ConfigError: the format cannot serve the configuration's objective.
     """
     predictions = needs_predictions(config.build_objective(), config.training.granularity)
     if format == "auto":
-        return "bf16" if predictions else "errors"
+        return "predictions" if predictions else "errors"
     if format not in FORMATS:
         raise ConfigError(f"format={format!r}: expected auto, {', '.join(FORMATS)}")
     if predictions and format == "errors":
         raise ConfigError(f"format='errors': objective {config.objective['name']} at training.granularity="
-                          f"{config.training.granularity} needs the reference's predictions; use --format bf16")
+                          f"{config.training.granularity} needs the reference's predictions; use --format predictions")
     return format
 
 
@@ -104,7 +104,6 @@ def cache_reference(config: TrainConfig, output: str | os.PathLike, *, format: s
     if config.model.compile:
         adapter.compile(network)
     blocks, size = reference_visits(config, store.ids), options.pairs_per_step // options.accumulation
-    granularity = options.granularity if format == "errors" else "any"
     held_out = frozenset(blocks[1].ids) if len(blocks) > 1 else frozenset()
     stage, evaluation_stage = (Stage(store, config.build_process(), adapter.text_tokens, options.seed, device, strata)
                                for strata in (max(1, options.draws_per_pair), options.evaluation_draws))
@@ -118,15 +117,15 @@ def cache_reference(config: TrainConfig, output: str | os.PathLike, *, format: s
             draws = list(islice(cycle(draws), size))
             batch = stage.noise(draws, stage.read(draws))
         prediction = adapter.forward(network, batch.noised, batch.model_timestep, batch.text)
-        rows = pack(prediction, batch.target, format, granularity, options.backend)
+        rows = pack(prediction, batch.target, format, options.granularity, options.backend)
         return {name: values[: len(keys)] for name, values in rows.items()}
 
     provenance = {"model.path": config.model.path, "model.revision": config.model.revision, "device": str(device),
                   "store": str(store.path), "attention_backend": config.model.attention_backend,
                   "compile": config.model.compile}
     return build_cache(output, fingerprint=fingerprint, blocks=blocks, compute=compute, provenance=provenance,
-                       layout=Layout.of(format, granularity, store.shape, size), progress=progress, rank=rank,
-                       world_size=world_size, resume_command=resume_command)
+                       layout=Layout.of(format, options.granularity, store.shape, config.model.dtype, size),
+                       progress=progress, rank=rank, world_size=world_size, resume_command=resume_command)
 
 
 @dataclass
@@ -152,13 +151,13 @@ class CachedReference:
             if needs_predictions(config.build_objective(), options.granularity):
                 raise DataError(f"{cache.path}: holds errors; objective {config.objective['name']} at "
                                 f"training.granularity={options.granularity} needs the reference's predictions; make a "
-                                "cache in another folder with --format bf16")
+                                "cache in another folder with --format predictions")
             if layout.granularity != options.granularity:
                 raise DataError(f"{cache.path}: training.granularity was {layout.granularity!r}, is now "
                                 f"{options.granularity!r}; set it back, or make a cache for it in another folder")
         return cls(cache, RowStream(cache, device, pairs=size, depth=2 * options.accumulation), size)
 
-    def __call__(self, batch: Batch) -> ReferenceErrors | PackedReference:
+    def __call__(self, batch: Batch) -> ReferenceErrors | tuple[Tensor, Tensor] | PackedReference:
         return self.stream.take(_keys(batch.draws))
 
     @property
@@ -170,7 +169,8 @@ class CachedReference:
 
     def cost(self) -> str:
         layout = self.cache.layout
-        kind = f"errors per {layout.granularity}" if layout.format == "errors" else f"predictions in {layout.format}"
+        kind = {"errors": f"errors per {layout.granularity}", "predictions": "exact predictions",
+                "bf16": "predictions rounded to bf16", "fp8": "predictions rounded to fp8"}[layout.format]
         other = "" if layout.pairs_per_forward == self.pairs else (
             f"; made {layout.pairs_per_forward} pairs a forward, this run takes {self.pairs}: equal up to rounding")
         return (f"cached: no forward and no weights; {len(self.cache)} rows of {kind}, "

@@ -115,9 +115,10 @@ def make_plan(config: TrainConfig) -> Plan:
     lora = config.model.train == "lora"
     copy = weights - trained_size if lora else weights  # adapters are no part of a copy
     rows = sum(block.rows for block in blocks)
-    cache = {name: Layout.of(name, options.granularity, store.shape, 1).row_bytes for name in FORMATS}
+    cache = {name: Layout.of(name, options.granularity, store.shape, config.model.dtype, 1).row_bytes
+             for name in FORMATS}
     format, size = choose_format(config), options.pairs_per_step // options.accumulation
-    # errors lie on the device as one table; of packed rows one batch is used while the next arrives
+    # errors lie on the device as one table; of predictions one batch is used while the next arrives
     resident = rows * cache["errors"] if format == "errors" else 2 * size * cache[format]
     return Plan(
         pairs=len(blocks[0].ids), held_out=len(blocks[1].ids) if len(blocks) > 1 else 0,

@@ -25,8 +25,9 @@ __all__ = ["AdapterOffReference", "CopyReference", "ReferenceProvider", "needs_p
 class ReferenceProvider(Protocol):
     """What the loop asks of a reference."""
 
-    def __call__(self, batch: Batch) -> ReferenceErrors | PackedReference | Tensor:
-        """Errors (`[B]`, or `[B, F]` per frame) or predictions `[2B, C, F, H, W]`, packed or not, without gradient."""
+    def __call__(self, batch: Batch) -> ReferenceErrors | PackedReference | tuple[Tensor, Tensor] | Tensor:
+        """What `preference_loss` takes as its reference, without gradient: errors (`[B]`, or `[B, F]` per frame) or
+        predictions, packed or not."""
 
     def prefetch(self, draws: Sequence[Draw]) -> None:
         """Begin to bring what a coming batch needs; called from another thread."""

@@ -142,7 +142,7 @@ def _questions(config: TrainConfig) -> str:
     asked = [model, config.data.store, config.data.evaluation_pairs, dict(config.process), options.seed,
              max(1, options.draws_per_pair), options.evaluation_draws * bool(config.data.evaluation_pairs),
              options.pairs_per_step // options.accumulation, choose_format(config),
-             options.granularity if choose_format(config) == "errors" else "any"]
+             options.granularity * (choose_format(config) == "errors")]
     return sha256_bytes(canonical_json(asked).encode())[:8]
 
 
