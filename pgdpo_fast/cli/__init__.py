@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import inspect
 import sys
+import textwrap
+from difflib import get_close_matches
 from importlib import import_module
 
+from pgdpo_fast import __version__
 from pgdpo_fast.errors import ConfigError, PgdpoError
 
 # verb -> (module under pgdpo_fast.cli, class in it), in the order the help lists them
@@ -28,21 +31,27 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code (0 ok, 2 config, 3 data, 4 non-finite, 5 out of memory, 75 preempted)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    if argv[0] not in COMMANDS:
+        close = get_close_matches(argv[0], COMMANDS, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(COMMANDS)}"
+        print(f"error: no command {argv[0]!r}{hint}", file=sys.stderr)
+        return ConfigError.exit_code
     try:
         import tyro
     except ImportError:
         print("error: the command line needs the train extra; run: pip install 'pgdpo-fast[train]'", file=sys.stderr)
         return ConfigError.exit_code
-    argv = sys.argv[1:] if argv is None else argv
-    # Load the chosen command alone when one is named; all of them only for the overview.
-    names = [argv[0]] if argv and argv[0] in COMMANDS else list(COMMANDS)
-    classes = {name: getattr(import_module(f"{__name__}.{COMMANDS[name][0]}"), COMMANDS[name][1]) for name in names}
+    command_class = _command(argv[0])
     try:
-        if len(names) == 1:
-            command = tyro.cli(classes[names[0]], prog=f"pgdpo-fast {names[0]}", args=argv[1:],
-                               description=inspect.getdoc(classes[names[0]]))
-        else:
-            command = tyro.extras.subcommand_cli_from_dict(classes, prog="pgdpo-fast", args=argv, description=__doc__)
+        command = tyro.cli(command_class, prog=f"pgdpo-fast {argv[0]}", args=argv[1:],
+                           description=inspect.getdoc(command_class))
         return command.run() or 0
     except PgdpoError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -50,3 +59,20 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _command(verb: str) -> type:
+    module, name = COMMANDS[verb]
+    return getattr(import_module(f"{__name__}.{module}"), name)
+
+
+def _overview() -> str:
+    """Every command with the first sentence of its help."""
+    lines = ["Preference optimization of video diffusion models, fused and exact.", "",
+             "usage: pgdpo-fast COMMAND [flags]", ""]
+    for verb in COMMANDS:
+        first = inspect.getdoc(_command(verb)).split("\n\n")[0].replace("\n", " ")
+        lines += textwrap.wrap(first, 100, initial_indent=f"  {verb:<17}", subsequent_indent=" " * 19)
+    lines += ["", "pgdpo-fast COMMAND --help explains one. Exit codes: 0 ok, 2 configuration, 3 data, 4 non-finite,",
+              "5 out of memory, 75 stopped by SIGTERM with its state saved."]
+    return "\n".join(lines)
