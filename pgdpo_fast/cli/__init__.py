@@ -30,7 +30,12 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit code (0 ok, 2 config, 3 data, 4 non-finite, 5 out of memory, 75 preempted)."""
+    """Run one command and return its exit code: 0, or the one of the error's class."""
+    try:
+        import tyro
+    except ImportError:
+        print("error: the command line needs the train extra; run: pip install 'pgdpo-fast[train]'", file=sys.stderr)
+        return ConfigError.exit_code
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(_overview())
@@ -43,15 +48,10 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(COMMANDS)}"
         print(f"error: no command {argv[0]!r}{hint}", file=sys.stderr)
         return ConfigError.exit_code
-    try:
-        import tyro
-    except ImportError:
-        print("error: the command line needs the train extra; run: pip install 'pgdpo-fast[train]'", file=sys.stderr)
-        return ConfigError.exit_code
     command_class = _command(argv[0])
     try:
         command = tyro.cli(command_class, prog=f"pgdpo-fast {argv[0]}", args=argv[1:],
-                           description=inspect.getdoc(command_class))
+                           description=inspect.getdoc(command_class), config=(tyro.conf.FlagCreatePairsOff,))
         return command.run() or 0
     except PgdpoError as error:
         print(f"error: {error}", file=sys.stderr)

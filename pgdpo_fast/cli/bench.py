@@ -29,7 +29,7 @@ class Bench:
         pgdpo-fast bench --quick --compare bench/results/h200/quick.json
     """
 
-    quick: tyro.conf.FlagCreatePairsOff[bool] = False
+    quick: bool = False
     """Wan2.1 480p at one pair, element and sample form, bfloat16: under three minutes on two cores. Ignores the five
     flags that choose cases."""
     shapes: tuple[Shape, ...] = ("videocrafter2", "cogvideox-480p", "wan2.1-480p", "wan2.1-720p", "hunyuanvideo-720p")

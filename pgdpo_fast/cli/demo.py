@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import tyro
-
 __all__ = ["Demo"]
 
 
@@ -30,9 +28,9 @@ class Demo:
     """fine-tuning steps of each method, unset: 150"""
     pretraining_steps: int | None = None
     """steps of the training from scratch, unset: 1200"""
-    fast: tyro.conf.FlagCreatePairsOff[bool] = False
+    fast: bool = False
     """seconds instead of minutes, to check an installation: too little training for the effect or for nice clips"""
-    fresh: tyro.conf.FlagCreatePairsOff[bool] = False
+    fresh: bool = False
     """delete what an earlier demo left in the folder"""
 
     def run(self) -> int:

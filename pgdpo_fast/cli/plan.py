@@ -23,7 +23,7 @@ class Plan:
         tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]], tyro.conf.arg(metavar="KEY=VALUE [KEY=VALUE ...]")
     ] = ()
     """Settings laid over the file, as for `train`."""
-    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    json: bool = False
     """Print the counts as one JSON object instead."""
 
     def run(self) -> int:

@@ -39,7 +39,7 @@ class Train:
     display: Literal["auto", "live", "plain", "none"] = "auto"
     """live: one line and the preference-health panel in place; plain: a line every output.log_every steps; auto:
     live on a terminal."""
-    list_settings: tyro.conf.FlagCreatePairsOff[bool] = False
+    list_settings: bool = False
     """Print every setting with its type, default and meaning, and stop."""
 
     def run(self) -> None:
