@@ -254,14 +254,13 @@ using Wide = Vec<S, PGDPO_VECTOR_BYTES == 64 && sizeof(S) == 4 ? 2 : 1>;
 template <class S>
 struct Stage {
   int kind, flags;
-  bool outer;
   S parameters[PARAMETERS];
   S scale, posterior_scale;
   S means[ELEMENT_MEANS];
 };
 
 template <class S, int KIND, int FLAGS, bool OUTER, Wanted WANTED>
-void run_objective(const Stage<S>& stage, Block<S>& block, int count, Wide<S> (&sums)[OBJECTIVE_SUMS]) {
+void run_objective(const Stage<S>& stage, Block<S>& block, int count, Vec<S> (&sums)[OBJECTIVE_SUMS]) {
   using V = Wide<S>;
   const int kind = KIND == ANY ? stage.kind : KIND, flags = FLAGS == ANY ? stage.flags : FLAGS;
   const V scale = stage.scale, posterior_scale = stage.posterior_scale;
@@ -269,9 +268,9 @@ void run_objective(const Stage<S>& stage, Block<S>& block, int count, Wide<S> (&
   S ascending[V::width];
   for (int lane = 0; lane < V::width; ++lane) ascending[lane] = S(lane);
   const V numbers = V::at(ascending);
-  V part[OBJECTIVE_SUMS];
+  Vec<S> part[OBJECTIVE_SUMS];
   memcpy(part, sums, sizeof(part));
-  over_vectors<V>(0, count, [&](auto whole, int i, int lanes) PGDPO_LAMBDA {
+  for (int i = 0; i < count; i += V::width) {
     const V u_w = V::at(block.u_w + i), u_l = V::at(block.u_l + i), minus_w = V::at(block.minus_w + i);
     const Errors<V> e{u_w * u_w,         u_l * u_l, V::at(block.gap_w + i), V::at(block.gap_l + i),
                       minus_w * minus_w, u_w * u_l, posterior_scale};
@@ -284,23 +283,21 @@ void run_objective(const Stage<S>& stage, Block<S>& block, int count, Wide<S> (&
       (scale * (t.by_rejected * u_l)).to(block.gradient_l + i);
     }
     if (WANTED != GRADIENTS) {
-      const auto add = [&](int k, V term) PGDPO_LAMBDA {
-        part[k] = part[k] + (decltype(whole)::value ? term : select(numbers < V(S(lanes)), term, V(S(0))));
-      };
-      add(0, OUTER ? t.preference : t.loss);
-      add(1, t.logits);
-      add(2, t.alpha);
-      add(3, t.gamma);
-      add(4, t.importance);
-      if (OUTER) add(5, t.complement);
-      if (OUTER) add(6, t.implicit);
+      const auto inside = numbers < V(S(count - i));
+      part[0] = part[0] + sum_of_registers(select(inside, OUTER ? t.preference : t.loss, V(S(0))));
+      part[1] = part[1] + sum_of_registers(select(inside, t.logits, V(S(0))));
+      part[2] = part[2] + sum_of_registers(select(inside, t.alpha, V(S(0))));
+      part[3] = part[3] + sum_of_registers(select(inside, t.gamma, V(S(0))));
+      part[4] = part[4] + sum_of_registers(select(inside, t.importance, V(S(0))));
+      if (OUTER) part[5] = part[5] + sum_of_registers(select(inside, t.complement, V(S(0))));
+      if (OUTER) part[6] = part[6] + sum_of_registers(select(inside, t.implicit, V(S(0))));
     }
-  });
+  }
   memcpy(sums, part, sizeof(part));
 }
 
 template <class S>
-using RunObjective = void (*)(const Stage<S>&, Block<S>&, int, Wide<S> (&)[OBJECTIVE_SUMS]);
+using RunObjective = void (*)(const Stage<S>&, Block<S>&, int, Vec<S> (&)[OBJECTIVE_SUMS]);
 
 // Objectives with a version of their own in float, pointwise; everything else takes the version that branches.
 template <class S>
@@ -345,10 +342,9 @@ void elements(const Pair& x, const Elements& call, int64_t begin, int64_t end) {
       call.outer ? outer_objective<S>(flags, with_gradients) : pointwise_objective<S>(call.kind, flags);
   const bool anchor = call.kind == KIND_PGDPO && (call.flags & FLAG_IPR_ANCHOR);
   const int dtype = D == MIXED ? call.gradient[0].dtype : D;
-  Stage<S> stage{call.kind, flags, call.outer, {}, S(0), S(0), {}};
+  Stage<S> stage{call.kind, flags, {}, S(0), S(0), {}};
   for (int k = 0; k < PARAMETERS; ++k) stage.parameters[k] = S(call.parameters[k]);
-  Block<S> block;
-  if (!anchor) memset(block.minus_w, 0, sizeof(block.minus_w));
+  Block<S> block{};
   for (int64_t c = begin; c < end; ++c) {
     const Chunk at(x, c);
     const Reader<S, D> reader(x, at, true);
@@ -358,7 +354,7 @@ void elements(const Pair& x, const Elements& call, int64_t begin, int64_t end) {
       for (int k = 0; k < ELEMENT_MEANS; ++k) stage.means[k] = S(call.means[k * x.pairs + at.pair]);
     char* out[2] = {row_start(call.gradient[0], at.pair, at.start), row_start(call.gradient[1], at.pair, at.start)};
     Sums<V, 4> errors;
-    Sums<Wide<S>, OBJECTIVE_SUMS> terms;
+    Sums<V, OBJECTIVE_SUMS> terms;
     for (int first = 0; first < at.count; first += BLOCK) {
       const int count = lesser(BLOCK, at.count - first);
       V part[4];

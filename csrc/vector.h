@@ -125,6 +125,13 @@ struct Vec {
 };
 
 template <class S, int K>
+PGDPO_INLINE Vec<S> sum_of_registers(Vec<S, K> x) {
+  Vec<S> total(x.v[0]);
+  for (int k = 1; k < K; ++k) total = total + Vec<S>(x.v[k]);
+  return total;
+}
+
+template <class S, int K>
 struct ScalarOf<Vec<S, K>> {
   using type = S;
 };
