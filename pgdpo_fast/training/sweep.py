@@ -71,7 +71,7 @@ def expand(path: str | Path, overrides: Sequence[str], grid: Sequence[str], outp
             raise ConfigError(f"--grid {axis!r}: expected key=value,value,... with different values")
         if key in ("output.dir", "data.reference_cache"):
             raise ConfigError(f"--grid {key}: the sweep chooses it for every run")
-        axes.append([(key, value if isinstance(value, str) else canonical_json(value)) for value in values])
+        axes.append([(key, _text(value)) for value in values])
     if not axes or len({axis[0][0] for axis in axes}) < len(axes):
         raise ConfigError("--grid: expected at least one key=value,value,..., and every key once")
     last = [axis[0][0].rpartition(".")[2] for axis in axes]
@@ -79,9 +79,14 @@ def expand(path: str | Path, overrides: Sequence[str], grid: Sequence[str], outp
     configs = {}
     for chosen in itertools.product(*axes):
         name = ",".join(f"{short[key]}={value}" for key, value in chosen).replace("/", "_").replace(" ", "")
-        settings = [f"{key}={value}" for key, value in chosen]
-        configs[name] = load_config(path, [*overrides, *settings, f"output.dir={output / name}"])
+        config = load_config(path, [*overrides, *(f"{key}={value}" for key, value in chosen)])
+        configs[name] = replace(config, output=replace(config.output, dir=str(output / name)))
     return configs
+
+
+def _text(value: Any) -> str:
+    """A value of a grid as it was written: BaseLoader leaves scalars alone and opens lists."""
+    return f"[{','.join(map(_text, value))}]" if isinstance(value, list) else str(value)
 
 
 def sweep(configs: Mapping[str, TrainConfig], keys: Sequence[str], output: Path, *, display: str = "auto",
