@@ -40,7 +40,7 @@ class Section:
 SECTIONS = (
     Section("environment", 40, 0),
     Section("parity", 115, 1, shards=8), Section("properties", 115, 1),
-    Section("memcheck", 115, 1), Section("racecheck", 115, 1),
+    Section("memcheck", 115, 1), Section("racecheck", 115, 1), Section("warm", 115, 1, shards=3),
     Section("speed", 200, 2), Section("tuning", 55, 3), Section("cache", 25, 4), Section("step", 60, 5),
 )
 GRACE = 8.0  # seconds past its limit before a section is ended from outside
@@ -131,6 +131,9 @@ def run_waves(options, folder: Path, save) -> dict:
     places = {"check": "checks", "case": "cases", "experiment": "experiments", "cache": "cache", "step": "step",
               "left_out": "left_out"}
     chosen = [s for s in SECTIONS if not options.only or s.name in options.only or s.name == "environment"]
+    if options.only:  # the whole time for what was asked for
+        chosen = [replace(section, seconds=options.seconds) if section.name != "environment" else section
+                  for section in chosen]
     if options.dry_run:  # its times mean nothing, so timed parts may share the machine
         chosen = [replace(section, wave=min(section.wave, 2), shards=1) for section in chosen]
     for wave in sorted({section.wave for section in chosen}):

@@ -165,9 +165,9 @@ def _time_events(walk: Callable[[], object], calls: int, seconds: float, rounds:
     return Timing.of(samples)
 
 
-def host_seconds(step: Step, calls: int = 50, rounds: int = 5) -> float:
-    """Time the CPU needs to issue one call, the device not waited for: the best of `rounds` runs of `calls` calls."""
-    best = float("inf")
+def host_seconds(step: Step, device_seconds: float, rounds: int = 5) -> float:
+    """Time the CPU needs to issue one call, the device not waited for: the best of `rounds` runs of up to 50 calls."""
+    best, calls = float("inf"), max(3, min(50, int(0.05 / device_seconds)))
     for _ in range(rounds):
         torch.cuda.synchronize()
         begin = time.perf_counter()
@@ -333,11 +333,12 @@ def needed_bytes(case: Case, device: torch.device) -> int:
 
 def measure(case: Case, device: torch.device, *, contenders: Sequence[Contender] = CONTENDERS, seed: int = 0,
             budget: Budget = DEFAULT_BUDGET, withheld: Callable[[Contender, Case], str | None] = lambda *_: None,
-            progress: Callable[[str], None] = lambda _: None) -> dict:
+            count_launches: bool = True, progress: Callable[[str], None] = lambda _: None) -> dict:
     """Gate and measure all contenders on one case, as a JSON-ready record.
 
     Args:
         withheld: (contender, case) -> why its speed must not be measured (red elsewhere), or None.
+        count_launches: on a GPU, profile one call of each contender.
         progress: called with a line before each slow part.
     """
     record = {"key": case.key, **asdict(case), "shape": case.shape.name, "latents": list(case.shape.latents),
@@ -380,6 +381,8 @@ def measure(case: Case, device: torch.device, *, contenders: Sequence[Contender]
     if device.type == "cuda":
         for name, step in steps.items():
             _measure_on_device(record["contenders"][name], step, sets)
+            if count_launches:
+                record["contenders"][name]["launches"] = launches(step)
     else:
         for name, timing in time_in_turns(steps, budget.seconds, budget.rounds).items():
             record["contenders"][name]["time"] = asdict(timing)
@@ -395,8 +398,7 @@ def _measure_on_device(entry: dict, step: Step, sets: int) -> None:
     except RuntimeError as error:  # work that synchronizes cannot be captured; the launch-by-launch time stands
         entry["graph_failed"] = str(error).splitlines()[0][:300]
         torch.cuda.synchronize()
-    entry["host_s"] = host_seconds(step)
-    entry["launches"] = launches(step)
+    entry["host_s"] = host_seconds(step, entry["time"]["median"])
 
 
 def measure_copy(device: torch.device, seconds: float = 2.0) -> dict:

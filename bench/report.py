@@ -72,7 +72,8 @@ def lines(result: dict) -> Iterator[dict]:
 def columns(result: dict) -> list[tuple[str, str]]:
     """(key, heading) of the table's columns."""
     on_gpu = result["environment"]["device_type"] == "cuda"
-    first = [("contender", "contender"), ("time", "device time" if on_gpu else "time"), ("spread", "spread")]
+    first = [("contender", "contender"), ("time", "device time" if on_gpu else "time"), ("spread", "spread"),
+             ("fastest", "fastest")]
     device = [("launch_by_launch", "launch by launch"), ("host", "host"), ("launches", "launches")]
     last = [("vs_eager", "vs eager"), ("vs_compile", "vs compile"), ("of_copy", "of copy"),
             ("beyond_gradients", "temporaries"), ("loss_error", "loss error")]

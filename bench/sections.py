@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import torch
 import pgdpo_fast as pf
 
 from . import correctness, harness
-from .contenders import CONTENDERS, OBJECTIVE, Contender, make_inputs
+from .contenders import CONTENDERS, OBJECTIVE, Contender, Inputs, make_inputs
 from .experiments import EXPERIMENTS, KEEP_GAIN, Experiment
 from .shapes import BATCHES, SHAPES, SMALL_SHAPES, Case
 
@@ -201,28 +202,47 @@ def speed(run: Run) -> None:
         contenders = [c for c in CONTENDERS if compiled or c.name != "compile"]
         budget = harness.Budget(0.05, (2, 3)) if run.dry_run else harness.DEFAULT_BUDGET
         run.add(kind="case", **harness.measure(case, run.device, contenders=contenders, seed=run.seed + 1000 * place,
-                                               budget=budget, withheld=withheld))
+                                               budget=budget, withheld=withheld,
+                                               count_launches=case.shape.name == "wan2.1-480p"))
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
+def warm(run: Run) -> None:
+    """Compile what the timed sections will run, beside the correctness checks: they then find it in the disk caches."""
+    names, _ = correctness.usable_backends(run.device)
+    compiled = next(c for c in CONTENDERS if c.name == "compile")
+    work = [(nullcontext(), compiled, case) for case, with_compile in speed_cases(run.dry_run) if with_compile]
+    work += [(experiment.applied(), Contender(experiment.backend, "", fused=True), case)
+             for experiment in EXPERIMENTS if experiment.backend in names and not run.dry_run
+             for case in experiment.cases]
+    index, shards = run.shard
+    for context, contender, case in work[index::shards]:
+        if run.left() < 0:
+            return
+        try:
+            with context:
+                contender.prepare(case)(make_inputs(case, run.device, run.seed))
+        except Exception as error:  # the timed section will meet it again and record it
+            print(f"{contender.name} on {case.key}: {describe(error)}", file=sys.stderr)
+        run.stop_on_dead_device()
+
+
 # -- tuning
 
-def _median_seconds(run: Run, case: Case, backend: str) -> dict:
+def _median_seconds(inputs: list[Inputs], case: Case, backend: str) -> dict:
     contender = Contender(backend, "", fused=True)
-    sets = harness.input_sets(case, run.device) if run.device.type == "cuda" else 2
-    inputs = [make_inputs(case, run.device, run.seed + i) for i in range(sets)]
     call = contender.prepare(case)
     gate = harness.check(case, inputs[0], contender, *call(inputs[0]))
     if not gate.green:
         return {"status": "red", "gate": asdict(gate)}
 
     def step(i):
-        return call(inputs[i % sets])
+        return call(inputs[i % len(inputs)])
 
-    timing = harness.time_graph(step, sets) if run.device.type == "cuda" else \
-        harness.time_in_turns({"one": step}, 0.05, (2, 3))["one"]
-    return {"status": "ok", **asdict(timing)}
+    if inputs[0].prediction.is_cuda:
+        return {"status": "ok", **asdict(harness.time_graph(step, len(inputs)))}
+    return {"status": "ok", **asdict(harness.time_in_turns({"one": step}, 0.05, (2, 3))["one"])}
 
 
 def verdict(pairs: list[tuple[dict, dict]]) -> tuple[str, float | None]:
@@ -239,16 +259,16 @@ def verdict(pairs: list[tuple[dict, dict]]) -> tuple[str, float | None]:
 
 def tuning(run: Run) -> None:
     experiments = EXPERIMENTS
-    if run.dry_run:  # one setting on a tiny case
-        tiny = (Case(SMALL_SHAPES[0], 1, "sample", "errors"),)
+    if run.dry_run:  # two settings on a tiny case, in float32: the interpreter truncates where bfloat16 rounds
+        tiny = (Case(SMALL_SHAPES[0], 1, "sample", "errors", dtype="float32"),)
         experiments = (replace(EXPERIMENTS[0], cases=tiny), replace(EXPERIMENTS[-1], cases=tiny))
-    present: dict[tuple[str, Case], dict] = {}
+    inputs: dict[Case, list[Inputs]] = {}
     names, reasons = correctness.usable_backends(run.device)
     for experiment in experiments:
-        run.add(kind="experiment", **_experiment(run, experiment, present, names, reasons))
+        run.add(kind="experiment", **_experiment(run, experiment, inputs, names, reasons))
 
 
-def _experiment(run: Run, experiment: Experiment, present: dict, names: list[str], reasons: dict[str, str]) -> dict:
+def _experiment(run: Run, experiment: Experiment, inputs: dict, names: list[str], reasons: dict[str, str]) -> dict:
     record = {"name": experiment.name, "backend": experiment.backend, "because": experiment.because,
               "expected_ratio": experiment.expected_ratio,
               "settings": {path: repr(value) for path, value in experiment.settings.items()}}
@@ -259,11 +279,12 @@ def _experiment(run: Run, experiment: Experiment, present: dict, names: list[str
     pairs = []
     try:
         for case in experiment.cases:
-            place = (experiment.backend, case)
-            if place not in present:
-                present[place] = _median_seconds(run, case, experiment.backend)
+            if case not in inputs:
+                sets = harness.input_sets(case, run.device) if run.device.type == "cuda" else 2
+                inputs[case] = [make_inputs(case, run.device, run.seed + i) for i in range(sets)]
+            before = _median_seconds(inputs[case], case, experiment.backend)
             with experiment.applied():
-                pairs.append((present[place], _median_seconds(run, case, experiment.backend)))
+                pairs.append((before, _median_seconds(inputs[case], case, experiment.backend)))
     except Exception as error:  # a setting that does not even run is an outcome
         return record | {"verdict": "failed", "detail": describe(error)}
     decision, ratio = verdict(pairs)
@@ -392,4 +413,4 @@ def step(run: Run) -> None:
 
 
 SECTIONS = {function.__name__: function for function in (
-    environment, parity, properties, memcheck, racecheck, small_kernels, speed, tuning, cache, step)}
+    environment, parity, properties, memcheck, racecheck, warm, small_kernels, speed, tuning, cache, step)}
