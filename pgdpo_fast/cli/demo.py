@@ -27,7 +27,7 @@ class Demo:
     steps: int | None = None
     """fine-tuning steps of each method, unset: 150"""
     pretraining_steps: int | None = None
-    """steps of the training from scratch, unset: 1200"""
+    """steps of the training from scratch, unset: 800"""
     fast: bool = False
     """seconds instead of minutes, to check an installation: too little training for the effect or for nice clips"""
     fresh: bool = False

@@ -59,7 +59,7 @@ class Plan:
     rendered_side: int = 96
     width: int = 128
     layers: int = 2
-    pretraining_steps: int = 1200
+    pretraining_steps: int = 800
     pretraining_pairs: int = 8
     steps: int = 150
     pairs_per_step: int = 4
