@@ -265,7 +265,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="pgdpo-gpu-") as scratch:
         def save(result, plots=False):
             facts = result["environment"]
-            save_in(out or ROOT / "bench" / "results" / (facts["slug"] if facts else "no-device"), name, result, plots)
+            if facts:
+                save_in(out or ROOT / "bench" / "results" / facts["slug"], name, result, plots)
             done = [f"{n} {'ok' if e['ended'] == 'ok' else 'FAILED'}" for n, e in result["sections"].items()]
             print(f"[{result['seconds']:5.0f} s] {', '.join(done)}", flush=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -311,6 +312,23 @@ def test_dry_run_goes_through_every_section(tmp_path):
     assert result["cases"] and result["cache"] and result["step"] and not result["left_out"]
     assert {e["verdict"] for e in result["experiments"]} <= {"keep", "drop", "no difference"}
     assert "DRY RUN" in (tmp_path / "dry-run.md").read_text() and (tmp_path / "dry-run-roofline.png").stat().st_size
+
+
+@pytest.mark.slow
+def test_the_gpu_command_needs_no_package_of_the_trainer(tmp_path):
+    """Where diffusers, tyro, rich and the rest are missing, the step is skipped by name and the loss still runs."""
+    for name in ("diffusers", "peft", "transformers", "tyro", "rich", "av", "pyarrow", "yaml", "safetensors"):
+        package = tmp_path / "absent" / name
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text(f"raise ModuleNotFoundError('No module named {name}')")
+    command = [sys.executable, str(ROOT / "bench" / "gpu.py"), "--dry-run", "--out", str(tmp_path)]
+    done = subprocess.run([*command, "--only", "speed", "cache", "step"], capture_output=True, text=True, cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path / "absent")}, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    result = json.loads((tmp_path / "dry-run.json").read_text())
+    assert {entry["ended"] for entry in result["sections"].values()} == {"ok"}
+    assert [(s["status"], "diffusers" in s["detail"]) for s in result["step"]] == [("skipped", True)]
+    assert result["cache"] and all(case["contenders"]["eager"]["status"] == "ok" for case in result["cases"])
 
 
 def test_the_command_leaves_the_clone_off_the_path(tmp_path):
