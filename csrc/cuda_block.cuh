@@ -60,26 +60,21 @@ __device__ inline void wait_for_previous() {
 // group is the whole video (up to 512 runs), else one thread a row (as many runs as channels).
 template <int BLOCK, class S>
 __device__ inline void fold_rows(const Pair& x, const Call<S>& call, S* shared) {
+  const bool teams = x.groups == 1;
   const int team = threadIdx.x / THREADS, t = threadIdx.x % THREADS;
   const int64_t rows = x.pairs * x.groups;
+  S* mine = shared + team * STATISTICS * TEAM_WARPS;
   S total = S(0), sums[STATISTICS];
-  if (x.groups == 1) {
-    S* mine = shared + team * STATISTICS * TEAM_WARPS;
-    for (int64_t row = team; row < rows; row += BLOCK / THREADS) {
-      thread_fold(call.partial, x.pairs, x.segments, x.groups, row, t, THREADS, sums);
+#pragma unroll 1
+  for (int64_t row = teams ? team : threadIdx.x; row < rows; row += teams ? BLOCK / THREADS : BLOCK) {
+    thread_fold(call.partial, x.pairs, x.segments, x.groups, row, teams ? t : 0, teams ? THREADS : 1, sums);
+    if (teams) {
       team_sum(sums, mine, team, t);
-      if (t == 0) {
 #pragma unroll
-        for (int k = 0; k < STATISTICS; ++k) sums[k] = team_total(mine, k);
-        finish_row(x, call, row, sums, false, total);
-      }
+      for (int k = 0; k < STATISTICS; ++k) sums[k] = team_total(mine, k);
       team_barrier(team);
     }
-  } else {
-    for (int64_t row = threadIdx.x; row < rows; row += BLOCK) {
-      thread_fold(call.partial, x.pairs, x.segments, x.groups, row, 0, 1, sums);
-      finish_row(x, call, row, sums, false, total);
-    }
+    if (!teams || t == 0) finish_row(x, call, row, sums, false, total);
   }
   total = block_total<BLOCK>(total);
   if (threadIdx.x == 0 && call.kind >= 0) *call.loss = total / S(rows);

@@ -53,6 +53,7 @@ template <int WIDTH>
 __device__ inline char* hold(char* to, View& from, int count, int t, int region) {
   if (region == 0) return to;
   const int bytes = WIDTH * size_of(from.dtype);
+#pragma unroll 1
   for (int at = t * WIDTH; at < count; at += THREADS * WIDTH) {
     const int offset = at / WIDTH * bytes;
     const uint32_t target = uint32_t(__cvta_generic_to_shared(to + offset));
@@ -105,11 +106,13 @@ __global__ void __launch_bounds__(ONE_TOUCH_THREADS) one_touch_kernel(
   const Held held(x, call.anchor);
   const int item_bytes = held.bytes();
 
+#pragma unroll 1
   for (int slot = team; slot < here; slot += TEAMS) {
     Segment<float> s(x, (first + slot) / segments, (first + slot) % segments);
     move_to_held<WIDTH, true>(held, s, latents + slot * item_bytes, t);
   }
   asm volatile("cp.async.wait_all;" ::: "memory");
+#pragma unroll 1
   for (int slot = team; slot < here; slot += TEAMS) {
     const uint32_t item = first + slot;
     Segment<float> s(x, item / segments, item % segments);
@@ -127,6 +130,7 @@ __global__ void __launch_bounds__(ONE_TOUCH_THREADS) one_touch_kernel(
 
   const float incoming = call.incoming == nullptr ? 1.0f : *call.incoming;
   int64_t known = -1;
+#pragma unroll 1
   for (int slot = team; slot < here; slot += TEAMS) {
     const uint32_t item = first + slot;
     Segment<float> s(x, item / segments, item % segments);

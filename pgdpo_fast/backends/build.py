@@ -34,7 +34,7 @@ INSTRUCTION_SETS = {
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
 }
 # Division to 2 ulp instead of the last bit: half the instructions of the element kernels go into it otherwise.
-NVCC_FLAGS = ("-std=c++17", "-O3", "-prec-div=false", "-Xcompiler=-fPIC,-fvisibility=hidden")
+NVCC_FLAGS = ("-std=c++17", "-O3", "-prec-div=false", "-Xcompiler=-fPIC,-fvisibility=hidden", "-cudart=static")
 CUDA_KERNELS = ("pair.cu", "element.cu")
 CUDA_HOST = ("cuda_ops.cpp", "cuda_device.cpp")
 TIMEOUT_SECONDS = 600
@@ -89,7 +89,7 @@ def compile_library(target: Path, instruction_sets: tuple[str, ...]) -> None:
                         str(root / "native.cpp")]}
     for name in instruction_sets:
         calls[name] = [*command, *INSTRUCTION_SETS[name], f"-DPGDPO_ISA={name}", "-c", str(root / "pair.cpp")]
-    _compile_and_link(target, calls, [])
+    _compile_and_link(target, calls, command)
 
 
 def nvcc() -> str:
@@ -106,10 +106,10 @@ def nvcc() -> str:
     raise BuildError("no nvcc found; install the CUDA toolkit of torch's CUDA version and set CUDA_HOME to it")
 
 
-def nvcc_command(source: Path, architectures: tuple[str, ...]) -> list[str]:
-    """The call that compiles one .cu file for `architectures` such as "90"; the caller adds -o."""
+def nvcc_command(architectures: tuple[str, ...]) -> list[str]:
+    """The start of a call that compiles for `architectures` such as "90" or links; needs no GPU."""
     return [nvcc(), *NVCC_FLAGS, f"-ccbin={compiler()[0]}",
-            *(f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures), "-c", str(source)]
+            *(f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures)]
 
 
 def compile_cuda_library(target: Path, architectures: tuple[str, ...]) -> None:
@@ -118,13 +118,11 @@ def compile_cuda_library(target: Path, architectures: tuple[str, ...]) -> None:
     Raises:
         BuildError: as `compile_library`, or the toolkit does not fit torch.
     """
-    root, toolkit = sources(), Path(nvcc()).resolve().parents[1]
     _check_toolkit()
-    command = [*compiler(), *FLAGS, *_torch_flags(), "-DUSE_CUDA", f"-I{toolkit / 'include'}", "-c"]
-    calls = {name: nvcc_command(root / name, architectures) for name in CUDA_KERNELS}
-    calls |= {name: [*command, str(root / name)] for name in CUDA_HOST}
-    folders = [f"-L{folder}" for folder in (toolkit / "lib64", *toolkit.glob("targets/*/lib"), toolkit / "lib")]
-    _compile_and_link(target, calls, [*folders, "-lcudart_static", "-ldl", "-lrt", "-lpthread"])
+    command, root = nvcc_command(architectures), sources()
+    calls = {name: [*command, "-c", str(root / name)] for name in CUDA_KERNELS}
+    calls |= {name: [*command, *_torch_flags(), "-DUSE_CUDA", "-c", str(root / name)] for name in CUDA_HOST}
+    _compile_and_link(target, calls, command)
 
 
 def _check_toolkit() -> None:
@@ -145,8 +143,8 @@ def _torch_flags() -> list[str]:
     return [TORCH_TARGET, f"-I{Path(torch.__file__).parent / 'include'}"]
 
 
-def _compile_and_link(target: Path, calls: dict[str, list[str]], libraries: list[str]) -> None:
-    """Run the compiler calls side by side, link their objects with torch and `libraries`, and replace `target`."""
+def _compile_and_link(target: Path, calls: dict[str, list[str]], linker: list[str]) -> None:
+    """Run the compiler calls side by side, link their objects with torch, and replace `target`."""
     import torch
 
     if sys.platform == "win32":
@@ -159,7 +157,7 @@ def _compile_and_link(target: Path, calls: dict[str, list[str]], libraries: list
         objects = {f"{scratch}/{name}.o": call for name, call in calls.items()}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda item: _call([*item[1], "-o", item[0]]), objects.items()))
-        _call([*compiler(), *FLAGS, "-shared", *objects, *link, *libraries, "-o", f"{scratch}/library.so"])
+        _call([*linker, "-shared", *objects, *link, "-o", f"{scratch}/library.so"])
         os.replace(f"{scratch}/library.so", target)
 
 
