@@ -231,9 +231,15 @@ PGDPO_HD void thread_gradients(const Segment<S>& s, int t, const Coefficients<S>
     block.each(s, at, false, [&](int i, const Differences<S>& d) {
       g_w[i] = FORM == REFERENCE_NONE ? c.chosen * d.u_w : fused(c.chosen, d.u_w, c.anchor * d.minus_w);
       g_l[i] = c.rejected * d.u_l;
+      if (ACCESS == SCALAR) {  // at once: held back, they would cost registers
+        put_one<S>(P, out[0], at + i, g_w[i]);
+        put_one<S>(P, out[1], at + i, g_l[i]);
+      }
     });
-    put<S, Block::WIDTH, P, ACCESS>(out[0], at, s.count, g_w);
-    put<S, Block::WIDTH, P, ACCESS>(out[1], at, s.count, g_l);
+    if (ACCESS != SCALAR) {
+      put<S, Block::WIDTH, P>(out[0], at, g_w);
+      put<S, Block::WIDTH, P>(out[1], at, g_l);
+    }
   });
 }
 
@@ -273,7 +279,7 @@ PGDPO_HD void thread_elements(const Pair& x, const Call<S>& call, const Segment<
       const Terms<S> terms = objective<S>(kind, call.flags, call.parameters, e, FROM_MEANS ? &outer : nullptr);
       g_w[i] = scale * fused(terms.by_chosen, d.u_w, terms.by_anchor * d.minus_w);
       g_l[i] = scale * (terms.by_rejected * d.u_l);
-      if (ACCESS == SCALAR && with_gradients) {  // at once: held back, they would cost registers
+      if (ACCESS == SCALAR && with_gradients) {
         put_one<S>(P, out[0], at + i, g_w[i]);
         put_one<S>(P, out[1], at + i, g_l[i]);
       }
@@ -291,8 +297,8 @@ PGDPO_HD void thread_elements(const Pair& x, const Call<S>& call, const Segment<
       sums[10] += terms.implicit;
     });
     if (ACCESS != SCALAR && with_gradients) {
-      put<S, Block::WIDTH, P, ACCESS>(out[0], at, s.count, g_w);
-      put<S, Block::WIDTH, P, ACCESS>(out[1], at, s.count, g_l);
+      put<S, Block::WIDTH, P>(out[0], at, g_w);
+      put<S, Block::WIDTH, P>(out[1], at, g_l);
     }
   });
 }

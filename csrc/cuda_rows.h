@@ -127,22 +127,15 @@ PGDPO_HD void fetch(uint32_t* to, const char* from) {
 #endif
 }
 
-// One value of any dtype.
+// One value of a dtype that is a constant where it matters.
 template <class S>
-PGDPO_HD S fetch_one(int dtype, const char* data, int64_t i) {
+PGDPO_HD S fetch_one(int dtype, const char* data, int i) {
 #if defined(__CUDA_ARCH__)
-  switch (dtype) {
-    case BFLOAT16:
-      return S(__bfloat162float(reinterpret_cast<const __nv_bfloat16*>(data)[i]));
-    case FLOAT16:
-      return S(__half2float(reinterpret_cast<const __half*>(data)[i]));
-    case FLOAT32:
-      return S(reinterpret_cast<const float*>(data)[i]);
-    case FLOAT8:
-      return S(unpack_float8(uint8_t(data[i])));
-    default:
-      return S(reinterpret_cast<const double*>(data)[i]);
-  }
+  if (dtype == BFLOAT16) return S(__bfloat162float(reinterpret_cast<const __nv_bfloat16*>(data)[i]));
+  if (dtype == FLOAT16) return S(__half2float(reinterpret_cast<const __half*>(data)[i]));
+  if (dtype == FLOAT32) return S(reinterpret_cast<const float*>(data)[i]);
+  if (dtype == FLOAT8) return S(unpack_float8(uint8_t(data[i])));
+  return S(reinterpret_cast<const double*>(data)[i]);
 #elif !defined(__CUDACC__)
   return dtype == FLOAT8 ? S(unpack_float8(uint8_t(data[i]))) : decode<S>(dtype, data, i);
 #else
@@ -229,9 +222,25 @@ struct Vector<S, WIDTH, DTYPE, SCALAR, SPACE> {
   S loaded[WIDTH];
 
   PGDPO_HD void load(const View& from, int at, int count) {
-    const int dtype = DTYPE == ANY ? from.dtype : DTYPE;
+    if constexpr (DTYPE != ANY) {
+      load_as<DTYPE>(from, at, count);
+    } else {
+      if (from.dtype == BFLOAT16)
+        load_as<BFLOAT16>(from, at, count);
+      else if (from.dtype == FLOAT16)
+        load_as<FLOAT16>(from, at, count);
+      else if (from.dtype == FLOAT32)
+        load_as<FLOAT32>(from, at, count);
+      else if (from.dtype == FLOAT64)
+        load_as<FLOAT64>(from, at, count);
+      else
+        load_as<FLOAT8>(from, at, count);
+    }
+  }
+  template <int KNOWN>
+  PGDPO_HD void load_as(const View& from, int at, int count) {
 #pragma unroll
-    for (int i = 0; i < WIDTH; ++i) loaded[i] = at + i < count ? fetch_one<S>(dtype, from.data, at + i) : S(0);
+    for (int i = 0; i < WIDTH; ++i) loaded[i] = at + i < count ? fetch_one<S>(KNOWN, from.data, at + i) : S(0);
   }
   PGDPO_HD void values(const View&, S (&out)[WIDTH]) const {
 #pragma unroll
@@ -239,24 +248,19 @@ struct Vector<S, WIDTH, DTYPE, SCALAR, SPACE> {
   }
 };
 
-// Writes WIDTH values rounded to DTYPE.
-template <class S, int WIDTH, int DTYPE, int ACCESS>
-PGDPO_HD void put(char* data, int at, int count, const S (&x)[WIDTH]) {
-  if constexpr (ACCESS == SCALAR || DTYPE == FLOAT64) {
+// Writes 16 bytes of values rounded to DTYPE.
+template <class S, int WIDTH, int DTYPE>
+PGDPO_HD void put(char* data, int at, const S (&x)[WIDTH]) {
+  uint32_t words[4];
 #pragma unroll
-    for (int i = 0; i < WIDTH; ++i)
-      if (at + i < count) put_one<S>(DTYPE, data, at + i, x[i]);
-  } else {
-    uint32_t words[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      words[i] = DTYPE == FLOAT32 ? to_bits(float(x[i])) : pack_halves(DTYPE, float(x[2 * i % WIDTH]), float(x[(2 * i + 1) % WIDTH]));
+  for (int i = 0; i < 4; ++i)
+    words[i] = WIDTH == 4 ? to_bits(float(x[i]))
+                          : pack_halves(DTYPE, float(x[2 * i % WIDTH]), float(x[(2 * i + 1) % WIDTH]));
 #if defined(__CUDA_ARCH__)
-    *reinterpret_cast<uint4*>(data + int64_t(at) * size_of(DTYPE)) = make_uint4(words[0], words[1], words[2], words[3]);
+  *reinterpret_cast<uint4*>(data + int64_t(at) * size_of(DTYPE)) = make_uint4(words[0], words[1], words[2], words[3]);
 #else
-    memcpy(data + int64_t(at) * size_of(DTYPE), words, sizeof(words));
+  memcpy(data + int64_t(at) * size_of(DTYPE), words, sizeof(words));
 #endif
-  }
 }
 
 }  // namespace cuda

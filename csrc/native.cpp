@@ -1,4 +1,6 @@
 // The CPU operators as torch sees them, on LibTorch's stable ABI: checks, threads, and the small folds between passes.
+#include <string.h>
+
 #include "epilogue.h"
 #include "operands.h"
 
@@ -258,6 +260,35 @@ void element_gradients(PGDPO_OPERANDS, MaybeTensor weight, MaybeTensor posterior
   call.run(x);
 }
 
+// Residuals q - y of predictions q (in the policy's place) as rows of the reference cache, and their errors.
+void pack(PGDPO_OPERANDS, Tensor chosen, Tensor rejected, MaybeTensor chosen_scale, MaybeTensor rejected_scale,
+          Tensor means) {
+  const Operands x(PGDPO_PASS_OPERANDS);
+  const Packed out = packed_of(x, chosen, rejected, chosen_scale, rejected_scale, [](const Tensor& place) {
+    STD_TORCH_CHECK(place.is_cpu(), "packed rows: expected CPU tensors");
+  });
+  std::vector<double> sums(STATISTICS * x.chunks());
+  const Output means_out(means, "means", STATISTICS * x.pair.pairs * groups);
+  const Passes& run = passes(x.float64);
+  x.over_chunks([&](int64_t begin, int64_t end) { run.errors(x.pair, false, false, sums.data(), begin, end); });
+  torch::stable::parallel_for(0, x.pair.pairs * pack_blocks_of(x.pair), 256,
+                              [&](int64_t begin, int64_t end) { run.pack(x.pair, out, begin, end); });
+  for (int64_t row = 0; row < STATISTICS * x.pair.pairs; ++row)
+    for (int64_t g = 0; g < groups; ++g)
+      means_out.set(row * groups + g,
+                    folded(sums.data() + row * segments, segments, g, groups) / (double(x.pair.numel) / double(groups)));
+}
+
+void gather_rows(std::vector<Tensor> tables, std::vector<int64_t> rows, std::vector<Tensor> out) {
+  const std::vector<RowCopy> copies = row_copies(tables, rows, out);
+  for (size_t k = 0; k < copies.size(); ++k)
+    STD_TORCH_CHECK(tables[k].is_cpu() && out[k].is_cpu(), "tables: expected CPU tensors");
+  for (const RowCopy& copy : copies)
+    torch::stable::parallel_for(0, int64_t(rows.size()), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) memcpy(copy.to + i * copy.bytes, copy.from + rows[i] * copy.bytes, copy.bytes);
+    });
+}
+
 STABLE_TORCH_LIBRARY(pgdpo_fast_native, m) {
   m.def("instruction_set() -> str");
   m.def("errors(" PGDPO_SCHEMA "bool anchor, bool cross, Tensor(a!) partial) -> ()");
@@ -280,6 +311,8 @@ STABLE_TORCH_LIBRARY_IMPL(pgdpo_fast_native, CPU, m) {
   m.impl("fold_objective", TORCH_BOX(&fold_objective));
   m.impl("element_objective", TORCH_BOX(&element_objective));
   m.impl("element_gradients", TORCH_BOX(&element_gradients));
+  m.impl("pack", TORCH_BOX(&pack));
+  m.impl("gather_rows", TORCH_BOX(&gather_rows));
 }
 
 }  // namespace

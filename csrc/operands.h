@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "cache.h"
 #include "pair.h"
 
 namespace pgdpo {
@@ -129,6 +130,54 @@ struct Operands {
   }
 };
 
+// Where packed rows of these operands go. `check_place` is called with every output: rows may lie on another device.
+template <class Check>
+Packed packed_of(const Operands& x, const Tensor& chosen, const Tensor& rejected, const MaybeTensor& chosen_scale,
+                 const MaybeTensor& rejected_scale, const Check& check_place) {
+  Packed out;
+  const Tensor* rows[2] = {&chosen, &rejected};
+  const MaybeTensor* scales[2] = {&chosen_scale, &rejected_scale};
+  for (int side = 0; side < 2; ++side) {
+    check_place(*rows[side]);
+    out.rows[side] = rows_of<MutableRows>(*rows[side], "packed rows", *rows[side], x.pair.pairs, x.pair.numel);
+    const bool bytes = out.rows[side].dtype == FLOAT8;
+    STD_TORCH_CHECK(bytes || out.rows[side].dtype == BFLOAT16, "packed rows: expected bfloat16 or uint8");
+    STD_TORCH_CHECK(bytes == scales[side]->has_value() && out.rows[side].dtype == out.rows[0].dtype,
+                    "packed rows: expected one dtype, and scales with uint8");
+    if (!bytes) continue;
+    const Tensor& scale = **scales[side];
+    check_place(scale);
+    out.scale[side] = rows_of<MutableRows>(scale, "scales", scale, x.pair.pairs, pack_blocks_of(x.pair));
+    STD_TORCH_CHECK(out.scale[side].dtype == FLOAT32, "scales: expected float32");
+  }
+  return out;
+}
+
+// A table of rows, where those of a batch go, and the bytes of one.
+struct RowCopy {
+  const char* from;
+  char* to;
+  int64_t bytes;
+};
+
+inline std::vector<RowCopy> row_copies(const std::vector<Tensor>& tables, const std::vector<int64_t>& rows,
+                                       const std::vector<Tensor>& out) {
+  STD_TORCH_CHECK(tables.size() == out.size() && !tables.empty(), "out: expected one tensor a table");
+  std::vector<RowCopy> copies;
+  for (size_t k = 0; k < tables.size(); ++k) {
+    const Tensor &from = tables[k], &to = out[k];
+    STD_TORCH_CHECK(from.dim() >= 1 && from.is_contiguous() && to.is_contiguous() && from.dim() == to.dim() &&
+                        from.scalar_type() == to.scalar_type() && to.size(0) == int64_t(rows.size()),
+                    "out: expected contiguous [", rows.size(), ", ...] like the table");
+    for (int64_t d = 1; d < from.dim(); ++d) STD_TORCH_CHECK(from.size(d) == to.size(d), "out: expected the table's rows");
+    for (int64_t row : rows)
+      STD_TORCH_CHECK(row >= 0 && row < from.size(0), "rows: expected numbers below ", from.size(0), ", got ", row);
+    const int64_t bytes = from.numel() / from.size(0) * int64_t(from.element_size());
+    copies.push_back({static_cast<const char*>(from.const_data_ptr()), static_cast<char*>(to.mutable_data_ptr()), bytes});
+  }
+  return copies;
+}
+
 #define PGDPO_OPERANDS                                                                                              \
   const Tensor &p_w, const Tensor &p_l, const Tensor &y_w, const Tensor &y_l, const MaybeTensor &noise,             \
       const MaybeTensor &target_scale, const MaybeTensor &q_w, const MaybeTensor &q_l, const MaybeTensor &s_w,      \
@@ -149,6 +198,10 @@ inline void define_shared(torch::stable::detail::StableLibrary& m) {
         "Tensor(e!) rejected) -> ()");
   m.def("element_gradients(" PGDPO_SCHEMA PGDPO_ELEMENTS_SCHEMA
         "bool speculative, Tensor means, Tensor incoming, Tensor(a!) chosen, Tensor(b!) rejected) -> ()");
+  m.def("pack(" PGDPO_SCHEMA
+        "Tensor(a!) chosen, Tensor(b!) rejected, Tensor(c!)? chosen_scale, Tensor(d!)? rejected_scale, "
+        "Tensor(e!) means) -> ()");
+  m.def("gather_rows(Tensor[] tables, int[] rows, Tensor(a!)[] out) -> ()");
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "cache.h"
 #include "epilogue.h"
 #include "vector.h"
 
@@ -437,7 +438,8 @@ void run_elements(const Pair& x, const Elements& call, int64_t begin, int64_t en
 #define PGDPO_NAME(x) PGDPO_STRING(x)
 
 template <class S>
-constexpr Passes PASSES = {PGDPO_NAME(PGDPO_ISA), run_errors<S>, run_gradients<S>, run_elements<S>};
+constexpr Passes PASSES = {PGDPO_NAME(PGDPO_ISA), run_errors<S>, run_gradients<S>, run_elements<S>,
+                              pack_blocks};
 
 }  // namespace
 

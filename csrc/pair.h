@@ -51,6 +51,8 @@ struct Elements {
   MutableRows gradient[2];
 };
 
+struct Packed;  // cache.h
+
 // One instruction set's passes over chunks [begin, end), accumulating in float or double.
 struct Passes {
   const char* name;
@@ -60,6 +62,7 @@ struct Passes {
   void (*gradients)(const Pair&, bool anchor, const double* coefficients, const MutableRows gradient[2], int64_t begin,
                     int64_t end);
   void (*elements)(const Pair&, const Elements&, int64_t begin, int64_t end);
+  void (*pack)(const Pair&, const Packed&, int64_t begin, int64_t end);
 };
 
 }  // namespace pgdpo

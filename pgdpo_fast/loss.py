@@ -65,12 +65,20 @@ class PackedReference:
 def _quantise(residual: Tensor) -> tuple[Tensor, Tensor]:
     flat = residual.flatten(1)
     blocks = nn.functional.pad(flat, (0, -flat.shape[1] % PACK_BLOCK)).unflatten(1, (-1, PACK_BLOCK))
-    scale = (blocks.abs().amax(-1) / 448.0).clamp(min=torch.finfo(torch.float32).tiny)
+    scale = (blocks.abs().amax(-1) * (1 / 448)).clamp(min=torch.finfo(torch.float32).tiny)
     blocks = (blocks / scale[..., None]).clamp(-448.0, 448.0)
     rows = blocks.to(torch.float8_e4m3fn)
-    true, kept = (x.square().sum(-1) for x in (blocks, rows.float()))
-    scale = scale * (true / kept).sqrt().where(kept != 0, 1.0)
+    true, kept = (_pairwise_sum(x.square()) for x in (blocks, rows.float()))
+    # torch's float32 square root is not rounded the same everywhere; through float64 it is.
+    scale = scale * (true / kept).double().sqrt().float().where(kept != 0, 1.0)
     return rows.flatten(1)[:, : flat.shape[1]].contiguous().view(torch.uint8).view(residual.shape), scale
+
+
+def _pairwise_sum(x: Tensor) -> Tensor:
+    """Sum over the last axis, neighbours first: the order that packs to the same bytes everywhere (csrc/cache.h)."""
+    while x.shape[-1] > 1:
+        x = x[..., ::2] + x[..., 1::2]
+    return x[..., 0]
 
 
 @dataclass(frozen=True)

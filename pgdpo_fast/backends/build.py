@@ -88,7 +88,9 @@ def compile_library(target: Path, instruction_sets: tuple[str, ...]) -> None:
     calls = {"native": [*command, *_torch_flags(), *(f"-DPGDPO_HAVE_{name.upper()}" for name in instruction_sets), "-c",
                         str(root / "native.cpp")]}
     for name in instruction_sets:
-        calls[name] = [*command, *INSTRUCTION_SETS[name], f"-DPGDPO_ISA={name}", "-c", str(root / "pair.cpp")]
+        own = [*command, *INSTRUCTION_SETS[name], f"-DPGDPO_ISA={name}"]
+        calls[name] = [*own, "-c", str(root / "pair.cpp")]
+        calls[f"{name}_cache"] = [*own, "-ffp-contract=off", "-c", str(root / "cache.cpp")]  # bytes are defined exactly
     _compile_and_link(target, calls, command)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pgdpo_fast.backends import build
-from pgdpo_fast.backends.operands import Operands, segments
+from pgdpo_fast.backends.operands import PACK_BLOCK, Operands, segments
 
 SWITCHED_OFF = "switched off by PGDPO_FAST_NATIVE=0"
 STATISTICS, TELEMETRY, ELEMENT_MEANS = 6, 9, 4
@@ -234,3 +234,40 @@ def element_gradients(x: Operands, reference_form: int, weight: Tensor | None, p
     torch.ops.pgdpo_fast_native.element_gradients(
         *_arguments(x, reference_form, 1), *_contiguous(weight, posterior_scale), kind, flags, parameters, outer,
         speculative, means, incoming, chosen, rejected)
+
+
+def pack(x: Operands, format: str, out: dict[str, Tensor] | None = None) -> tuple[dict[str, Tensor], Tensor]:
+    """Rows of the reference cache, the bytes of `PackedReference.pack`, and the reference's errors, in one pass.
+
+    Args:
+        x: the reference's predictions in the policy's place, and their targets.
+        format: "bf16" or "fp8".
+        out: where rows go, `PackedReference`'s tensors by name; for CUDA predictions also pinned host memory, which the
+            kernel then writes itself. New tensors beside the predictions otherwise.
+
+    Returns:
+        The rows by name, and `[2, B]` mean squared errors.
+    """
+    if out is None:
+        like, fp8 = x.policy.chosen, format == "fp8"
+        rows = [torch.empty(like.shape, dtype=torch.uint8 if fp8 else torch.bfloat16, device=like.device) for _ in "wl"]
+        out = dict(zip(("chosen", "rejected"), rows, strict=True))
+        if fp8:
+            out |= {f"{name}_scale": like.new_empty((x.pairs, -(-x.numel // PACK_BLOCK)), dtype=torch.float32)
+                    for name in ("chosen", "rejected")}
+    means = _empty(x, STATISTICS, x.pairs, 1)
+    torch.ops.pgdpo_fast_native.pack(*_arguments(x, 0, 1), out["chosen"], out["rejected"], out.get("chosen_scale"),
+                                     out.get("rejected_scale"), means)
+    return out, means[:2, :, 0]
+
+
+def gather_rows(tables: list[Tensor], rows: list[int], out: list[Tensor]) -> list[Tensor]:
+    """Copy `tables[k][rows]` into `out[k]` for every k: one launch for CUDA outputs, whose tables may be pinned memory.
+
+    Args:
+        tables: `[rows, ...]` contiguous.
+        rows: which rows of every table.
+        out: `[len(rows), ...]` contiguous, of the tables' dtypes.
+    """
+    torch.ops.pgdpo_fast_native.gather_rows(tables, rows, out)
+    return out
