@@ -214,8 +214,7 @@ def test_many_segments_are_all_folded(monkeypatch, backend):
     if DEVICE.type == "cpu":
         monkeypatch.setattr(operands, "MIN_CHUNK", 1)
         monkeypatch.setattr(operands, "MAX_CHUNKS", 150)
-        monkeypatch.setattr(triton_backend, "FOLD_STEP", 16)
-        monkeypatch.setattr(triton_backend, "FOLD_ROWS", 2)
+        monkeypatch.setattr(triton_backend, "FOLD_LAUNCH", {**triton_backend.FOLD_LAUNCH, "FOLD": 16, "ROWS": 2})
     cut = operands.segments(torch.Size((37,)), 1)
     assert DEVICE.type == "cuda" or cut.segments == 37
     for granularity in ("sample", "element"):

@@ -23,7 +23,10 @@ class Launch(NamedTuple):
 
 
 DEFAULT_LAUNCH = Launch()
-FOLD_ROWS, FOLD_STEP, FOLD_WARPS = 8, 128, 8
+# Without a stated limit the assembler spills a few registers to make room for more blocks than the one there is.
+FOLD_LAUNCH = dict(ROWS=8, FOLD=128, num_warps=8, maxnreg=128, enable_fp_fusion=True)
+# The same of the pass that rewrites elements' gradients: 96 registers hold it without a spill on every target.
+REWRITE_REGISTERS = 96
 
 
 @torch.compiler.assume_constant_result
@@ -109,7 +112,7 @@ def fold(partial: Tensor, groups: int, count: int) -> Tensor:
         fold_kernel[(1,)](
             partial, partial, partial, partial, partial, out, out, out, pairs * groups, parts, groups, count,
             KIND=-1, FLAGS=0, GAPS=False, REFERENCE_ERRORS=False, WEIGHTED=False, COMPUTE=_triton_dtype(partial.dtype),
-            ROWS=FOLD_ROWS, FOLD=FOLD_STEP, num_warps=FOLD_WARPS, enable_fp_fusion=True)
+            **FOLD_LAUNCH)
     return out
 
 
@@ -131,7 +134,7 @@ def fold_objective(partial: Tensor, groups: int, count: int, gaps: bool, referen
             pairs * groups, parts, groups, count,
             KIND=kind, FLAGS=flags, GAPS=gaps, REFERENCE_ERRORS=reference_errors is not None,
             WEIGHTED=weight is not None, COMPUTE=_triton_dtype(partial.dtype),
-            ROWS=FOLD_ROWS, FOLD=FOLD_STEP, num_warps=FOLD_WARPS, enable_fp_fusion=True)
+            **FOLD_LAUNCH)
     return loss, telemetry, coefficients
 
 
@@ -185,7 +188,7 @@ def element_objective(x: Operands, reference_form: int, weight: Tensor | None, p
         fold_elements_kernel[(1,)](
             partial, partial if weight is None else weight, _parameters(tuple(parameters), compute, device), loss,
             telemetry, means, x.pairs, cut.segments, x.numel, OUTER=outer, GAPS=gaps, WEIGHTED=weight is not None,
-            COMPUTE=_triton_dtype(compute), ROWS=FOLD_ROWS, FOLD=FOLD_STEP, num_warps=FOLD_WARPS, enable_fp_fusion=True)
+            COMPUTE=_triton_dtype(compute), **FOLD_LAUNCH)
     return loss, telemetry, means
 
 
@@ -214,7 +217,8 @@ def _launch_elements(x, reference_form, weight, posterior_scale, kind, flags, pa
             gw.stride(0), gl.stride(0), *strides, x.pairs, x.numel, cut.length,
             KIND=kind, FLAGS=flags, OUTER=outer, SUMS=partial is not None, GRADS=gradients is not None,
             INCOMING=incoming is not None, SPECULATIVE=speculative, WEIGHTED=weight is not None,
-            ALIGN=_alignment(cut.length), LANES=_lanes(x), **switches)
+            ALIGN=_alignment(cut.length), LANES=_lanes(x),
+            maxnreg=REWRITE_REGISTERS if partial is None and not outer else None, **switches)
 
 
 def _triton_dtype(dtype: torch.dtype):
