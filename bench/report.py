@@ -124,9 +124,21 @@ def notes(result: dict) -> list[str]:
     return text
 
 
+def warning(result: dict) -> str | None:
+    """What makes this run's figures worth less, or None."""
+    facts = result["environment"]
+    load = facts["load_average"][0]
+    if facts["device_type"] == "cpu" and load > 0.5 * facts["threads"]:
+        return (f"the machine was busy (load {load:.1f} before the first timing, {facts['threads']} threads): medians are "
+                f"those of a busy machine, fastest is nearer to a calm one")
+    return None
+
+
 def markdown(result: dict, changes: list[dict] | None = None) -> str:
     """The whole result as a Markdown page."""
     out = [f"# {title(result)}", "", *(f"* {note}" for note in notes(result)), ""]
+    if warning(result):
+        out += [f"**Warning: {warning(result)}.**", ""]
     shown = columns(result)
     by_case: dict[str, list[dict]] = {}
     for line in lines(result):
@@ -160,6 +172,8 @@ def show(result: dict, changes: list[dict] | None = None) -> None:
     console.print(f"[bold]{escape(title(result))}[/]")
     for note in notes(result)[:2]:
         console.print(f"[dim]{escape(note)}[/]", soft_wrap=True)
+    if warning(result):
+        console.print(f"[yellow]{escape(warning(result))}[/]", soft_wrap=True)
     shown = columns(result)
     tables, missing = {}, {}
     for line in lines(result):

@@ -161,6 +161,14 @@ def test_reports_hold_the_same_figures_and_no_red_one(result, tmp_path, capsys):
     assert median in page and median in shown and "native red on" in shown and "  native  " not in shown
 
 
+def test_a_busy_machine_is_pointed_out(result):
+    def at(load):
+        environment = result["environment"] | {"load_average": [load, 0.0, 0.0], "threads": 2}
+        return report.markdown(result | {"environment": environment})
+
+    assert "machine was busy (load 7.0" in at(7.0) and "Warning" not in at(0.4)
+
+
 def test_comparison_calls_noise_noise(result):
     slower = json.loads(json.dumps(result))
     for case in slower["cases"]:
