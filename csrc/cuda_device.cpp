@@ -39,6 +39,12 @@ Current::Current(int device_index) : device(properties(device_index)) {
   guard = made.release();
 }
 
+void* device_address(const void* pointer) {
+  cudaPointerAttributes attributes;
+  check(cudaPointerGetAttributes(&attributes, pointer));
+  return attributes.type == cudaMemoryTypeUnregistered ? nullptr : attributes.devicePointer;
+}
+
 Current::~Current() { delete static_cast<DeviceGuard*>(guard); }
 
 }  // namespace cuda

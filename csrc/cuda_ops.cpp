@@ -229,6 +229,55 @@ void element_gradients(PGDPO_OPERANDS, MaybeTensor weight, MaybeTensor posterior
   });
 }
 
+char* reachable(char* data, const char* name) {
+  void* address = cuda::device_address(data);
+  STD_TORCH_CHECK(address != nullptr, name, ": expected CUDA tensors or pinned host memory, see torch.Tensor.pin_memory");
+  return static_cast<char*>(address);
+}
+
+// Residuals q - y of predictions q (in the policy's place) as rows of the reference cache, and their errors: one pass.
+void pack(PGDPO_OPERANDS, Tensor chosen, Tensor rejected, MaybeTensor chosen_scale, MaybeTensor rejected_scale,
+          Tensor means) {
+  STD_TORCH_CHECK(groups == 1 && form == REFERENCE_NONE, "pack: takes predictions and targets of whole samples");
+  const Operands x(PGDPO_PASS_OPERANDS);
+  const cuda::Current on(p_w.get_device_index());
+  Packed out = packed_of(x, chosen, rejected, chosen_scale, rejected_scale, [](const Tensor&) {});
+  for (int side = 0; side < 2; ++side) {
+    out.rows[side].data = reachable(out.rows[side].data, "packed rows");
+    if (out.scale[side].data != nullptr) out.scale[side].data = reachable(out.scale[side].data, "scales");
+  }
+  with_type(x, [&](auto zero) {
+    using S = decltype(zero);
+    const Tensor partial = scratch<S>(p_w, STATISTICS * x.chunks());
+    Call<S> call;
+    call.kind = -1;
+    call.partial = static_cast<S*>(partial.mutable_data_ptr());
+    call.telemetry = numbers<S>(means, "means", p_w, STATISTICS * x.pair.pairs);
+    check(cuda::launch_pack(x.pair, call, out, on.device, on.stream), "pack");
+  });
+}
+
+void gather_rows(std::vector<Tensor> tables, std::vector<int64_t> rows, std::vector<Tensor> out) {
+  const std::vector<RowCopy> copies = row_copies(tables, rows, out);
+  for (const Tensor& x : out)
+    STD_TORCH_CHECK(same_device(x, out[0]), "out: expected tensors on one device");
+  const cuda::Current on(out[0].get_device_index());
+  for (size_t table = 0; table < copies.size(); table += cuda::Gather::TABLES) {
+    for (size_t row = 0; row < rows.size(); row += cuda::Gather::ROWS) {
+      cuda::Gather x;
+      for (size_t k = table; k < copies.size() && x.tables < cuda::Gather::TABLES; ++k, ++x.tables) {
+        x.from[x.tables] = reachable(const_cast<char*>(copies[k].from), "tables");
+        x.to[x.tables] = reachable(copies[k].to, "out") + row * copies[k].bytes;
+        x.bytes[x.tables] = copies[k].bytes;
+        x.vectors[x.tables] = copies[k].bytes % 16 == 0 && reinterpret_cast<uintptr_t>(x.from[x.tables]) % 16 == 0 &&
+                              reinterpret_cast<uintptr_t>(x.to[x.tables]) % 16 == 0;
+      }
+      for (size_t i = row; i < rows.size() && x.count < cuda::Gather::ROWS; ++i, ++x.count) x.rows[x.count] = rows[i];
+      check(cuda::launch_gather(x, on.device, on.stream), "gather_rows");
+    }
+  }
+}
+
 #define PGDPO_OBJECTIVE_SCHEMA                                                                                         \
   "bool anchor, bool cross, Tensor? reference_errors, Tensor? weight, Tensor? posterior_scale, int kind, int flags, " \
   "float[] parameters, Tensor(a!) loss, Tensor(b!) telemetry, Tensor(c!) coefficients"
@@ -247,6 +296,8 @@ STABLE_TORCH_LIBRARY_IMPL(PGDPO_NAMESPACE, PGDPO_CUDA, m) {
   m.impl("loss_and_gradients", TORCH_BOX(&loss_and_gradients));
   m.impl("element_objective", TORCH_BOX(&element_objective));
   m.impl("element_gradients", TORCH_BOX(&element_gradients));
+  m.impl("pack", TORCH_BOX(&pack));
+  m.impl("gather_rows", TORCH_BOX(&gather_rows));
 }
 
 }  // namespace

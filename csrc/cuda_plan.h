@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "cache.h"
 #include "cuda_pair.h"
 
 namespace pgdpo {
@@ -155,6 +156,16 @@ void with_elements(const Pair& x, const Call<S>& call, const Run& run) {
       else
         run(policy, access, Constant<ANY>{});
     }
+  });
+}
+
+// run(policy dtype, access) of packing. Rows are written in vectors where they are read so.
+template <class S, class Run>
+void with_pack(const Pair& x, const Packed& out, const Run& run) {
+  MutableRows rows[2] = {out.rows[0], out.rows[1]};
+  const Access access = access_of(x, false, rows);
+  with_policy<S>(x, access == SAME ? MIXED : access, [&](auto policy, auto access) {
+    if constexpr (decltype(access)::value != SAME) run(policy, access);
   });
 }
 

@@ -171,13 +171,18 @@ unsigned blocks(const Pair& x) { return unsigned(x.pairs * x.segments); }
 }  // namespace
 
 template <class S>
+cudaError_t launch_fold_errors(const Pair& x, const Call<S>& call, const Device& device, cudaStream_t stream) {
+  return launch_fold(fold_kernel<S>, FOLD_BLOCK<S>, x, call, device, stream);
+}
+
+template <class S>
 cudaError_t launch_errors(const Pair& x, const Call<S>& call, const Device& device, cudaStream_t stream) {
   with_errors<S>(x, [&](auto policy, auto access, auto form) {
     errors_kernel<S, decltype(policy)::value, decltype(access)::value, decltype(form)::value>
         <<<blocks(x), THREADS, 0, stream>>>(x, call);
   });
   const cudaError_t error = cudaGetLastError();
-  return error != cudaSuccess ? error : launch_fold(fold_kernel<S>, FOLD_BLOCK<S>, x, call, device, stream);
+  return error != cudaSuccess ? error : launch_fold_errors(x, call, device, stream);
 }
 
 template <class S>
@@ -205,6 +210,8 @@ cudaError_t launch_one_touch(const Pair& x, const Call<float>& call, const OneTo
 
 template cudaError_t launch_errors<float>(const Pair&, const Call<float>&, const Device&, cudaStream_t);
 template cudaError_t launch_errors<double>(const Pair&, const Call<double>&, const Device&, cudaStream_t);
+template cudaError_t launch_fold_errors<float>(const Pair&, const Call<float>&, const Device&, cudaStream_t);
+template cudaError_t launch_fold_errors<double>(const Pair&, const Call<double>&, const Device&, cudaStream_t);
 template cudaError_t launch_gradients<float>(const Pair&, const Call<float>&, cudaStream_t);
 template cudaError_t launch_gradients<double>(const Pair&, const Call<double>&, cudaStream_t);
 

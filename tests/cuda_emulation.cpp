@@ -1,8 +1,10 @@
 // The CUDA operators with their launches run by the host: the same plans, the same per-thread code, the same trees of sums,
 // one thread after the other. What only a GPU can show (memory order, barriers, speed) is not in here.
+#include <algorithm>
 #include <stdexcept>
 
 #include "cuda_launch.h"
+#include "cuda_pack.h"
 #include "operands.h"
 
 // The little of the CUDA runtime that operators call themselves.
@@ -126,6 +128,58 @@ cudaError_t launch_fold_elements(const Pair& x, const Call<S>& call, const Devic
   return cudaSuccess;
 }
 
+void* device_address(const void* pointer) { return const_cast<void*>(pointer); }
+
+// Lanes in step: each exchange of the kernel is a loop over the offsets of its shuffles.
+template <class S>
+cudaError_t launch_pack(const Pair& x, const Call<S>& call, const Packed& out, const Device&, cudaStream_t) {
+  with_pack<S>(x, out, [&](auto policy, auto access) {
+    constexpr int P = decltype(policy)::value, ACCESS = decltype(access)::value;
+    constexpr int WIDTH = width_of(P), LANES = PACK_BLOCK / WIDTH;
+    each_segment<S>(x, [&](int64_t item, const Segment<S>& s) {
+      S threads[THREADS][STATISTICS] = {}, totals[STATISTICS];
+      for (int base = 0; base < s.count; base += THREADS * WIDTH) {
+        float residual[THREADS][2][WIDTH];
+        for (int t = 0; t < THREADS; ++t)
+          lane_residuals<S, P, ACCESS>(s, base + t * WIDTH, residual[t], threads[t]);
+        for (int side = 0; side < 2; ++side) {
+          uint32_t words[THREADS][WIDTH / 4] = {};
+          for (int first = 0; out.rows[side].dtype == FLOAT8 && first < THREADS; first += LANES) {
+            uint32_t largest = 0;
+            for (int t = first; t < first + LANES; ++t) largest = std::max(largest, lane_largest(residual[t][side]));
+            const float scale = first_scale(bits_float(largest));
+            float wanted[LANES], kept[LANES];
+            for (int lane = 0; lane < LANES; ++lane)
+              lane_bytes(residual[first + lane][side], scale, words[first + lane], wanted[lane], kept[lane]);
+            for (int offset = 1; offset < LANES; offset *= 2)
+              for (int lane = 0; lane < LANES; lane += 2 * offset) {
+                wanted[lane] += wanted[lane + offset];
+                kept[lane] += kept[lane + offset];
+              }
+            const int at = base + first * WIDTH;
+            if (at < s.count)
+              reinterpret_cast<float*>(out.scale[side].data)[s.pair * out.scale[side].stride + (s.start + at) / PACK_BLOCK] =
+                  corrected_scale(scale, wanted[0], kept[0]);
+          }
+          for (int t = 0; t < THREADS; ++t)
+            if (base + t * WIDTH < s.count)
+              put_row<WIDTH, ACCESS>(out.rows[side], x, s.pair, s.start + base + t * WIDTH, residual[t][side], words[t]);
+        }
+      }
+      team_totals(threads, totals);
+      for (int k = 0; k < STATISTICS; ++k) call.partial[k * x.pairs * x.segments + item] = totals[k];
+    });
+  });
+  fold(x, call);
+  return cudaSuccess;
+}
+
+cudaError_t launch_gather(const Gather& x, const Device&, cudaStream_t) {
+  for (int i = 0; i < x.count; ++i)
+    for (int k = 0; k < x.tables; ++k) memcpy(x.to[k] + i * x.bytes[k], x.from[k] + x.rows[i] * x.bytes[k], x.bytes[k]);
+  return cudaSuccess;
+}
+
 // Gradients from what the blocks hold are those from where it was copied, so only the plan is checked.
 cudaError_t launch_one_touch(const Pair& x, const Call<float>& call, const OneTouch& plan, cudaStream_t stream) {
   if (plan.blocks * int64_t(plan.slots) < x.pairs * x.segments || plan.shared_bytes > 227 * 1024)
@@ -142,6 +196,8 @@ template cudaError_t launch_elements<float>(const Pair&, const Call<float>&, cud
 template cudaError_t launch_elements<double>(const Pair&, const Call<double>&, cudaStream_t);
 template cudaError_t launch_fold_elements<float>(const Pair&, const Call<float>&, const Device&, cudaStream_t);
 template cudaError_t launch_fold_elements<double>(const Pair&, const Call<double>&, const Device&, cudaStream_t);
+template cudaError_t launch_pack<float>(const Pair&, const Call<float>&, const Packed&, const Device&, cudaStream_t);
+template cudaError_t launch_pack<double>(const Pair&, const Call<double>&, const Packed&, const Device&, cudaStream_t);
 
 }  // namespace cuda
 

@@ -303,7 +303,8 @@ def test_one_call_for_loss_and_gradients_on_the_cpu(granularity):
 def plan(ops, shape, pairs, dtype=torch.bfloat16, target=None, shared=False, anchor=False, **device):
     p = torch.empty(2 * pairs, *shape, dtype=dtype)
     y = torch.empty(pairs if shared else 2 * pairs, *shape, dtype=target or dtype)
-    return ops.one_touch_plan(*Case(p, y, p if anchor else None, pf.SFT()).arguments, anchor, *(device or H200).values())
+    arguments = Case(p, y, p if anchor else None, pf.SFT()).arguments
+    return ops.one_touch_plan(*arguments, anchor, *(device or H200).values())
 
 
 @needs_nvcc
@@ -321,6 +322,46 @@ def test_which_calls_fit_on_chip(emulated):
     assert plan(emulated, wan_480p, 1, multiprocessors=132, shared_limit=4 * 4 * 8192 + 2048) == [128, 4, 131072]
     assert plan(emulated, wan_480p, 1, multiprocessors=132, shared_limit=4 * 4 * 8192 + 2047) == [0, 0, 0]
     assert plan(emulated, wan_480p, 1, multiprocessors=0, shared_limit=1 << 20) == [0, 0, 0]
+
+
+@needs_nvcc
+@pytest.mark.parametrize("format", ["bf16", "fp8"])
+@pytest.mark.parametrize("shape", [EVEN, ODD, (4, 3, 32, 48)], ids=str)
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_packed_rows_have_the_bytes_of_the_plain_ones(emulated, dtype, shape, format):
+    p, y, q = latents(shape, dtype=dtype)
+    q[0, 0, 0] = y[0, 0, 0]  # blocks of zeros
+    noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(5))
+    scales = torch.tensor([1.0, 0.7]), torch.tensor([-1.0, 0.3])
+    cpu = native if backends.unavailable("native", CPU) is None else None
+    for target in (y, y.float(), y[:2], pf.NoisedTarget(y, noise, *scales)):
+        case = Case(q, target, None, pf.SLiC())
+        expected = {k: v for k, v in vars(pf.PackedReference.pack(q, target, format)).items() if v is not None}
+        rows = {name: torch.full_like(value, 77) for name, value in expected.items()}
+        means = poisoned(6, 2, 1, dtype=case.dtype)
+        emulated.pack(*case.arguments, *(rows.get(n) for n in ("chosen", "rejected", "chosen_scale", "rejected_scale")),
+                      means)
+        errors = poisoned(6, 2, 1, dtype=case.dtype)
+        emulated.statistics(*case.arguments, False, False, errors)
+        assert torch.equal(means[:2], errors[:2])
+        for name, value in expected.items():
+            assert torch.equal(rows[name], value), name
+            assert cpu is None or torch.equal(cpu.pack(case.x, format)[0][name], value), name
+
+
+@needs_nvcc
+def test_rows_of_a_batch_are_gathered(emulated):
+    generator = torch.Generator().manual_seed(0)
+    tables = [torch.randn(9, 4, 5, generator=generator), torch.arange(9 * 3, dtype=torch.uint8).view(9, 3),
+              *(torch.randn(9, 2 + k, generator=generator) for k in range(4))]
+    rows = [int(i) for i in torch.randint(0, 9, (70,), generator=generator)]  # more than one launch takes of either
+    implementations = [emulated] if backends.unavailable("native", CPU) else [emulated, torch.ops.pgdpo_fast_native]
+    for ops in implementations:
+        out = [torch.zeros(len(rows), *t.shape[1:], dtype=t.dtype) for t in tables]
+        ops.gather_rows(tables, rows, out)
+        assert all(torch.equal(table[rows], got) for table, got in zip(tables, out, strict=True))
+        with pytest.raises(RuntimeError, match="rows: expected numbers below 9, got 9"):
+            ops.gather_rows(tables[:1], [9], [out[0][:1]])
 
 
 @needs_nvcc

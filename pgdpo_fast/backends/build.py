@@ -35,7 +35,7 @@ INSTRUCTION_SETS = {
 }
 # Division to 2 ulp instead of the last bit: half the instructions of the element kernels go into it otherwise.
 NVCC_FLAGS = ("-std=c++17", "-O3", "-prec-div=false", "-Xcompiler=-fPIC,-fvisibility=hidden", "-cudart=static")
-CUDA_KERNELS = ("pair.cu", "element.cu")
+CUDA_KERNELS = ("pair.cu", "element.cu", "cache.cu")
 CUDA_HOST = ("cuda_ops.cpp", "cuda_device.cpp")
 TIMEOUT_SECONDS = 600
 
