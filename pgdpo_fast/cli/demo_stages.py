@@ -1,4 +1,5 @@
-"""The stages of `pgdpo-fast demo`: clips, store, a small model trained from scratch, two fine-tunings, clips from each.
+"""The stages of `pgdpo-fast demo`: clips, store, a small model trained from scratch, one pass of it as the reference,
+two fine-tunings, clips from each.
 
 Every stage leaves a folder that is whole or absent, so a demo that was interrupted goes on where it stood. The numbers
 below were chosen for two CPU cores, where the 16 tokens a frame makes keep a training step near a tenth of a second.
@@ -25,14 +26,16 @@ from pgdpo_fast.analysis.sampling import sample
 from pgdpo_fast.data.codec import PixelUnshuffleCodec
 from pgdpo_fast.data.encode import encode_manifest
 from pgdpo_fast.data.latent_store import LatentStore
-from pgdpo_fast.data.shards import read_json, write_json
+from pgdpo_fast.data.shards import describe_bytes, read_json, write_json
 from pgdpo_fast.data.synthetic import Scene, render_pairs
 from pgdpo_fast.data.text import HashTextEncoder
 from pgdpo_fast.diffusion import FlowMatching
 from pgdpo_fast.errors import ConfigError, DataError
 from pgdpo_fast.loss import paired_errors
 from pgdpo_fast.models import ModelConfig, adapter_from_config
+from pgdpo_fast.reference.cache import ReferenceCache
 from pgdpo_fast.training.batches import PairOrder, Stage, hold_out
+from pgdpo_fast.training.cached import cache_reference
 from pgdpo_fast.training.config import TrainConfig
 from pgdpo_fast.training.trainer import train
 
@@ -131,13 +134,14 @@ def run_demo(plan: Plan, out: Path, stage: Callable[[str, float], Update]) -> Re
     clips = _render(plan, out / "clips", stage("Rendering clips", 0.04))
     store = _encode(plan, clips, out / "store", stage("Encoding them", 0.02))
     base = _pretrain(plan, store, out / "base", stage("Training a video model from scratch", 0.55))
-    checkpoints = {}
-    for label, objective in METHODS.items():
-        run_dir = out / "runs" / objective["name"]
-        checkpoints[label] = _fine_tune(plan, store, base, run_dir, objective, stage(f"Fine-tuning with {label}", 0.17))
+    configs = {label: _config(plan, store, base, out, objective) for label, objective in METHODS.items()}
+    cache = _ask_reference(configs["DPO"], stage("Running the reference, once for both", 0.04))
+    checkpoints = {
+        label: _fine_tune(config, stage(f"Fine-tuning with {label}", 0.15)) for label, config in configs.items()
+    }
     rows = _sample(plan, store, {"base model": base, **checkpoints}, clips, stage("Sampling clips", 0.03))
     update = stage("Writing the report", 0.02)
-    report = _report(plan, store, out, rows)
+    report = _report(plan, store, cache, out, rows)
     update(1.0, "")
     return report
 
@@ -316,12 +320,15 @@ class _Display:
         pass
 
 
-def _fine_tune(plan: Plan, store: LatentStore, base: Path, run_dir: Path, objective: dict, update: Update) -> Path:
-    every = max(1, plan.steps // plan.evaluations)
-    config = TrainConfig.from_mapping(
+def _config(plan: Plan, store: LatentStore, base: Path, out: Path, objective: dict) -> TrainConfig:
+    return TrainConfig.from_mapping(
         {
             "model": _model(base),
-            "data": {"store": str(store.path), "evaluation_pairs": plan.held_out},
+            "data": {
+                "store": str(store.path),
+                "evaluation_pairs": plan.held_out,
+                "reference_cache": str(out / "reference"),
+            },
             "process": PROCESS,
             "objective": objective,
             "training": {
@@ -331,15 +338,27 @@ def _fine_tune(plan: Plan, store: LatentStore, base: Path, run_dir: Path, object
                 "seed": plan.seed,
                 "checkpoint_every": max(1, plan.steps // 2),
                 "checkpoint_keep": 1,
-                "evaluation_every": every,
+                "evaluation_every": max(1, plan.steps // plan.evaluations),
                 "evaluation_draws": plan.evaluation_draws,
                 "device": "cpu",
             },
-            "output": {"dir": str(run_dir), "tensorboard": False},
+            "output": {"dir": str(out / "runs" / objective["name"]), "tensorboard": False},
         },
         origin="demo",
     )
-    hooks = [] if objective["name"] == "dpo" else [AdvantageProbe()]
+
+
+def _ask_reference(config: TrainConfig, update: Update) -> ReferenceCache:
+    """The reference's errors at every draw the two runs share; neither then loads or runs it."""
+    cache = cache_reference(
+        config, config.data.reference_cache, progress=lambda done, total: update(done / total, f"{done}/{total} rows")
+    )
+    update(1.0, "")
+    return cache
+
+
+def _fine_tune(config: TrainConfig, update: Update) -> Path:
+    hooks = [] if config.objective["name"] == "dpo" else [AdvantageProbe()]
     result = train(config, display=_Display(update), hooks=hooks)
     update(1.0, "")
     return result.checkpoint
@@ -382,7 +401,8 @@ def _sample(plan: Plan, store: LatentStore, models: Mapping[str, Path], clips: P
     ]
 
 
-def _report(plan: Plan, store: LatentStore, out: Path, rows: list[ClipRow]) -> Report:
+def _report(plan: Plan, store: LatentStore, cache: ReferenceCache, out: Path, rows: list[ClipRow]) -> Report:
+    online = len(METHODS) * (plan.steps * plan.pairs_per_step + plan.held_out * plan.evaluation_draws)
     weights = sum(math.prod(shape) for shape in _shapes(out / "base"))
     introduction = (
         f"A Wan video transformer of {weights:,} weights was trained from scratch on pairs of small clips, good ones "
@@ -400,6 +420,8 @@ def _report(plan: Plan, store: LatentStore, out: Path, rows: list[ClipRow]) -> R
         "latents": f"{'×'.join(map(str, store.shape))} (channels, frames, height, width), pixel-unshuffle",
         "pre-training": f"{plan.pretraining_steps} steps of {plan.pretraining_pairs} pairs, both clips, flow matching",
         "fine-tuning": f"{plan.steps} steps of {plan.pairs_per_step} pairs, learning rate {plan.learning_rate:g}",
+        "reference": f"ran on {len(cache)} (pair, draw) rows once, not {online} times in {len(METHODS)} runs; kept in "
+        f"{describe_bytes(cache.bytes)}, and neither run loaded it",
         "weights": weights,
         "sampler": f"{plan.sampler_steps} Euler steps",
     }
