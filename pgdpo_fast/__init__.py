@@ -15,6 +15,7 @@ _PUBLIC = {
                      "SFT", "SLiC", "GroupErrors", "videodpo_pair_weight", "beta_from_sum", "beta_without_half"),
                     "objectives"),
 }
+_MODULES = ("diffusion", "errors", "objectives")
 __all__ = sorted(_PUBLIC)
 
 
@@ -23,8 +24,10 @@ def __getattr__(name):
         value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
         globals()[name] = value
         return value
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__():
-    return sorted([*globals(), *_PUBLIC])
+    return sorted({*globals(), *_PUBLIC, *_MODULES})

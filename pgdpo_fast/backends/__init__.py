@@ -15,6 +15,12 @@ from pgdpo_fast.errors import BackendUnavailable
 NAMES = ("triton", "native", "eager")
 
 
+def constant_when_compiled(function):
+    """`torch.compiler.assume_constant_result`, which itself would load the compiler (1 s) at import."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 def unavailable(name: str, device: torch.device) -> str | None:
     """Why backend `name` cannot serve tensors on `device`, or None when it can."""
     if name == "eager":
@@ -26,14 +32,14 @@ def unavailable(name: str, device: torch.device) -> str | None:
     return _native_reason(device.type, device.index)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _native_reason(device_type: str, index: int | None) -> str | None:
     from pgdpo_fast.backends import native
 
     return native.unavailable(torch.device(device_type, index))
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _cpu_default() -> str:
     """The native kernels where they can be had, else torch, with one warning unless that was asked for."""
     reason = _native_reason("cpu", None)

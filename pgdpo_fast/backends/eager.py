@@ -39,7 +39,7 @@ def unpack(rows: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def group_errors(x: Operands, reference_form: int, granularity: str, anchor: bool, cross: bool) -> GroupErrors:
-    """Statistics `[B, G]` of every group (G: 1, frames or elements), differentiable by the predictions but for cross."""
+    """Statistics `[B, G]` of every group (G: 1, frames or elements), differentiable but for `cross`."""
 
     def mean(values: Tensor) -> Tensor:
         if granularity == "sample":

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pgdpo_fast.backends import constant_when_compiled
 from pgdpo_fast.backends.operands import PACK_BLOCK, Operands, segments
 
 
@@ -29,7 +30,7 @@ FOLD_LAUNCH = dict(ROWS=8, FOLD=128, num_warps=8, maxnreg=128, enable_fp_fusion=
 REWRITE_REGISTERS = 96
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def unavailable(device: torch.device) -> str | None:
     """Why Triton cannot serve tensors on `device`, or None when it can."""
     try:
