@@ -129,8 +129,8 @@ def warning(result: dict) -> str | None:
     facts = result["environment"]
     load = facts["load_average"][0]
     if facts["device_type"] == "cpu" and load > 0.5 * facts["threads"]:
-        return (f"the machine was busy (load {load:.1f} before the first timing, {facts['threads']} threads): medians are "
-                f"those of a busy machine, fastest is nearer to a calm one")
+        return (f"the machine was busy (load {load:.1f} before the first timing, {facts['threads']} threads): medians "
+                f"are those of a busy machine, fastest is nearer to a calm one")
     return None
 
 
