@@ -8,6 +8,11 @@ namespace cuda {
 
 constexpr int TEAM_WARPS = THREADS / 32;
 
+// Blocks of THREADS a multiprocessor must hold at once: at most 128 registers a thread, 168 where values are read one at
+// a time. float64 is not made for speed.
+template <class S, int ACCESS>
+constexpr int BLOCKS = sizeof(S) == 8 ? 1 : ACCESS == SCALAR ? 3 : 4;
+
 __device__ inline void team_barrier(int team) { asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "r"(THREADS) : "memory"); }
 
 // Adds PLANES values over the threads of a team. Afterwards team_total(k) is plane k's sum, in every thread, until the

@@ -13,7 +13,7 @@ namespace cuda {
 namespace {
 
 template <class S, int P, int ACCESS, int KIND>
-__global__ void __launch_bounds__(THREADS, sizeof(S) == 4 ? 4 : 1) elements_kernel(const __grid_constant__ Pair x, const __grid_constant__ Call<S> call) {
+__global__ void __launch_bounds__(THREADS, BLOCKS<S, ACCESS>) elements_kernel(const __grid_constant__ Pair x, const __grid_constant__ Call<S> call) {
   __shared__ S shared[ELEMENT_SUMS * TEAM_WARPS];
   let_next_start();
   const S incoming = call.incoming == nullptr ? S(1) : *call.incoming;

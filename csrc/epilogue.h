@@ -9,6 +9,8 @@
 
 #if defined(__CUDACC__)
 #define PGDPO_HD __host__ __device__ __forceinline__
+#elif defined(PGDPO_QUICK_BUILD)
+#define PGDPO_HD inline
 #else
 #define PGDPO_HD inline __attribute__((always_inline))
 #endif

@@ -7,9 +7,6 @@
 #include "epilogue.h"
 #include "vector.h"
 
-// After a lambda's parameters: inlined like the rest of a pass.
-#define PGDPO_LAMBDA __attribute__((always_inline))
-
 namespace pgdpo {
 inline namespace PGDPO_ISA {
 namespace {
@@ -300,11 +297,20 @@ void run_objective(const Stage<S>& stage, Block<S>& block, int count, Vec<S> (&s
 template <class S>
 using RunObjective = void (*)(const Stage<S>&, Block<S>&, int, Vec<S> (&)[OBJECTIVE_SUMS]);
 
+#if defined(PGDPO_QUICK_BUILD)
+template <class S>
+constexpr bool HAS_VERSIONS = false;
+#else
+template <class S>
+constexpr bool HAS_VERSIONS = sizeof(S) == 4;
+#endif
+
 // Objectives with a version of their own in float, pointwise; everything else takes the version that branches.
 template <class S>
 RunObjective<S> pointwise_objective(int kind, int flags) {
-#define PGDPO_VERSION(KIND, FLAGS) \
-  if (sizeof(S) == 4 && kind == (KIND) && flags == (FLAGS)) return run_objective<S, KIND, FLAGS, false, SUMS_AND_GRADIENTS>;
+#define PGDPO_VERSION(KIND, FLAGS)                \
+  if constexpr (HAS_VERSIONS<S>)                  \
+    if (kind == (KIND) && flags == (FLAGS)) return run_objective<S, KIND, FLAGS, false, SUMS_AND_GRADIENTS>;
   PGDPO_VERSION(KIND_DPO, 0)
   PGDPO_VERSION(KIND_DPO, FLAG_IMPORTANCE)
   PGDPO_VERSION(KIND_IPO, 0)
@@ -326,9 +332,10 @@ RunObjective<S> pointwise_objective(int kind, int flags) {
 template <class S>
 RunObjective<S> outer_objective(int flags, bool with_gradients) {
   constexpr int listing = FLAG_ARS | FLAG_IPR_ANCHOR | FLAG_ATTACHED | FLAG_ONE_SIGMOID | RATIO_SIGNED << FLAG_RATIO_SHIFT;
-  if (sizeof(S) == 4 && flags == listing)
-    return with_gradients ? run_objective<S, KIND_PGDPO, listing, true, GRADIENTS>
-                          : run_objective<S, KIND_PGDPO, listing, true, SUMS>;
+  if constexpr (HAS_VERSIONS<S>)
+    if (flags == listing)
+      return with_gradients ? run_objective<S, KIND_PGDPO, listing, true, GRADIENTS>
+                            : run_objective<S, KIND_PGDPO, listing, true, SUMS>;
   return with_gradients ? run_objective<S, KIND_PGDPO, ANY, true, GRADIENTS>
                         : run_objective<S, KIND_PGDPO, ANY, true, SUMS>;
 }
@@ -404,12 +411,11 @@ int common_storage(const Pair& x, bool with_reference, const MutableRows* gradie
 // run(storage) with the storage types that have a pass of their own in float as compile-time constants.
 template <class S, class Run>
 void specialised(int storage, const Run& run) {
-  if (sizeof(S) == 4 && storage == BFLOAT16)
-    run(std::integral_constant<int, BFLOAT16>{});
-  else if (sizeof(S) == 4 && storage == FLOAT32)
-    run(std::integral_constant<int, FLOAT32>{});
-  else
-    run(std::integral_constant<int, MIXED>{});
+  if constexpr (HAS_VERSIONS<S>) {
+    if (storage == BFLOAT16) return run(std::integral_constant<int, BFLOAT16>{});
+    if (storage == FLOAT32) return run(std::integral_constant<int, FLOAT32>{});
+  }
+  run(std::integral_constant<int, MIXED>{});
 }
 
 template <class S>

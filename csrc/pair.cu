@@ -12,7 +12,7 @@ namespace {
 
 // One block a segment. Reads predictions, targets and references once, writes 24 bytes a segment.
 template <class S, int P, int ACCESS, int FORM>
-__global__ void __launch_bounds__(THREADS) errors_kernel(const __grid_constant__ Pair x, const __grid_constant__ Call<S> call) {
+__global__ void __launch_bounds__(THREADS, BLOCKS<S, ACCESS>) errors_kernel(const __grid_constant__ Pair x, const __grid_constant__ Call<S> call) {
   __shared__ S shared[STATISTICS * TEAM_WARPS];
   let_next_start();
   const int t = threadIdx.x;
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(FOLD_BLOCK<S>) fold_kernel(const __grid_consta
 // One block a segment, from the last to the first: the error pass ended on the last, so those are still in the L2.
 // Reads predictions and targets once (and the chosen reference for the anchor), writes each gradient once.
 template <class S, int P, int ACCESS, int FORM>
-__global__ void __launch_bounds__(THREADS) gradient_kernel(const __grid_constant__ Pair x, const __grid_constant__ Call<S> call) {
+__global__ void __launch_bounds__(THREADS, BLOCKS<S, ACCESS>) gradient_kernel(const __grid_constant__ Pair x, const __grid_constant__ Call<S> call) {
   const uint32_t segments = uint32_t(x.segments), item = gridDim.x - 1 - blockIdx.x;
   const Segment<S> s(x, item / segments, item % segments);
   const int64_t rows = x.pairs * x.groups, row = s.pair * x.groups + item % segments % uint32_t(x.groups);
@@ -133,8 +133,7 @@ __global__ void __launch_bounds__(ONE_TOUCH_THREADS) one_touch_kernel(
 #pragma unroll 1
   for (int slot = team; slot < here; slot += TEAMS) {
     const uint32_t item = first + slot;
-    Segment<float> s(x, item / segments, item % segments);
-    const int64_t row = s.pair * x.groups + item % segments % uint32_t(x.groups);
+    const int64_t row = int64_t(item / segments) * x.groups + item % segments % uint32_t(x.groups);
     if (row != known) {
       float sums[STATISTICS], ignored = 0.0f;
       team_barrier(team);
@@ -154,6 +153,7 @@ __global__ void __launch_bounds__(ONE_TOUCH_THREADS) one_touch_kernel(
       known = row;
     }
     const Coefficients<float> c = row_coefficients[team];
+    Segment<float> s(x, item / segments, item % segments);
     move_to_held<WIDTH, false>(held, s, latents + slot * item_bytes, t);
     if (FORM != REFERENCE_NONE && call.anchor)
       thread_gradients<float, P, SAME, FORM, SHARED>(s, t, c, call.gradient);

@@ -472,8 +472,9 @@ def test_kernels_keep_to_registers_and_shared_memory(compiled):
             where = f"{source} {name} sm_{architecture}"
             assert local == 0, f"{where}: {local} bytes of stack and spills"
             assert shared <= 2048, f"{where}: {shared} bytes of shared memory"
-            # float64 is there for gradcheck, not for speed.
-            assert registers <= (255 if "_kernel<d" in name else 128), f"{where}: {registers} registers"
+            # float64 is there for gradcheck, single values for odd shapes: neither is made for speed.
+            single = re.match(r"\w+_kernel<f, \d, 2\b", name)
+            assert registers <= (255 if "_kernel<d" in name else 168 if single else 128), f"{where}: {registers} registers"
 
 
 def disassembler() -> str | None:
