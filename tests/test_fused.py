@@ -383,6 +383,26 @@ def test_every_operator_passes_opcheck(backend):
             torch.library.opcheck(function, args, test_utils=("test_aot_dispatch_dynamic",))
 
 
+@pytest.mark.parametrize("backend", FUSED)
+def test_no_gradient_is_made_that_nobody_can_ask_for(backend):
+    """At element granularity gradients are written in the forward pass, but not under no_grad."""
+    written = []
+
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if "pair_elements" in str(function):
+                written.append(sum(t.numel() for t in out[3:]))
+            return out
+
+    batch = Batch()
+    for context in (torch.enable_grad(), torch.no_grad()):
+        with Recorder(), context:
+            pf.preference_loss(batch.prediction, batch.target, batch.reference, objective=pf.PGDPO(),
+                               granularity="element", backend=backend)
+    assert written == [batch.prediction.numel(), 0]
+
+
 @pytest.mark.parametrize("backend,granularity", [("eager", "sample"), *itertools.product(FUSED, GRANULARITIES)])
 def test_compiles_as_one_graph_for_every_batch_size(backend, granularity):
     """torch.compile(fullgraph=True): no graph break, no recompilation as B changes, the same loss and gradients."""

@@ -235,6 +235,8 @@ def elements(tensors, plan: Plan, epilogue, outer: bool, weight: Tensor | None,
         weight: `[B]`.
         outer: PG-DPO's combine="outer".
     """
+    if not torch.is_grad_enabled():  # else a prediction that requires a gradient would have one written for nothing
+        tensors = (*(None if t is None else t.detach() for t in tensors[:2]), *tensors[2:])
     return _Elements.apply(plan, epilogue.kind, epilogue.flags, list(epilogue.parameters), outer, weight,
                            posterior_scale, *tensors)
 
