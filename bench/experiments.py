@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 
-from pgdpo_fast.backends.triton import Launch
+from pgdpo_fast.backends.triton import FOLD_LAUNCH, Launch
 
 from .shapes import SHAPES, Case
 
@@ -57,7 +57,7 @@ def _resolve(path: str):
 
 
 _LAUNCH, _CHUNK = "backends.triton.DEFAULT_LAUNCH", "backends.operands.MIN_CHUNK"
-_CHUNKS = "backends.operands.MAX_CHUNKS"
+_CHUNKS, _FOLD = "backends.operands.MAX_CHUNKS", "backends.triton.FOLD_LAUNCH"
 
 EXPERIMENTS = (
     Experiment("block 2048, 8 warps", {_LAUNCH: Launch(2048, 8)}, (SMALL, LARGE, ELEMENT), 1.0,
@@ -76,9 +76,8 @@ EXPERIMENTS = (
                "twice the programs of the error pass and twice the fold's reads; helps only if B=1 starves"),
     Experiment("at most 2048 chunks", {_CHUNKS: 2048}, (SMALL, LARGE, PREDICTIONS), 0.98,
                "better balance over 132 multiprocessors at B=1: 512 programs leave a tail of a quarter wave"),
-    Experiment("fold of 4 rows, 256 wide, 4 warps", {"backends.triton.FOLD_ROWS": 4, "backends.triton.FOLD_STEP": 256,
-                                                     "backends.triton.FOLD_WARPS": 4}, (SMALL, FRAME), 0.97,
+    Experiment("fold of 4 rows, 256 wide", {_FOLD: FOLD_LAUNCH | {"ROWS": 4, "FOLD": 256}}, (SMALL, FRAME), 0.97,
                "512 partials a row in two steps instead of four; the fold is one program on the critical path"),
-    Experiment("fold of 16 rows", {"backends.triton.FOLD_ROWS": 16}, (SMALL, FRAME), 0.97,
+    Experiment("fold of 16 rows, 16 warps", {_FOLD: FOLD_LAUNCH | {"ROWS": 16, "num_warps": 16}}, (SMALL, FRAME), 0.97,
                "frame granularity folds B x F rows in half as many turns; sample granularity at B=1 wastes lanes"),
 )

@@ -38,7 +38,7 @@ class Section:
 
 
 SECTIONS = (
-    Section("environment", 40, 0),
+    Section("environment", 90, 0),
     Section("parity", 115, 1, shards=8), Section("properties", 115, 1),
     Section("memcheck", 115, 1), Section("racecheck", 115, 1), Section("warm", 115, 1, shards=3),
     Section("speed", 200, 2), Section("tuning", 55, 3), Section("cache", 25, 4), Section("step", 60, 5),
@@ -164,7 +164,7 @@ def run_waves(options, folder: Path, save) -> dict:
                     if kind in places:
                         result[places[kind]].append(record)
                     elif kind in ("environment", "copy"):
-                        result[kind] = record
+                        result[kind] = (result[kind] or {}) | record
         finally:
             for _, _, (process, _, _) in running:
                 stop(process)
@@ -184,7 +184,7 @@ def markdown(result: dict) -> str:
     if facts:
         out += [f"* torch {facts['torch']}, triton {facts['triton']}, {facts['time']}, seed {result['seed']}, "
                 f"{result['seconds']:.0f} s in all", f"* {facts.get('nvidia_smi', '')}".rstrip("* "),
-                *(f"* backend {name} not run: {why}" for name, why in facts["backends_unavailable"].items())]
+                *(f"* backend {name} not run: {why}" for name, why in facts.get("backends_unavailable", {}).items())]
     if result["copy"]:
         out.append(f"* device-to-device copy {result['copy']['bytes_per_second'] / 1e12:.2f} TB/s, read plus written")
     out += [f"* {name} ended by {e['ended']}" for name, e in result["sections"].items() if e["ended"] != "ok"]

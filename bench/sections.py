@@ -59,8 +59,6 @@ def describe(error: BaseException) -> str:
 
 def environment(run: Run) -> None:
     facts = harness.environment(run.device)
-    names, reasons = correctness.usable_backends(run.device)
-    facts |= {"backends": names, "backends_unavailable": reasons}
     if not run.dry_run:
         query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw",
                  "--format=csv,noheader"]
@@ -68,6 +66,9 @@ def environment(run: Run) -> None:
             facts["nvidia_smi"] = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.strip()
     run.add(kind="environment", **facts)
     run.add(kind="copy", **harness.measure_copy(run.device, 0.1 if run.dry_run else 2.0))
+    begin = time.monotonic()
+    names, reasons = correctness.usable_backends(run.device)  # builds the native kernels where that is still to do
+    run.add(kind="environment", backends=names, backends_unavailable=reasons, build_seconds=time.monotonic() - begin)
 
 
 # -- correctness
