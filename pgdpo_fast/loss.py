@@ -369,7 +369,8 @@ def preference_loss(prediction, target, reference=None, *, objective: Objective,
         posterior_scale: `[B]`, c_t of `process.posterior_scale(timestep)`, for SDPO and DPOClipMask.
         backend: "auto", "triton", "native" or "eager". An explicit choice never falls back.
         process_group: latents are sharded over its ranks (context parallel): errors are averaged over them, every
-            rank gets the whole loss and its own shard's gradient. All shards must be of one size.
+            rank gets the whole loss and its own shard's gradient. All shards must be of one size; at frame granularity
+            shard height or width, not frames.
 
     Returns:
         `PreferenceLossOutput`. loss = mean over pairs of pair_weight times the mean over groups.

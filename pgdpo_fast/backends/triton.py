@@ -47,8 +47,18 @@ def unavailable(device: torch.device) -> str | None:
     return None if capability >= (8, 0) else f"compute capability {capability} is below the 8.0 the kernels need"
 
 
-@lru_cache(maxsize=256)
 def _parameters(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The objective's numbers on the device. A CUDA graph must not copy from the host: there, kernels fill them in."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        filled = torch.zeros(8, dtype=dtype, device=device)
+        for place, value in enumerate(values):
+            filled[place].fill_(value)
+        return filled
+    return _copied_parameters(values, dtype, device)
+
+
+@lru_cache(maxsize=256)
+def _copied_parameters(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor((*values, *[0.0] * (8 - len(values))), dtype=dtype, device=device)
 
 
