@@ -464,7 +464,7 @@ def _seconds(runs, colours):
     return _chart(
         "seconds",
         "Step time",
-        "Median, middle 50% and middle 80% of the steps, reference forward and data included.",
+        "Median, middle 50% and middle 80% of the steps, reference and data included.",
         draw,
     )
 
