@@ -242,6 +242,16 @@ def test_sanitizers(tmp_path):
     assert numbers["conversions"] == 0 and numbers["not_finite"] == 0 and numbers["calls"] > 700
 
 
+@needs_native
+def test_the_library_needs_nothing_of_torch_but_its_stable_symbols():
+    """So one build runs on every torch from 2.11 on."""
+    if shutil.which("nm") is None:
+        pytest.skip("needs nm, of binutils")
+    found = subprocess.run(["nm", "-D", "-u", native.status().library], capture_output=True, text=True).stdout.split()
+    assert "torch_parallel_for" in found
+    assert not [name for name in found if name.startswith("_Z") and any(part in name for part in ("2at", "3c10", "5torch"))]
+
+
 # Building. A script stands in for the compiler, so nothing here waits for one.
 
 COMPILER = """#!/bin/sh
