@@ -249,7 +249,8 @@ def test_the_library_needs_nothing_of_torch_but_its_stable_symbols():
         pytest.skip("needs nm, of binutils")
     found = subprocess.run(["nm", "-D", "-u", native.status().library], capture_output=True, text=True).stdout.split()
     assert "torch_parallel_for" in found
-    assert not [name for name in found if name.startswith("_Z") and any(part in name for part in ("2at", "3c10", "5torch"))]
+    mangled = [name for name in found if name.startswith("_Z")]
+    assert not [name for name in mangled if any(part in name for part in ("2at", "3c10", "5torch"))]
 
 
 # Building. A script stands in for the compiler, so nothing here waits for one.
