@@ -1,4 +1,4 @@
-"""Everything is declared in pyproject.toml, but for the native CPU library that PGDPO_FAST_BUILD_NATIVE=1 adds to a wheel.
+"""All is declared in pyproject.toml, but for the native CPU library that PGDPO_FAST_BUILD_NATIVE=1 adds to a wheel.
 
 Such a wheel fits one platform and any Python: the library uses LibTorch's stable ABI and picks its instruction set when
 it is loaded. Building it needs a C++ compiler and torch, which is then fetched into pip's build environment.
