@@ -8,10 +8,10 @@ namespace cuda {
 
 constexpr int TEAM_WARPS = THREADS / 32;
 
-// Blocks of THREADS a multiprocessor must hold at once: at most 128 registers a thread, 168 where values are read one at
-// a time. float64 is not made for speed.
+// Blocks of THREADS a multiprocessor must hold at once, so at most 128 registers a thread for vectors of any dtype and 168
+// for single values; 0 leaves it to the compiler, which then uses fewest. float64 is not made for speed.
 template <class S, int ACCESS>
-constexpr int BLOCKS = sizeof(S) == 8 ? 1 : ACCESS == SCALAR ? 3 : 4;
+constexpr int BLOCKS = sizeof(S) == 8 || ACCESS == SAME ? 0 : ACCESS == MIXED ? 4 : 3;
 
 __device__ inline void team_barrier(int team) { asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "r"(THREADS) : "memory"); }
 

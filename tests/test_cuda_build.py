@@ -424,11 +424,11 @@ def test_a_toolkit_of_another_cuda_version_is_refused(monkeypatch):
 
 
 def kernel_name(mangled: str) -> str:
-    """`errors_kernel<0, 0, 1>` of a mangled name: float or double, then the template's numbers."""
-    found = re.search(r"\d+([a-z_]+_kernel)(?:I(.*?)E)?E?v", mangled)
-    numbers = [("-" if sign else "") + digits for sign, digits in re.findall(r"Li(n?)(\d+)E", mangled)]
-    scalar = re.search(r"_kernelI([fd])", mangled)
-    return f"{found[1]}<{', '.join(filter(None, [scalar and scalar[1], *numbers]))}>"
+    """`errors_kernel<f, 0, 0, 1>` of a mangled name: float or double, then the template's numbers."""
+    name, arguments = re.search(r"\d+([a-z_]+_kernel)(?:I(.*?E)Ev)?", mangled).groups()
+    scalar = re.findall(r"^[fd]", arguments or "")
+    numbers = [sign.replace("n", "-") + digits for sign, digits in re.findall(r"Li(n?)(\d+)E", arguments or "")]
+    return f"{name}<{', '.join(scalar + numbers)}>"
 
 
 @pytest.fixture(scope="session")
@@ -474,7 +474,8 @@ def test_kernels_keep_to_registers_and_shared_memory(compiled):
             assert shared <= 2048, f"{where}: {shared} bytes of shared memory"
             # float64 is there for gradcheck, single values for odd shapes: neither is made for speed.
             single = re.match(r"\w+_kernel<f, \d, 2\b", name)
-            assert registers <= (255 if "_kernel<d" in name else 168 if single else 128), f"{where}: {registers} registers"
+            most = 255 if "_kernel<d" in name else 168 if single else 128
+            assert registers <= most, f"{where}: {registers} registers"
 
 
 def disassembler() -> str | None:
