@@ -388,12 +388,12 @@ def preference_loss(prediction, target, reference=None, *, objective: Objective,
             _expect(value, name, ((call.pairs,),), device)
     backend = backends.select(backend, device)
     compute = torch.float64 if call.tensors[0].dtype == torch.float64 else torch.float32
-    weight = None if pair_weight is None else pair_weight.detach().to(compute)[:, None]
+    weight = None if pair_weight is None else pair_weight.detach().to(compute).contiguous()[:, None]
     if frame_weight is not None or frame_label is not None:
         per_frame = _frame_weights(call, granularity, objective, frame_weight, frame_label, compute)
         weight = per_frame if weight is None else weight * per_frame
     if posterior_scale is not None:
-        posterior_scale = posterior_scale.detach().to(compute)
+        posterior_scale = posterior_scale.detach().to(compute).contiguous()
 
     epilogue = objective.epilogue()
     outer = groups > 1 and objective.outer

@@ -500,3 +500,16 @@ def test_softplus_is_accurate_to_float32_everywhere():
         exact = torch.nn.functional.softplus(-out.logits.double())
         assert ((out.per_pair_loss.double() - exact).abs() <= 3e-7 * exact + 1e-37).all()
         assert math.isclose(out.logits.min().item(), -100, rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("granularity", ["sample", "frame", "element"])
+def test_strided_weights_and_scales_are_read_as_they_are(granularity):
+    """Every other value of a longer tensor: a kernel that assumed stride 1 would read its neighbours."""
+    prediction, target, reference = (torch.randn(6, 2, 3, 4, 4, dtype=torch.float64) for _ in range(3))
+    weight, scale = torch.rand(6, dtype=torch.float64)[::2], torch.rand(6, dtype=torch.float64)[::2]
+    assert not weight.is_contiguous()
+    fused, oracle = (
+        pf.preference_loss(prediction, target, reference, objective=pf.SDPO(beta=10.0, clip=0.9), pair_weight=w,
+                           granularity=granularity, posterior_scale=s, backend=backend).loss
+        for backend, w, s in (("triton", weight, scale), ("eager", weight.contiguous(), scale.contiguous())))
+    torch.testing.assert_close(fused, oracle, rtol=1e-12, atol=0)
