@@ -103,7 +103,6 @@ def _tools() -> list[Row]:
     tools = {
         "g++": "install a C++17 compiler  (native CPU backend)",
         "nvcc": "install the CUDA toolkit  (native CUDA backend)",
-        "ninja": "pip install ninja  (faster native builds)",
     }
     return [Row(tool, "ok" if which(tool) else "optional", which(tool) or "not found", "" if which(tool) else fix)
             for tool, fix in tools.items()]
