@@ -11,7 +11,7 @@ constexpr int TEAM_WARPS = THREADS / 32;
 // Blocks of THREADS a multiprocessor must hold at once, so at most 128 registers a thread for vectors of any dtype and 168
 // for single values; 0 leaves it to the compiler, which then uses fewest. float64 is not made for speed.
 template <class S, int ACCESS>
-constexpr int BLOCKS = sizeof(S) == 8 || ACCESS == SAME ? 0 : ACCESS == MIXED ? 4 : 3;
+constexpr int BLOCKS = sizeof(S) == 8 ? 1 : ACCESS == SAME ? 0 : ACCESS == MIXED ? 4 : 3;
 
 __device__ inline void team_barrier(int team) { asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "r"(THREADS) : "memory"); }
 
