@@ -486,7 +486,7 @@ def check_registers(where: str, report: str) -> None:
 
 
 def check_machine_code(where: str, target: Path) -> None:
-    """Vectors are loaded and stored whole; no local memory, no float atomics, no float64 arithmetic in float32 kernels."""
+    """128-bit accesses; no local memory, no float atomics, no float64 arithmetic in float32 kernels."""
     listing = subprocess.run([disassembler(), "-sass", str(target)], capture_output=True, text=True, check=True).stdout
     for part in listing.split("Function : ")[1:]:
         name = kernel_name(part.split("\n", 1)[0])
