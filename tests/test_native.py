@@ -417,3 +417,12 @@ def test_a_wheel_with_the_library_fits_its_platform_and_any_python(fake_compiler
     assert "pgdpo_fast/_native.so" in names and "pgdpo_fast/_csrc/native.cpp" in names
     compiled = log.read_text()
     assert all(f"PGDPO_ISA={name}" in compiled for name in build.all_instruction_sets())
+
+
+@pytest.mark.parametrize("format", ["bf16", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_rows_packed_natively_have_the_bytes_of_the_plain_ones(dtype, format):
+    reference, target = (torch.randn(4, 3, 5, 7, 9).to(dtype) for _ in range(2))
+    plain, native_rows = (pf.PackedReference.pack(reference, target, format, backend=b) for b in ("eager", "native"))
+    for name, value in vars(plain).items():
+        assert value is None or torch.equal(value, getattr(native_rows, name)), name

@@ -53,7 +53,8 @@ def pack(prediction: Tensor, target: Tensor | NoisedTarget, format: str, granula
         prediction: `[2B, C, F, H, W]`, chosen half first.
         target: what it should have been, in any form `preference_loss` takes.
         format: one of `FORMATS`.
-        granularity, backend: of the errors, as in `preference_loss`; the other formats serve any granularity.
+        granularity: of the errors; the other formats serve any.
+        backend: as in `preference_loss`.
     """
     if format == "errors":
         errors = reference_errors(prediction, target, granularity=granularity, backend=backend)
@@ -61,7 +62,7 @@ def pack(prediction: Tensor, target: Tensor | NoisedTarget, format: str, granula
     if format == "predictions":
         pairs = prediction.shape[0] // 2
         return {"chosen": prediction[:pairs], "rejected": prediction[pairs:]}
-    packed = PackedReference.pack(prediction, target, format)
+    packed = PackedReference.pack(prediction, target, format, backend=backend)
     return {name: rows for name, rows in vars(packed).items() if rows is not None}
 
 
