@@ -849,3 +849,39 @@ def test_data_parallel_training_equals_one_process(tmp_path):
     exec(textwrap.dedent(body), alone)
     for rank in run_ranks(tmp_path, body):
         torch.testing.assert_close(dict(rank), dict(alone["result"]), rtol=1e-10, atol=1e-13)
+
+
+def test_sharded_training_equals_one_process(tmp_path):
+    """Two ranks of two pairs under FSDP2 against one process with four pairs: gradients, and parameters after SGD."""
+    torch.manual_seed(0)
+    torch.save([torch.randn(8, 2, 3, 4, 5) for _ in range(3)], tmp_path / "batch.pt")
+    names = [name for name in ("eager", "native") if backends.unavailable(name, torch.device("cpu")) is None]
+    torch.save(names, tmp_path / "backends.pt")
+    body = """
+        latents, target, reference = (t.view(2, 4, 2, 3, 4, 5) for t in torch.load(f"{folder}/batch.pt"))
+        mine = slice(rank * 4 // world, (rank + 1) * 4 // world)
+        latents, target, reference = (t[:, mine].flatten(0, 1) for t in (latents, target, reference))
+        result = {}
+        for backend in torch.load(f"{folder}/backends.pt"):
+            torch.manual_seed(1)
+            model = torch.nn.Sequential(torch.nn.Conv3d(2, 6, 3, padding=1), torch.nn.SiLU(),
+                                        torch.nn.Conv3d(6, 2, 1), torch.nn.Linear(5, 5))
+            if world > 1:
+                from torch.distributed.device_mesh import init_device_mesh
+                from torch.distributed.fsdp import fully_shard
+                mesh = init_device_mesh("cpu", (world,))
+                for part in (model[0], model[2], model[3], model):
+                    fully_shard(part, mesh=mesh)
+            sgd = torch.optim.SGD(model.parameters(), 0.05)
+            out = pf.preference_loss(model(latents), target, reference, objective=pf.PGDPO(beta=1.0), backend=backend)
+            out.loss.backward()
+            sgd.step()
+            assert world == 1 or all(p.to_local().numel() < p.numel() for p in model.parameters())
+            result[backend] = {name: tuple(t.full_tensor() if world > 1 else t for t in (p.grad, p.detach()))
+                               for name, p in model.named_parameters()}
+    """
+    alone = {"torch": torch, "pf": pf, "folder": tmp_path, "rank": 0, "world": 1}
+    exec(textwrap.dedent(body), alone)
+    for rank in run_ranks(tmp_path, body):
+        torch.testing.assert_close(rank, alone["result"], rtol=1e-6, atol=1e-6)
+    assert all(gradient.abs().max() > 1e-3 for gradient, _ in alone["result"][names[0]].values())
