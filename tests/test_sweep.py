@@ -1,6 +1,12 @@
 """A sweep pays the reference once, trains what separate runs would have trained, and goes on where it stopped."""
 
 import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -117,6 +123,85 @@ def test_sigterm_ends_the_sweep_with_the_command_that_resumes_it(settings, monke
         assert sweep(settings, "objective.beta=100,500") == 75
     assert "or the whole sweep with: pgdpo-fast" in capsys.readouterr().err
     assert sweep(settings, "objective.beta=100,500") == 0
+
+
+# Several devices.
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    """Here and in the processes a sweep starts: sums then have one order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield
+    torch.set_num_threads(threads)
+
+
+def report_of(output):
+    """sweep.json without its seal, clock and folders."""
+    found = json.loads((output / "sweep.json").read_text().replace(str(output), "OUTPUT"))
+    return found["grid"], [(run["name"], run["settings"], run["metrics"], run["failure"]) for run in found["runs"]]
+
+
+def test_runs_spread_over_devices_are_those_made_in_turn_and_one_that_diverges_stops_no_other(
+        settings, one_thread, tmp_path, capsys):
+    grid = "training.learning_rate=1e30,1e-3,1e-4"
+    for folder, flags in (("turn", []), ("spread", ["--devices", "cpu", "cpu"])):
+        assert sweep(settings, grid, flags=["--output", str(tmp_path / folder), *flags]) == NonFiniteError.exit_code
+    printed = capsys.readouterr().out
+    assert all(f"run {number} of 3 on cpu" in printed for number in (1, 2, 3))
+    failures = [run[3] for run in report_of(tmp_path / "turn")[1]]
+    assert "not finite" in failures[0] and failures[1:] == [None, None]
+    assert report_of(tmp_path / "spread") == report_of(tmp_path / "turn")
+    for name in ("learning_rate=1e-3", "learning_rate=1e-4"):
+        turn, spread = tmp_path / "turn" / name, tmp_path / "spread" / name
+        assert rows(spread) == rows(turn) and rows(spread, "evaluation") == rows(turn, "evaluation")
+        weights = [sorted((run / "checkpoints").glob("*/weights/*.safetensors"))[-1] for run in (turn, spread)]
+        assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_sigterm_stops_the_runs_on_all_devices_with_their_state_saved(settings, tmp_path):
+    code = "import sys; from pgdpo_fast.cli import main; sys.exit(main())"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "sweep", str(settings), "--grid=objective.beta=100,500", "--devices", "cpu", "cpu",
+         "--set", "training.steps=5000", "training.draws_per_pair=1", "training.checkpoint_every=5000",
+         "training.evaluation_every=5000"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    metrics = [tmp_path / "sweep" / f"beta={beta}" / "metrics.jsonl" for beta in (100, 500)]
+    deadline = time.monotonic() + 300
+    while not all(path.exists() and path.read_text().count("\n") > 1 for path in metrics):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+    assert "the state of every run saved" in errors and "or the whole sweep with: pgdpo-fast" in errors
+    assert "Traceback" not in errors
+    for path in metrics:
+        steps = len(path.read_text().splitlines())
+        assert steps < 5000 and (path.parent / "checkpoints" / f"step_{steps:08d}").is_dir()
+    assert report_of(tmp_path / "sweep")[1] == []
+
+
+def test_a_process_that_dies_is_a_failure_of_its_run_alone(settings, tmp_path):
+    from pgdpo_fast.training.sweep import sweep
+
+    def kill_the_first(text):
+        if text.startswith("run 2 "):
+            multiprocessing.active_children()[0].kill()
+
+    configs = expand(settings, [], ["objective.beta=100,500"], tmp_path)
+    outcomes = sweep(configs, ["objective.beta"], tmp_path, devices=["cpu", "cpu"], note=kill_the_first)
+    assert "exit code -9" in outcomes[0].failure and outcomes[1].failure is None
+    assert report_of(tmp_path)[1][1][2] == outcomes[1].metrics
+
+
+def test_devices_that_cannot_be_had_are_refused_before_anything_runs(settings, tmp_path, capsys):
+    assert sweep(settings, "objective.beta=1,2", flags=["--devices", "cpu", "gpu7"]) == ConfigError.exit_code
+    assert "gpu7" in capsys.readouterr().err
+    assert sweep(settings, "training.device=cpu,cuda", flags=["--devices", "cpu"]) == ConfigError.exit_code
+    assert "--grid training.device" in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()
 
 
 @pytest.mark.parametrize("grid, named", [

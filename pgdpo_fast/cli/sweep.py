@@ -11,14 +11,16 @@ import tyro
 
 @dataclass
 class Sweep:
-    """Train every combination of a grid, one after the other, over one reference pass, and compare the results.
+    """Train every combination of a grid over one reference pass, and compare the results.
 
     The reference runs once, before the first training, and never again: not for the second run, and not when the sweep
     is repeated or made larger. Only grid keys that change what the reference is asked (seed, draws, process, network)
     cost another pass. Writes a run directory for every combination, sweep.json, and report.html comparing them.
+    SIGTERM stops all runs with their state saved, exits with code 75 and prints the command that resumes the sweep.
 
-    Example:
+    Examples:
         pgdpo-fast sweep wan.yaml --grid objective.beta=100,500,2000 --grid objective.k1=1,2 --output runs/beta-k1
+        pgdpo-fast sweep wan.yaml --grid objective.beta=100,500,2000 --devices cuda:0 cuda:1
     """
 
     config: tyro.conf.Positional[Path]
@@ -33,8 +35,11 @@ class Sweep:
         tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]], tyro.conf.arg(metavar="KEY=VALUE [KEY=VALUE ...]")
     ] = ()
     """Settings laid over the file for all runs, as for `train`."""
+    devices: Annotated[tuple[str, ...], tyro.conf.arg(metavar="DEVICE [DEVICE ...]")] = ()
+    """Spread the runs over these, such as cuda:0 cuda:1, a process a run and one run a device at a time; a device named
+    twice runs two at once. The reference runs on the first. By default one run after the other on training.device."""
     display: Literal["auto", "live", "plain", "none"] = "auto"
-    """As for `train`."""
+    """As for `train`; with --devices only the begin and end of each run are printed."""
 
     def run(self) -> int:
         import shlex
@@ -54,7 +59,7 @@ class Sweep:
         keys = [axis.partition("=")[0] for axis in self.grid]
         console = Console(highlight=False)
         with rows_progress(Console(stderr=True), "reference forwards") as progress:
-            outcomes = sweep(configs, keys, output, display=self.display, progress=progress,
+            outcomes = sweep(configs, keys, output, devices=self.devices, display=self.display, progress=progress,
                              note=lambda text: console.print(text, markup=False, soft_wrap=True),
                              resume_command=shlex.join(["pgdpo-fast", *sys.argv[1:]]))
         _print_table(console, keys, outcomes)

@@ -23,6 +23,9 @@ def select_device(name: str) -> torch.device:
         raise ConfigError(f"training.device={name!r}: expected auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"training.device={name!r}: no CUDA device is visible; use cpu, or check the driver")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"training.device={name!r}: expected an index below {torch.cuda.device_count()}, the "
+                          "number of visible CUDA devices")
     return device
 
 

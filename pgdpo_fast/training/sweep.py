@@ -1,23 +1,34 @@
 """Many configurations over one reference pass: the grid, the caches it needs, the runs, and their comparison.
 
 Configurations that ask the reference the same questions share a cache; only a setting that changes the questions (seed,
-draws, process, network, store) costs another pass. Every part resumes where it stood.
+draws, process, network, store) costs another pass. Runs go one after the other, or several at once on devices of their
+own. Every part resumes where it stood.
 """
 
 from __future__ import annotations
 
+import gc
 import itertools
+import multiprocessing
+import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pgdpo_fast.data.latent_store import LatentStore
+from pgdpo_fast.data.preemption import sigterm_watch
 from pgdpo_fast.data.shards import canonical_json, sha256_bytes, write_json
-from pgdpo_fast.errors import ConfigError, NonFiniteError, OutOfMemoryError, Preempted
+from pgdpo_fast.errors import ConfigError, NonFiniteError, OutOfMemoryError, PgdpoError, Preempted
 from pgdpo_fast.training.cached import cache_reference, choose_format, reference_visits
 from pgdpo_fast.training.config import TrainConfig, load_config
+from pgdpo_fast.training.network import select_device
 from pgdpo_fast.training.trainer import train
 
 __all__ = ["Outcome", "expand", "sweep"]
@@ -89,54 +100,162 @@ def _text(value: Any) -> str:
     return f"[{','.join(map(_text, value))}]" if isinstance(value, list) else str(value)
 
 
-def sweep(configs: Mapping[str, TrainConfig], keys: Sequence[str], output: Path, *, display: str = "auto",
-          note: Callable[[str], None] = print, progress: Callable[[int, int], None] | None = None,
+def sweep(configs: Mapping[str, TrainConfig], keys: Sequence[str], output: Path, *, devices: Sequence[str] = (),
+          display: str = "auto", note: Callable[[str], None] = print,
+          progress: Callable[[int, int], None] | None = None,
           resume_command: str = "the same call again") -> list[Outcome]:
-    """Make the caches the runs need, train one after the other, and write `output/sweep.json`.
+    """Make the caches the runs need, train every configuration, and write `output/sweep.json`.
 
     A run that ends in NonFiniteError or OutOfMemoryError is recorded and the next one begins.
 
+    Args:
+        devices: what runs are spread over, each in a process of its own that has its device to itself; a device named
+            twice has two at once. The first one also makes the caches. Empty: one run after the other, in this process,
+            on `training.device`.
+        display: as for `train`; with `devices` only the begin and end of each run are noted.
+
     Raises:
-        ConfigError, DataError: as `cache_reference` and `train` would.
-        Preempted: SIGTERM came; the message holds `resume_command`.
+        ConfigError, DataError: as `cache_reference` and `train` would; other processes stop with their state saved.
+        Preempted: SIGTERM came; the state of every run is saved and the message holds `resume_command`.
     """
-    caches, asked, outcomes = _caches(configs, output), {name: _questions(c) for name, c in configs.items()}, []
+    if devices and "training.device" in keys:
+        raise ConfigError("--grid training.device: --devices chooses it for every run; leave one of them out")
+    for device in devices:
+        select_device(device)
+    caches, asked, outcomes = _caches(configs, output), {name: _questions(c) for name, c in configs.items()}, {}
     try:
         for questions, (folder, representative) in caches.items():
             began = time.perf_counter()
+            if devices:
+                representative = _on(representative, devices[0])
             cache = cache_reference(representative, folder, progress=progress)
             note(f"reference  {len(cache)} rows in {folder} for {[*asked.values()].count(questions)} runs, "
                  f"{time.perf_counter() - began:.1f} s")
-        for number, (name, config) in enumerate(configs.items(), 1):
-            note(f"run {number} of {len(configs)}: {name}")
-            outcomes.append(_run(name, config, keys, caches[asked[name]][0], display))
-            if outcomes[-1].failure:
-                note(f"{name} failed: {outcomes[-1].failure}")
+        jobs = [_Job(name, config, tuple(keys), caches[asked[name]][0]) for name, config in configs.items()]
+        with closing(_spread(jobs, devices, note) if devices else _in_turn(jobs, display, note)) as ended:
+            for outcome in ended:
+                outcomes[outcome.name] = outcome
+                if outcome.failure:
+                    note(f"{outcome.name} failed: {outcome.failure}")
     except Preempted as error:
         raise Preempted(f"{error}; or the whole sweep with: {resume_command}") from error
     finally:
-        rows = [{**vars(outcome), "run_dir": str(outcome.run_dir), "cache": str(outcome.cache)} for outcome in outcomes]
+        found = [outcomes[name] for name in configs if name in outcomes]
+        rows = [{**vars(outcome), "run_dir": str(outcome.run_dir), "cache": str(outcome.cache)} for outcome in found]
         write_json(output / SUMMARY_FILE, {"grid": list(keys), "runs": rows})
-    return outcomes
+    return found
 
 
-def _run(name: str, config: TrainConfig, keys: Sequence[str], cache: Path, display: str) -> Outcome:
-    from pgdpo_fast.analysis.runs import read_runs
+@dataclass(frozen=True)
+class _Job:
+    """A run to be made, whole enough to be sent to another process."""
 
-    cached = replace(config, model=replace(config.model, reference="cached"),
-                     data=replace(config.data, reference_cache=str(cache)))
-    began, failure, metrics = time.perf_counter(), None, {}
+    name: str
+    config: TrainConfig
+    keys: tuple[str, ...]
+    cache: Path
+
+    def run(self, display: str) -> Outcome:
+        from pgdpo_fast.analysis.runs import read_runs
+
+        config = self.config
+        cached = replace(config, model=replace(config.model, reference="cached"),
+                         data=replace(config.data, reference_cache=str(self.cache)))
+        began, failure, metrics = time.perf_counter(), None, {}
+        try:
+            train(cached, display=display)
+            record = read_runs([config.output.dir])[0]
+            last = (record.evaluations or record.metrics)[-1]
+            metrics = {key: value for key, value in last.items() if key == "loss" or key.startswith("rewards/")}
+        except (NonFiniteError, OutOfMemoryError) as error:
+            failure = str(error)
+        return self.ended(time.perf_counter() - began, metrics, failure)
+
+    def ended(self, seconds: float, metrics: dict[str, float], failure: str | None) -> Outcome:
+        config = self.config
+        flat = {**config.flat(), **{f"{section}.{key}": value for section in ("objective", "process")
+                                    for key, value in getattr(config, section).items()}}
+        return Outcome(self.name, Path(config.output.dir), {key: flat[key] for key in self.keys}, self.cache, seconds,
+                       metrics, failure)
+
+
+def _in_turn(jobs: Sequence[_Job], display: str, note: Callable[[str], None]) -> Iterator[Outcome]:
+    for number, job in enumerate(jobs, 1):
+        note(f"run {number} of {len(jobs)}: {job.name}")
+        yield job.run(display)
+
+
+def _spread(jobs: Sequence[_Job], devices: Sequence[str], note: Callable[[str], None]) -> Iterator[Outcome]:
+    """Outcomes as they come, of one process a run and one run a device at a time.
+
+    A process that dies without a word (killed for host memory, or by a bug) is a failure of its run alone. SIGTERM, an
+    error that concerns the whole sweep, and the end of the iteration stop all processes; each saves its state first.
+    """
+    gc.collect()
+    torch.cuda.empty_cache()  # the reference's memory, which a run on the same device needs
+    spawn, waiting, free = multiprocessing.get_context("spawn"), deque(enumerate(jobs, 1)), list(devices)
+    running: dict[connection.Connection, tuple[multiprocessing.Process, _Job, str, float]] = {}
+    errors: list[PgdpoError] = []
+
+    def stop() -> None:
+        waiting.clear()
+        for process, *_ in running.values():
+            process.terminate()
+
+    with sigterm_watch() as stopping:
+        try:
+            while waiting or running:
+                while waiting and free:
+                    (number, job), device = waiting.popleft(), free.pop(0)
+                    note(f"run {number} of {len(jobs)} on {device}: {job.name}")
+                    receiver, sender = spawn.Pipe(duplex=False)
+                    process = spawn.Process(target=_work, args=(replace(job, config=_on(job.config, device)), sender))
+                    process.start()
+                    sender.close()
+                    running[receiver] = process, job, device, time.perf_counter()
+                for receiver in connection.wait(running, timeout=0.2):
+                    process, job, device, began = running.pop(receiver)
+                    free.append(device)
+                    try:
+                        result = receiver.recv()
+                    except EOFError:
+                        result = None
+                    process.join()
+                    if result is None and not errors:
+                        failure = (f"its process ended with exit code {process.exitcode}; see stderr and "
+                                   f"{Path(job.config.output.dir) / 'log.txt'}")
+                        result = job.ended(time.perf_counter() - began, {}, failure)
+                    if isinstance(result, Outcome):
+                        yield result
+                    elif result is not None:
+                        errors.append(result)
+                        if len(errors) == 1:
+                            stop()
+                if stopping() and not errors:
+                    folder = Path(jobs[0].config.output.dir).parent
+                    errors.append(Preempted("stopped by SIGTERM, the state of every run saved; resume one with: "
+                                            f"pgdpo-fast train {folder}/RUN/config.yaml"))
+                    stop()
+        finally:
+            stop()
+            for process, *_ in running.values():
+                process.join()
+    if errors:  # what went wrong says more than that the others were stopped for it
+        raise min(errors, key=lambda error: isinstance(error, Preempted))
+
+
+def _work(job: _Job, sender: connection.Connection) -> None:
+    """Body of a process: sends an Outcome, or the error that concerns the whole sweep."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the sweep too, which then stops its runs by SIGTERM
     try:
-        train(cached, display=display)
-        record = read_runs([config.output.dir])[0]
-        last = (record.evaluations or record.metrics)[-1]
-        metrics = {key: value for key, value in last.items() if key == "loss" or key.startswith("rewards/")}
-    except (NonFiniteError, OutOfMemoryError) as error:
-        failure = str(error)
-    flat = {**config.flat(), **{f"{section}.{key}": value for section in ("objective", "process")
-                                for key, value in getattr(config, section).items()}}
-    return Outcome(name, Path(config.output.dir), {key: flat[key] for key in keys}, cache,
-                   time.perf_counter() - began, metrics, failure)
+        result: Outcome | PgdpoError = job.run("none")
+    except PgdpoError as error:
+        result = error
+    sender.send(result)
+
+
+def _on(config: TrainConfig, device: str) -> TrainConfig:
+    return replace(config, training=replace(config.training, device=device))
 
 
 def _questions(config: TrainConfig) -> str:
