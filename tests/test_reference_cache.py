@@ -230,6 +230,28 @@ def test_another_fingerprint_is_refused_with_field_values_and_remedy(tmp_path, f
     assert_every_row_is_right(ReferenceCache(tmp_path / "cache"))
 
 
+def test_fewer_draws_leave_a_larger_cache_as_it_is(tmp_path):
+    large = make(tmp_path / "cache", "errors")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "cache").iterdir() if file.is_file()}
+    fewer = [Block(block.ids, max(1, block.draws - 1)) for block in BLOCKS]
+    assert fewer != list(BLOCKS)
+
+    def nothing(keys):
+        raise AssertionError("the reference ran again")
+
+    small = build_cache(tmp_path / "cache", fingerprint=FINGERPRINT, blocks=fewer, layout=layout("errors"),
+                        compute=nothing)
+    assert len(small) == len(large)
+    after = {file.name: file.read_bytes() for file in (tmp_path / "cache").iterdir() if file.is_file()}
+    assert after == before
+    shard = next((tmp_path / "cache").glob("*.safetensors"))
+    damaged = bytearray(shard.read_bytes())
+    damaged[-1] ^= 1
+    shard.write_bytes(damaged)
+    with pytest.raises(DataError, match=shard.name):
+        build_cache(tmp_path / "cache", fingerprint=FINGERPRINT, blocks=fewer, layout=layout("errors"), compute=nothing)
+
+
 def test_more_draws_than_the_cache_holds_are_refused(tmp_path):
     with pytest.raises(DataError, match="holds 3 draws a pair, this run visits 4"):
         make(tmp_path / "cache").require(FINGERPRINT, 4)

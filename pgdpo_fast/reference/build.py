@@ -60,7 +60,7 @@ def build_cache(path: str | os.PathLike, *, fingerprint: Mapping[str, Any], bloc
 
     Args:
         path: folder of the cache; new, or with finished work of the same fingerprint and layout, which is verified and
-            kept.
+            kept. A finished cache of the same pairs with more draws is returned as it is.
         fingerprint: flat mapping of plain values, everything the rows depend on.
         blocks: pairs and their draws; ids must not repeat.
         compute: rows `[B, ...]` of up to `layout.pairs_per_forward` (pair id, draw).
@@ -77,6 +77,8 @@ def build_cache(path: str | os.PathLike, *, fingerprint: Mapping[str, Any], bloc
     if len(set(ids)) < len(ids):
         raise ValueError("blocks: expected every pair id once")
     path = Path(path).absolute()
+    if (larger := _larger(path, fingerprint, blocks, layout)) is not None:
+        return larger
     with sigterm_watch() as stop:
         job = _Job(path, dict(fingerprint), list(blocks), layout, compute, stop, progress, resume_command)
         job.open(dict(provenance or {}))
@@ -85,6 +87,24 @@ def build_cache(path: str | os.PathLike, *, fingerprint: Mapping[str, Any], bloc
         job.run(order)
         job.finish()
     return ReferenceCache(path)
+
+
+def _larger(path: Path, fingerprint: Mapping[str, Any], blocks: Sequence[Block],
+            layout: Layout) -> ReferenceCache | None:
+    """The finished cache in `path` if it has all rows of `blocks` and more draws; DataError if it is damaged."""
+    try:
+        cache = ReferenceCache(path)
+    except DataError:
+        return None  # new, unfinished or broken: the job's to find out
+    if (cache.fingerprint, cache.layout) != (dict(fingerprint), layout):
+        return None
+    if [block.ids for block in cache.blocks] != [block.ids for block in blocks]:
+        return None
+    more = [held.draws - asked.draws for held, asked in zip(cache.blocks, blocks, strict=True)]
+    if min(more) < 0 or max(more) == 0:
+        return None
+    cache.verify()
+    return cache
 
 
 @dataclass
