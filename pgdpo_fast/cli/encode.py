@@ -80,6 +80,7 @@ class Encode:
 
         from rich.console import Console
 
+        from pgdpo_fast.cli.progress import rows_progress
         from pgdpo_fast.data.encode import encode_manifest
         from pgdpo_fast.data.manifest import Manifest, read_manifest, used_dropped_table
         from pgdpo_fast.data.shards import describe_bytes
@@ -103,8 +104,7 @@ class Encode:
         if any(pair.first_frame for pair in manifest.pairs):
             console.print("note: first_frame is recorded in the index and not encoded", highlight=False)
         codec, text = self._codec(), self._text(text_name)
-        with _progress(console) as progress:
-            task = progress.add_task("encoding pairs", total=len(manifest))
+        with rows_progress(console, "encoding pairs") as progress:
             store = encode_manifest(
                 manifest,
                 self.output,
@@ -119,10 +119,11 @@ class Encode:
                 dtype=self.dtype,
                 strict=self.strict,
                 provenance={"model": self.model, "revision": self.revision},
-                progress=lambda done, total: progress.update(task, completed=done),
+                progress=progress,
                 resume_command=shlex.join(["pgdpo-fast", *sys.argv[1:]]),
             )
-        used = tuple(pair for pair in manifest.pairs if pair.id in set(store.ids))
+        kept = set(store.ids)
+        used = tuple(pair for pair in manifest.pairs if pair.id in kept)
         Console().print(
             used_dropped_table(Manifest(manifest.path, manifest.format, used, (*manifest.dropped, *store.dropped)))
         )
@@ -160,24 +161,3 @@ class Encode:
         return text_encoder_from_name(
             name, path=self.model, revision=self.revision, dtype=self.text_dtype, device=self.device
         )
-
-
-def _progress(console):
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-    )
