@@ -118,12 +118,6 @@ Call<S> objective_call(const Operands& x, const Tensor& partial, bool anchor, bo
   return call;
 }
 
-#define PGDPO_OBJECTIVE                                                                                               \
-  bool anchor, bool cross, MaybeTensor reference_errors, MaybeTensor weight, MaybeTensor posterior_scale, int64_t kind, \
-      int64_t flags, std::vector<double> parameters, Tensor loss, Tensor telemetry, Tensor coefficients
-#define PGDPO_PASS_OBJECTIVE \
-  anchor, cross, reference_errors, weight, posterior_scale, kind, flags, parameters, loss, telemetry, coefficients
-
 // Loss, telemetry and gradient coefficients: errors, then fold and objective.
 void objective(PGDPO_OPERANDS, PGDPO_OBJECTIVE) {
   const Operands x(PGDPO_PASS_OPERANDS);
@@ -136,7 +130,7 @@ void objective(PGDPO_OPERANDS, PGDPO_OBJECTIVE) {
   });
 }
 
-void gradients(PGDPO_OPERANDS, bool anchor, Tensor coefficients, Tensor incoming, Tensor chosen, Tensor rejected) {
+void gradients(PGDPO_OPERANDS, bool anchor, Tensor coefficients, MaybeTensor incoming, Tensor chosen, Tensor rejected) {
   const Operands x(PGDPO_PASS_OPERANDS);
   const cuda::Current on(p_w.get_device_index());
   with_type(x, [&](auto zero) {
@@ -276,17 +270,6 @@ void gather_rows(std::vector<Tensor> tables, std::vector<int64_t> rows, std::vec
       check(cuda::launch_gather(x, on.device, on.stream), "gather_rows");
     }
   }
-}
-
-#define PGDPO_OBJECTIVE_SCHEMA                                                                                         \
-  "bool anchor, bool cross, Tensor? reference_errors, Tensor? weight, Tensor? posterior_scale, int kind, int flags, " \
-  "float[] parameters, Tensor(a!) loss, Tensor(b!) telemetry, Tensor(c!) coefficients"
-
-STABLE_TORCH_LIBRARY_FRAGMENT(PGDPO_NAMESPACE, m) {
-  m.def("statistics(" PGDPO_SCHEMA "bool anchor, bool cross, Tensor(a!) means) -> ()");
-  m.def("objective(" PGDPO_SCHEMA PGDPO_OBJECTIVE_SCHEMA ") -> ()");
-  m.def("loss_and_gradients(" PGDPO_SCHEMA PGDPO_OBJECTIVE_SCHEMA
-        ", Tensor? incoming, Tensor(d!) chosen, Tensor(e!) rejected) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(PGDPO_NAMESPACE, PGDPO_CUDA, m) {

@@ -65,6 +65,8 @@ PGDPO_HD double exponential(double x) { return exp(x); }
 // exp(-|x|); a form that is tiny instead of zero far out will do.
 PGDPO_HD float exp_minus_absolute(float x) { return expf(-fabsf(x)); }
 PGDPO_HD double exp_minus_absolute(double x) { return exp(-fabs(x)); }
+PGDPO_HD float reciprocal(float x) { return 1.0f / x; }
+PGDPO_HD double reciprocal(double x) { return 1.0 / x; }
 // log(1 + t), 0 <= t <= 1.
 PGDPO_HD float log1p_unit(float t) { return log1pf(t); }
 PGDPO_HD double log1p_unit(double t) { return log1p(t); }
@@ -80,18 +82,34 @@ PGDPO_HD T clamp(T x, T low, T high) {
   return at_most(high, at_least(low, x));
 }
 
+// exp(x), x cut so that the result and its inverse are normal numbers.
+PGDPO_HD float exp_cut(float x) { return expf(clamp(x, -86.5f, 86.5f)); }
+PGDPO_HD double exp_cut(double x) { return exp(clamp(x, -707.0, 707.0)); }
+
 template <class T>
 PGDPO_HD T sign(T x) {
   return select(x > T(0), T(1), select(x < T(0), T(-1), T(0)));
 }
 
-// sigmoid(x), sigmoid(-x) (never by subtraction) and softplus(-x) = -log sigmoid(x), all from one exponential.
+// sigmoid(x) and sigmoid(-x), never by subtraction.
+template <class T>
+struct Sigmoids {
+  T up, down;
+
+  PGDPO_HD explicit Sigmoids(T x) {
+    const T odds = exp_cut(x);
+    down = reciprocal(T(1) + odds);
+    up = odds * down;
+  }
+};
+
+// The same with softplus(-x) = -log sigmoid(x), all from one exponential.
 template <class T>
 struct Logistic {
   T x, decay, up, down;
 
   PGDPO_HD explicit Logistic(T value) : x(value), decay(exp_minus_absolute(value)) {
-    const T large = T(1) / (T(1) + decay);
+    const T large = reciprocal(T(1) + decay);
     const T small = decay * large;
     up = select(x >= T(0), large, small);
     down = select(x >= T(0), small, large);
@@ -125,9 +143,9 @@ struct Outer {
 
 // PG-DPO's rho, cut to +-RATIO_LIMIT, and its derivatives by the chosen and the rejected reward (zero where it is cut).
 template <class T>
-PGDPO_HD T ratio_and_slopes(int which, bool slopes, T chosen, T rejected, T half_beta, T eps, T& by_chosen,
+PGDPO_HD T ratio_and_slopes(int which, bool slopes, T gap_chosen, T gap_rejected, T half_beta, T eps, T& by_chosen,
                             T& by_rejected) {
-  const T margin = chosen - rejected;
+  const T chosen = T(0) - gap_chosen, rejected = T(0) - gap_rejected, margin = gap_rejected - gap_chosen;
   const T limit = T(RATIO_LIMIT);
   T ratio;
   if (which == RATIO_LOGIT) {
@@ -171,10 +189,42 @@ PGDPO_HD T ratio_and_slopes(int which, bool slopes, T chosen, T rejected, T half
   return clamp(ratio, T(0) - limit, limit);
 }
 
-// Runs one group through the objective. `parameters` are the PARAMETERS numbers of Epilogue.parameters, zero-padded.
+// PG-DPO's weights of a group: alpha and gamma with what they leave of 1, and the derivatives of rho.
+template <class T>
+struct Weights {
+  T alpha, alpha_complement, gamma, complement, by_chosen, by_rejected;
+};
+
+template <class T>
+PGDPO_HD void pgdpo_weights(int flags, const scalar_of<T>* parameters, const Errors<T>& errors, Weights<T>& out) {
+  const bool regularized = flags & (FLAG_IPR_REWARD | FLAG_IPR_ANCHOR);
+  out.alpha = out.gamma = T(1);
+  out.alpha_complement = out.complement = out.by_chosen = out.by_rejected = T(0);
+  const T ratio = ratio_and_slopes((flags >> FLAG_RATIO_SHIFT) & 3, flags & FLAG_ATTACHED, errors.gap_chosen,
+                                   errors.gap_rejected, T(parameters[0]), T(parameters[4]), out.by_chosen,
+                                   out.by_rejected);
+  if (regularized) {
+    const Sigmoids<T> switched(T(parameters[2]) * ratio);
+    out.complement = switched.up;
+    out.gamma = switched.down;
+  }
+  if (flags & FLAG_ARS) {
+    if (regularized && (flags & FLAG_ONE_SIGMOID)) {
+      out.alpha = out.complement;
+      out.alpha_complement = out.gamma;
+    } else {
+      const Sigmoids<T> scaled(T(parameters[1]) * ratio);
+      out.alpha = scaled.up;
+      out.alpha_complement = scaled.down;
+    }
+  }
+}
+
+// Runs one group through the objective. `parameters` are the PARAMETERS numbers of Epilogue.parameters, zero-padded;
+// `known` are PG-DPO's weights where they have been computed before.
 template <class T>
 PGDPO_HD Terms<T> objective(int kind, int flags, const scalar_of<T>* parameters, const Errors<T>& errors,
-                            const Outer<T>* outer = nullptr) {
+                            const Outer<T>* outer = nullptr, const Weights<T>* known = nullptr) {
   const T zero = T(0), one = T(1), half = T(0.5);
   const T half_beta = T(parameters[0]);
   const T d_w = errors.gap_chosen, d_l = errors.gap_rejected;
@@ -199,29 +249,16 @@ PGDPO_HD Terms<T> objective(int kind, int flags, const scalar_of<T>* parameters,
     out.by_rejected = off_target;
   } else if (kind == KIND_PGDPO) {
     const bool ars = flags & FLAG_ARS, regularized = flags & (FLAG_IPR_REWARD | FLAG_IPR_ANCHOR);
-    const bool attached = flags & FLAG_ATTACHED;
     const T k1 = T(parameters[1]), k2 = T(parameters[2]), scale = T(parameters[3]);
-    const T chosen = zero - d_w, rejected = zero - d_l;
-    T by_chosen = zero, by_rejected = zero;
-    const T ratio = ratio_and_slopes((flags >> FLAG_RATIO_SHIFT) & 3, attached, chosen, rejected, half_beta,
-                                     T(parameters[4]), by_chosen, by_rejected);
-    T alpha_complement = zero;
-    if (regularized) {
-      const Logistic<T> switched(k2 * ratio);
-      out.complement = switched.up;
-      out.gamma = switched.down;
-    }
-    if (ars) {
-      if (regularized && (flags & FLAG_ONE_SIGMOID)) {
-        out.alpha = out.complement;
-        alpha_complement = out.gamma;
-      } else {
-        const Logistic<T> scaled(k1 * ratio);
-        out.alpha = scaled.up;
-        alpha_complement = scaled.down;
-      }
-    }
-    out.logits = half_beta * (chosen - out.alpha * rejected);
+    Weights<T> weights;
+    if (known != nullptr)
+      weights = *known;
+    else
+      pgdpo_weights<T>(flags, parameters, errors, weights);
+    out.alpha = weights.alpha;
+    out.gamma = weights.gamma;
+    out.complement = weights.complement;
+    out.logits = half_beta * (out.alpha * d_l - d_w);
     const Logistic<T> preferred(out.logits);
     out.preference = preferred.softplus_minus();
     out.loss = out.gamma * out.preference;
@@ -236,13 +273,13 @@ PGDPO_HD Terms<T> objective(int kind, int flags, const scalar_of<T>* parameters,
     out.by_rejected = zero - slope * out.alpha;
     if (flags & FLAG_IPR_REWARD) out.by_chosen = out.by_chosen + scale * mean.complement;
     if (flags & FLAG_IPR_ANCHOR) out.by_anchor = scale * mean.complement;
-    if (attached) {
+    if (flags & FLAG_ATTACHED) {
       T by_ratio = zero;
-      if (ars) by_ratio = slope * rejected * (k1 * out.alpha * alpha_complement);
+      if (ars) by_ratio = zero - slope * d_l * (k1 * out.alpha * weights.alpha_complement);
       if (regularized)
         by_ratio = by_ratio - k2 * out.gamma * out.complement * (mean.preference - scale * mean.implicit);
-      out.by_chosen = out.by_chosen - by_ratio * by_chosen;
-      out.by_rejected = out.by_rejected - by_ratio * by_rejected;
+      out.by_chosen = out.by_chosen - by_ratio * weights.by_chosen;
+      out.by_rejected = out.by_rejected - by_ratio * weights.by_rejected;
     }
   } else if (kind == KIND_DPOP) {
     const T penalty = T(parameters[1]);

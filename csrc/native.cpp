@@ -86,25 +86,37 @@ struct Output {
   }
 };
 
-double* doubles(const Tensor& partial, int64_t count) {
-  STD_TORCH_CHECK(partial.is_cpu() && partial.is_contiguous() && partial.scalar_type() == ScalarType::Double &&
-                      partial.numel() == count,
-                  "partial: expected ", count, " contiguous float64 numbers on the CPU");
-  return static_cast<double*>(partial.mutable_data_ptr());
-}
-
-void errors(PGDPO_OPERANDS, bool anchor, bool cross, Tensor partial) {
-  const Operands x(PGDPO_PASS_OPERANDS);
-  STD_TORCH_CHECK(!anchor || form != REFERENCE_NONE, "anchor: needs a reference");
-  double* sums = doubles(partial, STATISTICS * x.chunks());
+// Sums of all statistics over every chunk, [STATISTICS, chunks].
+std::vector<double> errors(const Operands& x, bool anchor, bool cross) {
+  std::vector<double> sums(STATISTICS * x.chunks());
+  const bool with_anchor = anchor && x.pair.reference_form != REFERENCE_NONE;
   const Passes& run = passes(x.float64);
-  x.over_chunks([&](int64_t begin, int64_t end) { run.errors(x.pair, anchor, cross, sums, begin, end); });
+  x.over_chunks([&](int64_t begin, int64_t end) { run.errors(x.pair, with_anchor, cross, sums.data(), begin, end); });
+  return sums;
 }
 
-void gradients(PGDPO_OPERANDS, bool anchor, Tensor coefficients, Tensor incoming, Tensor chosen, Tensor rejected) {
+// Mean over group `row % groups` of a pair, one plane of `errors`; always added in the same order.
+double mean_of(const Operands& x, const std::vector<double>& sums, int plane, int64_t row) {
+  const int64_t pair = row / x.pair.groups;
+  double total = 0;
+  for (int64_t s = row % x.pair.groups; s < x.pair.segments; s += x.pair.groups)
+    total += sums[plane * x.chunks() + pair * x.pair.segments + s];
+  return total / double(x.pair.numel / x.pair.groups);
+}
+
+void statistics(PGDPO_OPERANDS, bool anchor, bool cross, Tensor means) {
+  const Operands x(PGDPO_PASS_OPERANDS);
+  const int64_t rows = x.pair.pairs * groups;
+  const Output out(means, "means", STATISTICS * rows);
+  const std::vector<double> sums = errors(x, anchor, cross);
+  for (int k = 0; k < STATISTICS; ++k)
+    for (int64_t row = 0; row < rows; ++row) out.set(k * rows + row, mean_of(x, sums, k, row));
+}
+
+void gradients(PGDPO_OPERANDS, bool anchor, Tensor coefficients, MaybeTensor incoming, Tensor chosen, Tensor rejected) {
   const Operands x(PGDPO_PASS_OPERANDS);
   std::vector<double> scaled = numbers(coefficients, "coefficients", 3 * x.pair.pairs * groups);
-  const double factor = numbers(incoming, "incoming", 1)[0];
+  const double factor = incoming ? numbers(*incoming, "incoming", 1)[0] : 1.0;
   for (double& c : scaled) c *= factor;
   const MutableRows out[2] = {rows_of<MutableRows>(chosen, "chosen", x.policy, x.pair.pairs, x.pair.numel),
                               rows_of<MutableRows>(rejected, "rejected", x.policy, x.pair.pairs, x.pair.numel)};
@@ -114,61 +126,37 @@ void gradients(PGDPO_OPERANDS, bool anchor, Tensor coefficients, Tensor incoming
   x.over_chunks([&](int64_t begin, int64_t end) { run.gradients(x.pair, anchor, scaled.data(), out, begin, end); });
 }
 
-// Sum over the runs of one group, always in the same order.
-double folded(const double* partial, int64_t segments, int64_t group, int64_t groups) {
-  double total = 0;
-  for (int64_t s = group; s < segments; s += groups) total += partial[s];
-  return total;
-}
-
-const double* checked_partial(const Tensor& partial, int64_t groups) {
-  STD_TORCH_CHECK(partial.dim() == 3 && partial.size(0) == STATISTICS && groups > 0 && partial.size(2) % groups == 0,
-                  "partial: expected [6, B, segments]");
-  return doubles(partial, partial.numel());
-}
-
-void fold(Tensor partial, int64_t groups, int64_t count, Tensor means) {
-  const double* from = checked_partial(partial, groups);
-  const int64_t pairs = partial.size(1), segments = partial.size(2);
-  const Output out(means, "means", STATISTICS * pairs * groups);
-  for (int64_t row = 0; row < STATISTICS * pairs; ++row)
-    for (int64_t g = 0; g < groups; ++g)
-      out.set(row * groups + g, folded(from + row * segments, segments, g, groups) / double(count));
-}
-
 void read_parameters(const std::vector<double>& from, double (&to)[PARAMETERS]) {
   STD_TORCH_CHECK(from.size() <= PARAMETERS, "parameters: expected at most ", PARAMETERS, " numbers");
   for (size_t i = 0; i < from.size(); ++i) to[i] = from[i];
 }
 
-void fold_objective(Tensor partial, int64_t groups, int64_t count, bool gaps, MaybeTensor reference_errors,
-                    MaybeTensor weight, MaybeTensor posterior_scale, int64_t kind, int64_t flags,
-                    std::vector<double> parameters, Tensor loss, Tensor telemetry, Tensor coefficients) {
-  const double* from = checked_partial(partial, groups);
-  const int64_t pairs = partial.size(1), segments = partial.size(2), rows = pairs * groups;
+void objective(PGDPO_OPERANDS, PGDPO_OBJECTIVE) {
+  const Operands x(PGDPO_PASS_OPERANDS);
+  const int64_t rows = x.pair.pairs * groups, count = x.pair.numel / groups;
   const Output loss_out(loss, "loss", 1), telemetry_out(telemetry, "telemetry", TELEMETRY * rows),
       coefficient_out(coefficients, "coefficients", 3 * rows);
   const std::vector<double> reference = numbers(reference_errors, "reference_errors", 2 * rows);
   const std::vector<double> weights = numbers(weight, "weight", rows);
-  const std::vector<double> posterior = numbers(posterior_scale, "posterior_scale", pairs);
+  const std::vector<double> posterior = numbers(posterior_scale, "posterior_scale", x.pair.pairs);
   double numbers[PARAMETERS] = {};
   read_parameters(parameters, numbers);
   STD_TORCH_CHECK(!(flags & FLAG_IMPORTANCE) || posterior_scale, "posterior_scale: the objective needs it");
+  const std::vector<double> sums = errors(x, anchor, cross);
+  const bool gaps = form != REFERENCE_NONE || reference_errors;
+  const double nan = std::numeric_limits<double>::quiet_NaN();
   double total = 0;
   for (int64_t row = 0; row < rows; ++row) {
-    const int64_t pair = row / groups;
     double mean[STATISTICS];
-    for (int k = 0; k < STATISTICS; ++k)
-      mean[k] = folded(from + (k * pairs + pair) * segments, segments, row % groups, groups) / double(count);
-    Errors<double> e{mean[0], mean[1], mean[2], mean[3], mean[4], mean[5], posterior.empty() ? 0.0 : posterior[pair]};
+    for (int k = 0; k < STATISTICS; ++k) mean[k] = mean_of(x, sums, k, row);
+    Errors<double> e{mean[0], mean[1], mean[2], mean[3], mean[4], mean[5], posterior.empty() ? 0.0 : posterior[row / groups]};
     if (!reference.empty()) {
       // Cached reference errors were rounded like these: a policy that equals the reference has gaps of exactly zero.
       e.gap_chosen = telemetry_out.rounded(e.policy_chosen) - reference[row];
       e.gap_rejected = telemetry_out.rounded(e.policy_rejected) - reference[rows + row];
     }
-    const Terms<double> t = objective<double>(int(kind), int(flags), numbers, e);
+    const Terms<double> t = pgdpo::objective<double>(int(kind), int(flags), numbers, e);
     const double w = weights.empty() ? 1.0 : weights[row], scale = w * 2.0 / (double(count) * double(rows));
-    const double nan = std::numeric_limits<double>::quiet_NaN();
     const double values[TELEMETRY] = {t.loss,       t.logits,        t.alpha,
                                       t.gamma,      t.importance,    e.policy_chosen,
                                       e.policy_rejected, gaps ? e.gap_chosen : nan, gaps ? e.gap_rejected : nan};
@@ -179,6 +167,12 @@ void fold_objective(Tensor partial, int64_t groups, int64_t count, bool gaps, Ma
     total += w * t.loss;
   }
   loss_out.set(0, total / double(rows));
+}
+
+bool loss_and_gradients(PGDPO_OPERANDS, PGDPO_OBJECTIVE, MaybeTensor incoming, Tensor chosen, Tensor rejected) {
+  objective(PGDPO_PASS_OPERANDS, PGDPO_PASS_OBJECTIVE);
+  gradients(PGDPO_PASS_OPERANDS, anchor, coefficients, incoming, chosen, rejected);
+  return false;
 }
 
 struct ElementCall : Elements {
@@ -233,8 +227,7 @@ void element_objective(PGDPO_OPERANDS, MaybeTensor weight, MaybeTensor posterior
   double total = 0;
   for (int64_t pair = 0; pair < pairs; ++pair) {
     double mean[ELEMENT_SUMS];
-    for (int k = 0; k < ELEMENT_SUMS; ++k)
-      mean[k] = folded(sums.data() + k * x.chunks() + pair * segments, segments, 0, 1) / double(x.pair.numel);
+    for (int k = 0; k < ELEMENT_SUMS; ++k) mean[k] = mean_of(x, sums, k, pair);
     const double each[ELEMENT_MEANS] = {mean[3], mean[0], mean[9], mean[10]};
     for (int k = 0; k < ELEMENT_MEANS; ++k) means_out.set(k * pairs + pair, each[k]);
     if (outer) mean[0] = mean[3] * mean[0] + call.parameters[3] * mean[9] * mean[10];
@@ -263,20 +256,18 @@ void element_gradients(PGDPO_OPERANDS, MaybeTensor weight, MaybeTensor posterior
 // Residuals q - y of predictions q (in the policy's place) as rows of the reference cache, and their errors.
 void pack(PGDPO_OPERANDS, Tensor chosen, Tensor rejected, MaybeTensor chosen_scale, MaybeTensor rejected_scale,
           Tensor means) {
+  STD_TORCH_CHECK(groups == 1 && form == REFERENCE_NONE, "pack: takes predictions and targets of whole samples");
   const Operands x(PGDPO_PASS_OPERANDS);
   const Packed out = packed_of(x, chosen, rejected, chosen_scale, rejected_scale, [](const Tensor& place) {
     STD_TORCH_CHECK(place.is_cpu(), "packed rows: expected CPU tensors");
   });
-  std::vector<double> sums(STATISTICS * x.chunks());
-  const Output means_out(means, "means", STATISTICS * x.pair.pairs * groups);
+  const Output means_out(means, "means", STATISTICS * x.pair.pairs);
+  const std::vector<double> sums = errors(x, false, false);
   const Passes& run = passes(x.float64);
-  x.over_chunks([&](int64_t begin, int64_t end) { run.errors(x.pair, false, false, sums.data(), begin, end); });
   torch::stable::parallel_for(0, x.pair.pairs * pack_blocks_of(x.pair), 256,
                               [&](int64_t begin, int64_t end) { run.pack(x.pair, out, begin, end); });
-  for (int64_t row = 0; row < STATISTICS * x.pair.pairs; ++row)
-    for (int64_t g = 0; g < groups; ++g)
-      means_out.set(row * groups + g,
-                    folded(sums.data() + row * segments, segments, g, groups) / (double(x.pair.numel) / double(groups)));
+  for (int k = 0; k < STATISTICS; ++k)
+    for (int64_t pair = 0; pair < x.pair.pairs; ++pair) means_out.set(k * x.pair.pairs + pair, mean_of(x, sums, k, pair));
 }
 
 void gather_rows(std::vector<Tensor> tables, std::vector<int64_t> rows, std::vector<Tensor> out) {
@@ -291,13 +282,7 @@ void gather_rows(std::vector<Tensor> tables, std::vector<int64_t> rows, std::vec
 
 STABLE_TORCH_LIBRARY(pgdpo_fast_native, m) {
   m.def("instruction_set() -> str");
-  m.def("errors(" PGDPO_SCHEMA "bool anchor, bool cross, Tensor(a!) partial) -> ()");
-  m.def("fold(Tensor partial, int groups, int count, Tensor(a!) means) -> ()");
-  m.def(
-      "fold_objective(Tensor partial, int groups, int count, bool gaps, Tensor? reference_errors, Tensor? weight, "
-      "Tensor? posterior_scale, int kind, int flags, float[] parameters, Tensor(a!) loss, Tensor(b!) telemetry, "
-      "Tensor(c!) coefficients) -> ()");
-  define_shared(m);
+  define_operators(m);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pgdpo_fast_native, CompositeExplicitAutograd, m) {
@@ -305,10 +290,10 @@ STABLE_TORCH_LIBRARY_IMPL(pgdpo_fast_native, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pgdpo_fast_native, CPU, m) {
-  m.impl("errors", TORCH_BOX(&errors));
+  m.impl("statistics", TORCH_BOX(&statistics));
+  m.impl("objective", TORCH_BOX(&objective));
   m.impl("gradients", TORCH_BOX(&gradients));
-  m.impl("fold", TORCH_BOX(&fold));
-  m.impl("fold_objective", TORCH_BOX(&fold_objective));
+  m.impl("loss_and_gradients", TORCH_BOX(&loss_and_gradients));
   m.impl("element_objective", TORCH_BOX(&element_objective));
   m.impl("element_gradients", TORCH_BOX(&element_gradients));
   m.impl("pack", TORCH_BOX(&pack));

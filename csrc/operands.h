@@ -185,14 +185,27 @@ inline std::vector<RowCopy> row_copies(const std::vector<Tensor>& tables, const 
 #define PGDPO_PASS_OPERANDS \
   p_w, p_l, y_w, y_l, noise, target_scale, q_w, q_l, s_w, s_l, form, groups, segments, length
 
+#define PGDPO_OBJECTIVE                                                                                               \
+  bool anchor, bool cross, MaybeTensor reference_errors, MaybeTensor weight, MaybeTensor posterior_scale, int64_t kind, \
+      int64_t flags, std::vector<double> parameters, Tensor loss, Tensor telemetry, Tensor coefficients
+#define PGDPO_PASS_OBJECTIVE \
+  anchor, cross, reference_errors, weight, posterior_scale, kind, flags, parameters, loss, telemetry, coefficients
+
 #define PGDPO_SCHEMA                                                                                             \
   "Tensor p_w, Tensor p_l, Tensor y_w, Tensor y_l, Tensor? noise, Tensor? target_scale, Tensor? q_w, Tensor? "  \
   "q_l, Tensor? s_w, Tensor? s_l, int form, int groups, int segments, int length, "
 #define PGDPO_ELEMENTS_SCHEMA "Tensor? weight, Tensor? posterior_scale, int kind, int flags, float[] parameters, bool outer, "
-// Operators both the CPU and the CUDA library implement.
-inline void define_shared(torch::stable::detail::StableLibrary& m) {
+#define PGDPO_OBJECTIVE_SCHEMA                                                                                         \
+  "bool anchor, bool cross, Tensor? reference_errors, Tensor? weight, Tensor? posterior_scale, int kind, int flags, " \
+  "float[] parameters, Tensor(a!) loss, Tensor(b!) telemetry, Tensor(c!) coefficients"
+// The CPU and the CUDA library implement these.
+inline void define_operators(torch::stable::detail::StableLibrary& m) {
+  m.def("statistics(" PGDPO_SCHEMA "bool anchor, bool cross, Tensor(a!) means) -> ()");
+  m.def("objective(" PGDPO_SCHEMA PGDPO_OBJECTIVE_SCHEMA ") -> ()");
   m.def("gradients(" PGDPO_SCHEMA
-        "bool anchor, Tensor coefficients, Tensor incoming, Tensor(a!) chosen, Tensor(b!) rejected) -> ()");
+        "bool anchor, Tensor coefficients, Tensor? incoming, Tensor(a!) chosen, Tensor(b!) rejected) -> ()");
+  m.def("loss_and_gradients(" PGDPO_SCHEMA PGDPO_OBJECTIVE_SCHEMA
+        ", Tensor? incoming, Tensor(d!) chosen, Tensor(e!) rejected) -> bool");
   m.def("element_objective(" PGDPO_SCHEMA PGDPO_ELEMENTS_SCHEMA
         "bool with_gradients, Tensor(a!) loss, Tensor(b!) telemetry, Tensor(c!) means, Tensor(d!) chosen, "
         "Tensor(e!) rejected) -> ()");

@@ -13,7 +13,9 @@ namespace {
 
 constexpr int MIXED = -1;  // storage types differ between operands: decided per load instead of per pass
 constexpr int FLUSH = 2048;  // elements added up in the working precision before the sums move on to double
-constexpr int BLOCK = 128;   // elements an element pass holds between its stages: 512 take 1.2 times as long
+constexpr int BLOCK = 128;   // elements between two prefetches, and held between the stages of an element pass
+constexpr int AHEAD = 2048;  // bytes of every operand a prefetch runs ahead
+constexpr int64_t BEYOND_CACHE = int64_t(4) << 20;  // bytes of gradients from which on they are written past the caches
 
 int lesser(int a, int b) { return a < b ? a : b; }
 
@@ -34,6 +36,22 @@ int64_t size_of(int dtype) {
 template <bool WHOLE, class S>
 PGDPO_INLINE void put(int dtype, char* to, int i, int lanes, Vec<S> x) {
   WHOLE ? store<S>(dtype, to, i, x) : store_lanes<S>(dtype, to, i, lanes, x);
+}
+
+// The same, not fetching what is overwritten into the caches; `to` is aligned to a vector.
+template <bool WHOLE, class S>
+PGDPO_INLINE void put_past_caches(int dtype, char* to, int i, int lanes, Vec<S> x) {
+#if defined(__x86_64__)
+  if constexpr (WHOLE) {
+    alignas(PGDPO_VECTOR_BYTES) char bytes[PGDPO_VECTOR_BYTES];
+    store<S>(dtype, bytes, 0, x);
+    const int64_t size = size_of(dtype);
+    for (int at = 0; at < Vec<S>::width * size; at += 16)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i * size + at), *reinterpret_cast<const __m128i*>(bytes + at));
+    return;
+  }
+#endif
+  put<WHOLE>(dtype, to, i, lanes, x);
 }
 
 template <class Any>
@@ -57,6 +75,20 @@ struct Chunk {
 template <class V>
 struct Differences {
   V u_w, u_l, minus_w, minus_l, plus_w, plus_l;
+};
+
+// body(whole, i, lanes) over the vectors of elements [begin, end); lanes < width in the last one alone.
+template <class V, class Body>
+PGDPO_INLINE void over_vectors(int begin, int end, const Body& body) {
+  int i = begin;
+  for (; i + V::width <= end; i += V::width) body(std::true_type{}, i, V::width);
+  if (i < end) body(std::false_type{}, i, end - i);
+}
+
+// One vector of every operand; reference holds predictions or residuals.
+template <class V>
+struct Operand {
+  V policy[2], target[2], reference[2], noise;
 };
 
 template <class S, int D>
@@ -89,6 +121,22 @@ struct Reader {
     }
   }
 
+  // Asks for the BLOCK elements AHEAD bytes after element i of every operand: the hardware follows too few streams at
+  // once and stops at every page. Past the end of a chunk lies the next one; past the end of the memory nothing happens.
+  PGDPO_INLINE void prefetch(int i) const {
+    for (int side = 0; side < 2; ++side) {
+      prefetch(policy_dtype, policy[side], i);
+      if (side == 0 || !shared) prefetch(target_dtype, target[side], i);
+      if (form == REFERENCE_PREDICTION) prefetch(reference_dtype, reference[side], i);
+      if (form > REFERENCE_PREDICTION) prefetch(form == REFERENCE_BFLOAT16 ? BFLOAT16 : FLOAT8, reference[side], i);
+    }
+    if (noise != nullptr) prefetch(noise_dtype, noise, i);
+  }
+  static PGDPO_INLINE void prefetch(int dtype, const char* from, int i) {
+    const int64_t size = size_of(D == MIXED || dtype == FLOAT8 ? dtype : D);
+    for (int64_t line = 0; line < BLOCK * size; line += 64) __builtin_prefetch(from + i * size + AHEAD + line);
+  }
+
   template <bool WHOLE>
   PGDPO_INLINE V fetch(int dtype, const char* from, int i, int lanes) const {
     const int known = D == MIXED ? dtype : D;
@@ -115,32 +163,75 @@ struct Reader {
 
   template <bool WHOLE>
   PGDPO_INLINE Differences<V> read(int i, int lanes) const {
-    Differences<V> d;
-    V y_w = fetch<WHOLE>(target_dtype, target[0], i, lanes);
-    V y_l = shared ? y_w : fetch<WHOLE>(target_dtype, target[1], i, lanes);
+    Operand<V> x;
+    x.target[0] = fetch<WHOLE>(target_dtype, target[0], i, lanes);
+    x.target[1] = shared ? x.target[0] : fetch<WHOLE>(target_dtype, target[1], i, lanes);
+    if (noise != nullptr) x.noise = fetch<WHOLE>(noise_dtype, noise, i, lanes);
+    x.policy[0] = fetch<WHOLE>(policy_dtype, policy[0], i, lanes);
+    x.policy[1] = fetch<WHOLE>(policy_dtype, policy[1], i, lanes);
+    if (form == REFERENCE_PREDICTION) {
+      x.reference[0] = fetch<WHOLE>(reference_dtype, reference[0], i, lanes);
+      x.reference[1] = fetch<WHOLE>(reference_dtype, reference[1], i, lanes);
+    } else if (form != REFERENCE_NONE) {
+      x.reference[0] = residual<WHOLE>(0, i, lanes);
+      x.reference[1] = residual<WHOLE>(1, i, lanes);
+    }
+    return differences(x);
+  }
+
+  // The even and the odd ones of twice as many elements, for bfloat16 alone.
+  PGDPO_INLINE void read_split(int i, Differences<V>& even, Differences<V>& odd) const {
+    Operand<V> x, y;
+    for (int side = 0; side < 2; ++side) {
+      load_split(policy[side], i, x.policy[side], y.policy[side]);
+      load_split(target[side], i, x.target[side], y.target[side]);
+      if (form != REFERENCE_NONE) load_split(reference[side], i, x.reference[side], y.reference[side]);
+    }
+    if (noise != nullptr) load_split(noise, i, x.noise, y.noise);
+    even = differences(x);
+    odd = differences(y);
+  }
+
+  // body(differences, i) over the vectors of elements [begin, end); what lies past the end is zero. Returns up to where
+  // the elements of two vectors each were read as even and odd ones: there the two at i and i + width are store_split's.
+  template <class Body>
+  PGDPO_INLINE int over(int begin, int end, const Body& body) const {
+    int split = begin;
+    if constexpr (D == BFLOAT16)
+      if (form != REFERENCE_FLOAT8)
+        for (; split + 2 * V::width <= end; split += 2 * V::width) {
+          Differences<V> even, odd;
+          read_split(split, even, odd);
+          body(even, split);
+          body(odd, split + V::width);
+        }
+    over_vectors<V>(split, end, [&](auto whole, int i, int lanes) PGDPO_LAMBDA {
+      body(read<decltype(whole)::value>(i, lanes), i);
+    });
+    return split;
+  }
+
+  PGDPO_INLINE Differences<V> differences(const Operand<V>& x) const {
+    V y_w = x.target[0], y_l = x.target[1];
     if (noise != nullptr) {
-      const V scaled = noise_scale * fetch<WHOLE>(noise_dtype, noise, i, lanes);
+      const V scaled = noise_scale * x.noise;
       y_w = scaled + clean_scale * y_w;
       y_l = scaled + clean_scale * y_l;
     }
-    const V p_w = fetch<WHOLE>(policy_dtype, policy[0], i, lanes);
-    const V p_l = fetch<WHOLE>(policy_dtype, policy[1], i, lanes);
-    d.u_w = p_w - y_w;
-    d.u_l = p_l - y_l;
+    Differences<V> d;
+    d.u_w = x.policy[0] - y_w;
+    d.u_l = x.policy[1] - y_l;
     d.minus_w = d.minus_l = d.plus_w = d.plus_l = V(S(0));
     if (form == REFERENCE_PREDICTION) {
-      const V q_w = fetch<WHOLE>(reference_dtype, reference[0], i, lanes);
-      const V q_l = fetch<WHOLE>(reference_dtype, reference[1], i, lanes);
-      d.minus_w = p_w - q_w;
-      d.minus_l = p_l - q_l;
-      d.plus_w = d.u_w + (q_w - y_w);
-      d.plus_l = d.u_l + (q_l - y_l);
+      d.minus_w = x.policy[0] - x.reference[0];
+      d.minus_l = x.policy[1] - x.reference[1];
+      d.plus_w = d.u_w + (x.reference[0] - y_w);
+      d.plus_l = d.u_l + (x.reference[1] - y_l);
     } else if (form != REFERENCE_NONE) {
-      const V r_w = residual<WHOLE>(0, i, lanes), r_l = residual<WHOLE>(1, i, lanes);
-      d.minus_w = d.u_w - r_w;
-      d.minus_l = d.u_l - r_l;
-      d.plus_w = d.u_w + r_w;
-      d.plus_l = d.u_l + r_l;
+      d.minus_w = d.u_w - x.reference[0];
+      d.minus_l = d.u_l - x.reference[1];
+      d.plus_w = d.u_w + x.reference[0];
+      d.plus_l = d.u_l + x.reference[1];
     }
     return d;
   }
@@ -175,14 +266,6 @@ struct Sums {
   }
 };
 
-// body(whole, i, lanes) over the vectors of elements [begin, end); lanes < width in the last one alone.
-template <class V, class Body>
-PGDPO_INLINE void over_vectors(int begin, int end, const Body& body) {
-  int i = begin;
-  for (; i + V::width <= end; i += V::width) body(std::true_type{}, i, V::width);
-  if (i < end) body(std::false_type{}, i, end - i);
-}
-
 template <class S, int D>
 void errors(const Pair& x, bool anchor, bool cross, double* sums, int64_t begin, int64_t end) {
   using V = Vec<S>;
@@ -190,11 +273,11 @@ void errors(const Pair& x, bool anchor, bool cross, double* sums, int64_t begin,
     const Chunk at(x, c);
     const Reader<S, D> reader(x, at, true);
     Sums<V, STATISTICS> totals;
-    for (int first = 0; first < at.count; first += FLUSH) {
+    for (int first = 0; first < at.count; first += BLOCK) {
+      reader.prefetch(first);
       V part[STATISTICS];
-      for (V& plane : part) plane = V(S(0));
-      over_vectors<V>(first, lesser(first + FLUSH, at.count), [&](auto whole, int i, int lanes) PGDPO_LAMBDA {
-        const Differences<V> d = reader.template read<decltype(whole)::value>(i, lanes);
+      memcpy(part, totals.narrow, sizeof(part));
+      reader.over(first, lesser(first + BLOCK, at.count), [&](const Differences<V>& d, int) PGDPO_LAMBDA {
         part[0] = part[0] + d.u_w * d.u_w;
         part[1] = part[1] + d.u_l * d.u_l;
         part[2] = part[2] + d.minus_w * d.plus_w;
@@ -203,7 +286,7 @@ void errors(const Pair& x, bool anchor, bool cross, double* sums, int64_t begin,
         if (cross) part[5] = part[5] + d.u_w * d.u_l;
       });
       memcpy(totals.narrow, part, sizeof(part));
-      totals.flush();
+      if ((first + BLOCK) % FLUSH == 0) totals.flush();
     }
     totals.write(sums + c, {0, 1, 2, 3, 4, 5}, x.pairs * x.segments);
   }
@@ -215,20 +298,34 @@ void gradients(const Pair& x, bool anchor, const double* coefficients, const Mut
   using V = Vec<S>;
   const int64_t rows = x.pairs * x.groups;
   const int dtype = D == MIXED ? gradient[0].dtype : D;
+  const bool large = 2 * x.pairs * x.numel * size_of(dtype) >= BEYOND_CACHE;
   for (int64_t c = begin; c < end; ++c) {
     const Chunk at(x, c);
     const Reader<S, D> reader(x, at, anchor);
     const double* row = coefficients + at.pair * x.groups + at.segment % x.groups;
     const V c_w = S(row[0]), c_l = S(row[rows]), c_anchor = S(row[2 * rows]);
     char* out[2] = {row_start(gradient[0], at.pair, at.start), row_start(gradient[1], at.pair, at.start)};
-    over_vectors<V>(0, at.count, [&](auto whole, int i, int lanes) PGDPO_LAMBDA {
-      const Differences<V> d = reader.template read<decltype(whole)::value>(i, lanes);
-      V g_w = c_w * d.u_w;
-      if (anchor) g_w = g_w + c_anchor * d.minus_w;
-      put<decltype(whole)::value>(dtype, out[0], i, lanes, g_w);
-      put<decltype(whole)::value>(dtype, out[1], i, lanes, c_l * d.u_l);
-    });
+    const bool past = large && uintptr_t(out[0]) % PGDPO_VECTOR_BYTES == 0 && uintptr_t(out[1]) % PGDPO_VECTOR_BYTES == 0;
+    for (int first = 0; first < at.count; first += BLOCK) {
+      reader.prefetch(first);
+      over_vectors<V>(first, lesser(first + BLOCK, at.count), [&](auto whole, int i, int lanes) PGDPO_LAMBDA {
+        const Differences<V> d = reader.template read<decltype(whole)::value>(i, lanes);
+        V g_w = c_w * d.u_w;
+        if (anchor) g_w = g_w + c_anchor * d.minus_w;
+        const V g_l = c_l * d.u_l;
+        if (past) {
+          put_past_caches<decltype(whole)::value>(dtype, out[0], i, lanes, g_w);
+          put_past_caches<decltype(whole)::value>(dtype, out[1], i, lanes, g_l);
+        } else {
+          put<decltype(whole)::value>(dtype, out[0], i, lanes, g_w);
+          put<decltype(whole)::value>(dtype, out[1], i, lanes, g_l);
+        }
+      });
+    }
   }
+#if defined(__x86_64__)
+  _mm_sfence();  // such writes are in no order with what another thread reads next
+#endif
 }
 
 // An element pass goes over BLOCK elements in three stages: read and convert (one version per storage type), run the
@@ -237,17 +334,13 @@ void gradients(const Pair& x, bool anchor, const double* coefficients, const Mut
 template <class S>
 struct Block {
   alignas(64) S u_w[BLOCK], u_l[BLOCK], gap_w[BLOCK], gap_l[BLOCK], minus_w[BLOCK];
+  alignas(64) S alpha[BLOCK], gamma[BLOCK], complement[BLOCK];
   alignas(64) S gradient_w[BLOCK], gradient_l[BLOCK];
 };
 
 enum Wanted { SUMS_AND_GRADIENTS, SUMS, GRADIENTS };
 constexpr int ANY = -1;
 constexpr int OBJECTIVE_SUMS = 7;
-
-// Four registers at a time: the objective is one long chain of dependent arithmetic. One takes 1.4 times as long in
-// AVX-512 and 1.2 times in AVX2, where four do not even fit.
-template <class S>
-using Wide = Vec<S, sizeof(S) == 4 ? 4 : 1>;
 
 // What the objective's stage knows besides the block. The sums: loss (or P), logits, alpha, gamma, importance, 1 - gamma, I.
 template <class S>
@@ -258,40 +351,56 @@ struct Stage {
   S means[ELEMENT_MEANS];
 };
 
+// One objective is a long chain of dependent arithmetic, of which a processor overlaps few at a time: PG-DPO's weights
+// have a loop of their own, unless they are differentiated. Both together take 1.4 times as long.
 template <class S, int KIND, int FLAGS, bool OUTER, Wanted WANTED>
 void run_objective(const Stage<S>& stage, Block<S>& block, int count, Vec<S> (&sums)[OBJECTIVE_SUMS]) {
-  using V = Wide<S>;
+  using V = Vec<S>;
   const int kind = KIND == ANY ? stage.kind : KIND, flags = FLAGS == ANY ? stage.flags : FLAGS;
   const V scale = stage.scale, posterior_scale = stage.posterior_scale;
   const Outer<V> outer{stage.means[0], stage.means[1], stage.means[2], stage.means[3]};
-  S ascending[V::width];
-  for (int lane = 0; lane < V::width; ++lane) ascending[lane] = S(lane);
-  const V numbers = V::at(ascending);
+  const bool apart = kind == KIND_PGDPO && !(flags & FLAG_ATTACHED);
+  const auto errors_at = [&](int i) PGDPO_LAMBDA {
+    const V u_w = V::at(block.u_w + i), u_l = V::at(block.u_l + i), minus_w = V::at(block.minus_w + i);
+    return Errors<V>{u_w * u_w,         u_l * u_l, V::at(block.gap_w + i), V::at(block.gap_l + i),
+                     minus_w * minus_w, u_w * u_l, posterior_scale};
+  };
+  if (apart)
+    for (int i = 0; i < count; i += V::width) {
+      Weights<V> w;
+      pgdpo_weights<V>(flags, stage.parameters, errors_at(i), w);
+      w.alpha.to(block.alpha + i);
+      w.gamma.to(block.gamma + i);
+      w.complement.to(block.complement + i);
+    }
   Vec<S> part[OBJECTIVE_SUMS];
   memcpy(part, sums, sizeof(part));
-  for (int i = 0; i < count; i += V::width) {
-    const V u_w = V::at(block.u_w + i), u_l = V::at(block.u_l + i), minus_w = V::at(block.minus_w + i);
-    const Errors<V> e{u_w * u_w,         u_l * u_l, V::at(block.gap_w + i), V::at(block.gap_l + i),
-                      minus_w * minus_w, u_w * u_l, posterior_scale};
-    const Terms<V> t =
-        objective<V>(kind, flags, stage.parameters, e, OUTER && WANTED == GRADIENTS ? &outer : nullptr);
+  over_vectors<V>(0, count, [&](auto whole, int i, int lanes) PGDPO_LAMBDA {
+    const V u_w = V::at(block.u_w + i), u_l = V::at(block.u_l + i);
+    Weights<V> weights;
+    if (apart)
+      weights = {V::at(block.alpha + i), V(S(0)), V::at(block.gamma + i), V::at(block.complement + i), V(S(0)), V(S(0))};
+    const Terms<V> t = objective<V>(kind, flags, stage.parameters, errors_at(i),
+                                    OUTER && WANTED == GRADIENTS ? &outer : nullptr, apart ? &weights : nullptr);
     if (WANTED != SUMS) {
       V slope = t.by_chosen * u_w;
-      if (flags & FLAG_IPR_ANCHOR) slope = slope + t.by_anchor * minus_w;
+      if (flags & FLAG_IPR_ANCHOR) slope = slope + t.by_anchor * V::at(block.minus_w + i);
       (scale * slope).to(block.gradient_w + i);
       (scale * (t.by_rejected * u_l)).to(block.gradient_l + i);
     }
     if (WANTED != GRADIENTS) {
-      const auto inside = numbers < V(S(count - i));
-      part[0] = part[0] + sum_of_registers(select(inside, OUTER ? t.preference : t.loss, V(S(0))));
-      part[1] = part[1] + sum_of_registers(select(inside, t.logits, V(S(0))));
-      part[2] = part[2] + sum_of_registers(select(inside, t.alpha, V(S(0))));
-      part[3] = part[3] + sum_of_registers(select(inside, t.gamma, V(S(0))));
-      part[4] = part[4] + sum_of_registers(select(inside, t.importance, V(S(0))));
-      if (OUTER) part[5] = part[5] + sum_of_registers(select(inside, t.complement, V(S(0))));
-      if (OUTER) part[6] = part[6] + sum_of_registers(select(inside, t.implicit, V(S(0))));
+      const auto kept = [&](V x) PGDPO_LAMBDA {
+        return decltype(whole)::value ? x : select(V::ascending() < V(S(lanes)), x, V(S(0)));
+      };
+      part[0] = part[0] + kept(OUTER ? t.preference : t.loss);
+      part[1] = part[1] + kept(t.logits);
+      part[2] = part[2] + kept(t.alpha);
+      part[3] = part[3] + kept(t.gamma);
+      part[4] = part[4] + kept(t.importance);
+      if (OUTER) part[5] = part[5] + kept(t.complement);
+      if (OUTER) part[6] = part[6] + kept(t.implicit);
     }
-  }
+  });
   memcpy(sums, part, sizeof(part));
 }
 
@@ -366,10 +475,11 @@ void elements(const Pair& x, const Elements& call, int64_t begin, int64_t end) {
     Sums<V, OBJECTIVE_SUMS> terms;
     for (int first = 0; first < at.count; first += BLOCK) {
       const int count = lesser(BLOCK, at.count - first);
+      reader.prefetch(first);
       V part[4];
       memcpy(part, errors.narrow, sizeof(part));
-      over_vectors<V>(0, count, [&](auto whole, int i, int lanes) PGDPO_LAMBDA {
-        const Differences<V> d = reader.template read<decltype(whole)::value>(first + i, lanes);
+      const int split = reader.over(first, first + count, [&](const Differences<V>& d, int element) PGDPO_LAMBDA {
+        const int i = element - first;
         const V gap_w = d.minus_w * d.plus_w, gap_l = d.minus_l * d.plus_l;
         part[0] = part[0] + d.u_w * d.u_w;
         part[1] = part[1] + d.u_l * d.u_l;
@@ -383,11 +493,17 @@ void elements(const Pair& x, const Elements& call, int64_t begin, int64_t end) {
       });
       memcpy(errors.narrow, part, sizeof(part));
       run(stage, block, count, terms.narrow);
-      if (with_gradients)
-        over_vectors<V>(0, count, [&](auto whole, int i, int lanes) PGDPO_LAMBDA {
-          put<decltype(whole)::value>(dtype, out[0], first + i, lanes, V::at(block.gradient_w + i));
-          put<decltype(whole)::value>(dtype, out[1], first + i, lanes, V::at(block.gradient_l + i));
-        });
+      if (with_gradients) {
+        const S* gradient[2] = {block.gradient_w, block.gradient_l};
+        for (int side = 0; side < 2; ++side) {
+          if constexpr (D == BFLOAT16)
+            for (int i = first; i < split; i += 2 * V::width)
+              store_split(out[side], i, V::at(gradient[side] + i - first), V::at(gradient[side] + i - first + V::width));
+          over_vectors<V>(split, first + count, [&](auto whole, int i, int lanes) PGDPO_LAMBDA {
+            put<decltype(whole)::value>(dtype, out[side], i, lanes, V::at(gradient[side] + i - first));
+          });
+        }
+      }
       if ((first + BLOCK) % FLUSH == 0) {
         errors.flush();
         terms.flush();

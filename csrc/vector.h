@@ -40,9 +40,10 @@ struct Lanes<float> {
   typedef int32_t Mask __attribute__((vector_size(PGDPO_VECTOR_BYTES)));
   typedef uint32_t Bits __attribute__((vector_size(PGDPO_VECTOR_BYTES)));
   static constexpr int mantissa = 23, bias = 127;
-  static constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  // 1.5 * 2^23 + bias: adding it leaves the nearest integer, biased like an exponent, in the low bits.
+  static constexpr float round = 12582912.0f + bias;
   static constexpr float exp_low = -104.0f, exp_high = 89.0f, exp_far = 86.5f;
-  static constexpr uint32_t one = 0x3f800000u, sign = 0x80000000u;
+  static constexpr uint32_t sign = 0x80000000u;
   static constexpr float ln2_high = 0.693359375f, ln2_low = -0.00021219444005469058277f;
 };
 template <>
@@ -51,102 +52,80 @@ struct Lanes<double> {
   typedef int64_t Mask __attribute__((vector_size(PGDPO_VECTOR_BYTES)));
   typedef uint64_t Bits __attribute__((vector_size(PGDPO_VECTOR_BYTES)));
   static constexpr int mantissa = 52, bias = 1023;
-  static constexpr double round = 6755399441055744.0;
+  static constexpr double round = 6755399441055744.0 + bias;
   static constexpr double exp_low = -746.0, exp_high = 710.0, exp_far = 707.0;
-  static constexpr uint64_t one = 0x3ff0000000000000u, sign = 0x8000000000000000u;
+  static constexpr uint64_t sign = 0x8000000000000000u;
   static constexpr double ln2_high = 0x1.62e42fee00000p-1, ln2_low = 1.908214929270587816144266e-10;
 };
 
-// K registers treated as one vector: with more than one, dependent chains of arithmetic overlap.
-template <class S, int K = 1>
+// One register. A struct, so that scalars convert and the functions of epilogue.h are found.
+template <class S>
 struct Vec {
   using Value = typename Lanes<S>::Value;
-  struct Mask {
-    typename Lanes<S>::Mask m[K];
-  };
-  static constexpr int width = K * PGDPO_VECTOR_BYTES / sizeof(S);
+  using Mask = typename Lanes<S>::Mask;
+  using Bits = typename Lanes<S>::Bits;
+  static constexpr int width = PGDPO_VECTOR_BYTES / sizeof(S);
 
-  Value v[K];
+  Value v;
 
   Vec() = default;
-  PGDPO_INLINE Vec(S x) {
-    for (int k = 0; k < K; ++k) v[k] = x - Value{};
-  }
-  PGDPO_INLINE explicit Vec(Value x) {
-    static_assert(K == 1, "one register");
-    v[0] = x;
-  }
+  PGDPO_INLINE Vec(S x) : v(x - Value{}) {}
+  PGDPO_INLINE explicit Vec(Value x) : v(x) {}
 
   static PGDPO_INLINE Vec at(const S* from) {
     Vec x;
-    memcpy(x.v, from, sizeof(x.v));
+    memcpy(&x.v, from, sizeof(x.v));
     return x;
   }
-  PGDPO_INLINE void to(S* into) const { memcpy(into, v, sizeof(v)); }
-
-#define PGDPO_EACH(Result, expression)               \
-  {                                                  \
-    Result out;                                      \
-    for (int k = 0; k < K; ++k) out.PGDPO_MEMBER[k] = expression; \
-    return out;                                      \
+  PGDPO_INLINE void to(S* into) const { memcpy(into, &v, sizeof(v)); }
+  // 0, 1, 2, ...
+  static PGDPO_INLINE Vec ascending() {
+    Vec x;
+    for (int lane = 0; lane < width; ++lane) x.v[lane] = S(lane);
+    return x;
   }
-#define PGDPO_MEMBER v
-  friend PGDPO_INLINE Vec operator+(Vec a, Vec b) PGDPO_EACH(Vec, a.v[k] + b.v[k])
-  friend PGDPO_INLINE Vec operator-(Vec a, Vec b) PGDPO_EACH(Vec, a.v[k] - b.v[k])
-  friend PGDPO_INLINE Vec operator*(Vec a, Vec b) PGDPO_EACH(Vec, a.v[k] * b.v[k])
-  friend PGDPO_INLINE Vec operator/(Vec a, Vec b) PGDPO_EACH(Vec, a.v[k] / b.v[k])
-  friend PGDPO_INLINE Vec operator-(Vec a) PGDPO_EACH(Vec, -a.v[k])
-  friend PGDPO_INLINE Vec select(Mask m, Vec a, Vec b) PGDPO_EACH(Vec, m.m[k] ? a.v[k] : b.v[k])
-  friend PGDPO_INLINE Vec at_least(Vec low, Vec x) PGDPO_EACH(Vec, larger(low.v[k], x.v[k]))
-  friend PGDPO_INLINE Vec at_most(Vec high, Vec x) PGDPO_EACH(Vec, smaller(high.v[k], x.v[k]))
-  friend PGDPO_INLINE Vec absolute(Vec x)
-      PGDPO_EACH(Vec, (Value)((typename Lanes<S>::Bits)x.v[k] & (Lanes<S>::sign - 1)))
-#undef PGDPO_MEMBER
-#define PGDPO_MEMBER m
-  friend PGDPO_INLINE Mask operator<(Vec a, Vec b) PGDPO_EACH(Mask, a.v[k] < b.v[k])
-  friend PGDPO_INLINE Mask operator<=(Vec a, Vec b) PGDPO_EACH(Mask, a.v[k] <= b.v[k])
-  friend PGDPO_INLINE Mask operator>(Vec a, Vec b) PGDPO_EACH(Mask, a.v[k] > b.v[k])
-  friend PGDPO_INLINE Mask operator>=(Vec a, Vec b) PGDPO_EACH(Mask, a.v[k] >= b.v[k])
-  friend PGDPO_INLINE Mask operator==(Vec a, Vec b) PGDPO_EACH(Mask, a.v[k] == b.v[k])
-#undef PGDPO_MEMBER
-#undef PGDPO_EACH
 
- private:
+  friend PGDPO_INLINE Vec operator+(Vec a, Vec b) { return Vec(a.v + b.v); }
+  friend PGDPO_INLINE Vec operator-(Vec a, Vec b) { return Vec(a.v - b.v); }
+  friend PGDPO_INLINE Vec operator*(Vec a, Vec b) { return Vec(a.v * b.v); }
+  friend PGDPO_INLINE Vec operator/(Vec a, Vec b) { return Vec(a.v / b.v); }
+  friend PGDPO_INLINE Mask operator<(Vec a, Vec b) { return a.v < b.v; }
+  friend PGDPO_INLINE Mask operator<=(Vec a, Vec b) { return a.v <= b.v; }
+  friend PGDPO_INLINE Mask operator>(Vec a, Vec b) { return a.v > b.v; }
+  friend PGDPO_INLINE Mask operator>=(Vec a, Vec b) { return a.v >= b.v; }
+  friend PGDPO_INLINE Mask operator==(Vec a, Vec b) { return a.v == b.v; }
+  friend PGDPO_INLINE Vec select(Mask m, Vec a, Vec b) { return Vec(m ? a.v : b.v); }
+  friend PGDPO_INLINE Vec absolute(Vec x) { return Vec((Value)((Bits)x.v & (Lanes<S>::sign - 1))); }
+  friend PGDPO_INLINE Vec minus_absolute(Vec x) { return Vec((Value)((Bits)x.v | Lanes<S>::sign)); }
+
   // a > b ? a : b and a < b ? a : b, one instruction each on x86, which gives b where either is NaN.
-  static PGDPO_INLINE Value larger(Value a, Value b) {
+  friend PGDPO_INLINE Vec at_least(Vec a, Vec b) {
 #if defined(__AVX512F__)
-    if constexpr (sizeof(S) == 4) return (Value)_mm512_max_ps((__m512)a, (__m512)b);
+    if constexpr (sizeof(S) == 4) return Vec((Value)_mm512_max_ps((__m512)a.v, (__m512)b.v));
 #elif defined(__AVX2__)
-    if constexpr (sizeof(S) == 4) return (Value)_mm256_max_ps((__m256)a, (__m256)b);
+    if constexpr (sizeof(S) == 4) return Vec((Value)_mm256_max_ps((__m256)a.v, (__m256)b.v));
 #endif
-    return a > b ? a : b;
+    return Vec(a.v > b.v ? a.v : b.v);
   }
-  static PGDPO_INLINE Value smaller(Value a, Value b) {
+  friend PGDPO_INLINE Vec at_most(Vec a, Vec b) {
 #if defined(__AVX512F__)
-    if constexpr (sizeof(S) == 4) return (Value)_mm512_min_ps((__m512)a, (__m512)b);
+    if constexpr (sizeof(S) == 4) return Vec((Value)_mm512_min_ps((__m512)a.v, (__m512)b.v));
 #elif defined(__AVX2__)
-    if constexpr (sizeof(S) == 4) return (Value)_mm256_min_ps((__m256)a, (__m256)b);
+    if constexpr (sizeof(S) == 4) return Vec((Value)_mm256_min_ps((__m256)a.v, (__m256)b.v));
 #endif
-    return a < b ? a : b;
+    return Vec(a.v < b.v ? a.v : b.v);
   }
 };
 
-template <class S, int K>
-PGDPO_INLINE Vec<S> sum_of_registers(Vec<S, K> x) {
-  Vec<S> total(x.v[0]);
-  for (int k = 1; k < K; ++k) total = total + Vec<S>(x.v[k]);
-  return total;
-}
-
-template <class S, int K>
-struct ScalarOf<Vec<S, K>> {
+template <class S>
+struct ScalarOf<Vec<S>> {
   using type = S;
 };
 
 // Even and odd powers apart: two chains of half the length.
-template <class S, int K, int N>
-PGDPO_INLINE Vec<S, K> polynomial(const S (&c)[N], Vec<S, K> x) {
-  using V = Vec<S, K>;
+template <class S, int N>
+PGDPO_INLINE Vec<S> polynomial(const S (&c)[N], Vec<S> x) {
+  using V = Vec<S>;
   const V square = x * x;
   constexpr int top = N - 1;
   V first = c[top], second = c[top - 1];
@@ -184,9 +163,9 @@ constexpr double LOG1P_DOUBLE[] = {-0.37813956756734247209,    0.179224936936036
                                    0.00013056054379050491658,  -0.000082455019444624405527, 0.000041382496613759451887,
                                    -0.000026208826056265816259, 0.000035907402357816665997, -0.000022938856818471437769};
 
-template <class S, int K>
-PGDPO_INLINE Vec<S, K> log1p_unit(Vec<S, K> t) {
-  const Vec<S, K> centred = t - Vec<S, K>(S(0.5));
+template <class S>
+PGDPO_INLINE Vec<S> log1p_unit(Vec<S> t) {
+  const Vec<S> centred = t - Vec<S>(S(0.5));
   if constexpr (sizeof(S) == 4) {
     return t + t * t * polynomial(LOG1P_FLOAT, centred);
   } else {
@@ -195,8 +174,8 @@ PGDPO_INLINE Vec<S, K> log1p_unit(Vec<S, K> t) {
 }
 
 // exp(r) - 1, |r| <= ln2 / 2.
-template <class S, int K>
-PGDPO_INLINE Vec<S, K> expm1_near_zero(Vec<S, K> r) {
+template <class S>
+PGDPO_INLINE Vec<S> expm1_near_zero(Vec<S> r) {
   if constexpr (sizeof(S) == 4) {
     return r + r * r * polynomial(EXP_FLOAT, r);
   } else {
@@ -204,51 +183,70 @@ PGDPO_INLINE Vec<S, K> expm1_near_zero(Vec<S, K> r) {
   }
 }
 
-// The integer nearest to log2, as a number and in the low bits of `shifted`.
-template <class S, int K>
+// The integer nearest to log2, as a number and, biased, in the low bits of `shifted`.
+template <class S>
 struct Power {
-  Vec<S, K> shifted, n;
+  Vec<S> shifted, n;
 
-  PGDPO_INLINE explicit Power(Vec<S, K> log2)
-      : shifted(log2 + Vec<S, K>(Lanes<S>::round)), n(shifted - Vec<S, K>(Lanes<S>::round)) {}
+  PGDPO_INLINE explicit Power(Vec<S> log2)
+      : shifted(log2 + Vec<S>(Lanes<S>::round)), n(shifted - Vec<S>(Lanes<S>::round)) {}
+
+  // What is left of x = n ln2 + r.
+  PGDPO_INLINE Vec<S> rest(Vec<S> x) const {
+    return (x - n * Vec<S>(Lanes<S>::ln2_high)) - n * Vec<S>(Lanes<S>::ln2_low);
+  }
 };
 
-// 2^n for the n in the low bits, within the exponents of normal numbers.
+// 2^n for a biased n in the low bits, within the exponents of normal numbers.
 template <class S>
-PGDPO_INLINE typename Lanes<S>::Value two_to(typename Lanes<S>::Bits low_bits) {
-  return (typename Lanes<S>::Value)((low_bits << Lanes<S>::mantissa) + Lanes<S>::one);
+PGDPO_INLINE typename Lanes<S>::Value two_to(typename Lanes<S>::Bits biased) {
+  return (typename Lanes<S>::Value)(biased << Lanes<S>::mantissa);
 }
 
 // exp(x) = 2^n exp(r), |r| <= ln2 / 2; 2^n in two factors, so that results below the normal range and above the finite
 // one come out.
-template <class S, int K>
-PGDPO_INLINE Vec<S, K> exponential(Vec<S, K> x) {
-  using V = Vec<S, K>;
+template <class S>
+PGDPO_INLINE Vec<S> exponential(Vec<S> x) {
+  using V = Vec<S>;
   using L = Lanes<S>;
   using Bits = typename L::Bits;
   x = clamp(x, V(L::exp_low), V(L::exp_high));
-  const Power<S, K> power(x * V(S(1.44269504088896340736)));
-  const V r = (x - power.n * V(L::ln2_high)) - power.n * V(L::ln2_low);
-  V value = V(S(1)) + expm1_near_zero(r);
-  for (int k = 0; k < K; ++k) {
-    const auto n = (typename L::Mask)((Bits)power.shifted.v[k] - (Bits)(L::round - typename L::Value{}));
-    const Bits half = (Bits)(n >> 1);
-    value.v[k] = value.v[k] * two_to<S>(half) * two_to<S>((Bits)n - half);
-  }
-  return value;
+  const Power<S> power(x * V(S(1.44269504088896340736)));
+  const V value = V(S(1)) + expm1_near_zero(power.rest(x));
+  const auto n = (typename L::Mask)((Bits)power.shifted.v - (Bits)(L::round - typename L::Value{}));
+  const Bits half = (Bits)(n >> 1);
+  return value * V(two_to<S>(half + L::bias)) * V(two_to<S>((Bits)n - half + L::bias));
 }
 
-// exp(-|x|), never below the normal range, so that one factor does.
-template <class S, int K>
-PGDPO_INLINE Vec<S, K> exp_minus_absolute(Vec<S, K> x) {
-  using V = Vec<S, K>;
-  using L = Lanes<S>;
-  const V size = at_most(V(L::exp_far), absolute(x));
-  const Power<S, K> power(size * V(S(-1.44269504088896340736)));
-  const V r = (-(power.n * V(L::ln2_high)) - size) - power.n * V(L::ln2_low);
-  V scale;
-  for (int k = 0; k < K; ++k) scale.v[k] = two_to<S>((typename L::Bits)power.shifted.v[k]);
-  return scale + scale * expm1_near_zero(r);
+// exp(x) where it and its inverse are normal numbers: one factor does.
+template <class S>
+PGDPO_INLINE Vec<S> exp_normal(Vec<S> x) {
+  const Power<S> power(x * Vec<S>(S(1.44269504088896340736)));
+  const Vec<S> scale(two_to<S>((typename Lanes<S>::Bits)power.shifted.v));
+  return scale + scale * expm1_near_zero(power.rest(x));
+}
+
+template <class S>
+PGDPO_INLINE Vec<S> exp_cut(Vec<S> x) {
+  return exp_normal(clamp(x, Vec<S>(-Lanes<S>::exp_far), Vec<S>(Lanes<S>::exp_far)));
+}
+
+template <class S>
+PGDPO_INLINE Vec<S> exp_minus_absolute(Vec<S> x) {
+  return exp_normal(at_least(Vec<S>(-Lanes<S>::exp_far), minus_absolute(x)));
+}
+
+// 1 / x for x and 1 / x normal. In AVX-512 an estimate to 14 bits and a Newton step, where a division takes as long as
+// sixteen multiplications.
+template <class S>
+PGDPO_INLINE Vec<S> reciprocal(Vec<S> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 4) {
+    const Vec<S> estimate((typename Vec<S>::Value)_mm512_rcp14_ps((__m512)x.v));
+    return estimate + estimate * (Vec<S>(1.0f) - x * estimate);
+  }
+#endif
+  return Vec<S>(S(1)) / x;
 }
 
 template <class To, class From>
@@ -357,7 +355,7 @@ PGDPO_INLINE Vec<S> load_lanes(int dtype, const char* at, int64_t i, int count) 
 
 template <class S>
 PGDPO_INLINE void store_lanes(int dtype, char* at, int64_t i, int count, Vec<S> x) {
-  for (int lane = 0; lane < count; ++lane) encode<S>(dtype, at, i + lane, x.v[0][lane]);
+  for (int lane = 0; lane < count; ++lane) encode<S>(dtype, at, i + lane, x.v[lane]);
 }
 
 typedef uint16_t Halves __attribute__((vector_size(PGDPO_VECTOR_BYTES / 2)));
@@ -389,6 +387,27 @@ PGDPO_INLINE Vec<float> load_bfloat16(const char* at, int64_t i) {
 #endif
 }
 
+// A whole vector's worth of bfloat16 from element i on, twice as many elements as a vector has: the even ones and the
+// odd ones. Half the instructions of two vectors in order.
+PGDPO_INLINE void load_split(const char* at, int64_t i, Vec<float>& even, Vec<float>& odd) {
+  using Value = Vec<float>::Value;
+  Lanes<float>::Bits words;
+  memcpy(&words, at + 2 * i, sizeof(words));
+  even = Vec<float>((Value)(words << 16));
+  odd = Vec<float>((Value)(words & 0xffff0000u));
+}
+
+// Rounded to bfloat16 in the upper halves of the lanes; NaN stays NaN.
+PGDPO_INLINE Lanes<float>::Bits rounded_to_bfloat16(Vec<float> x) {
+  const auto bits = (Lanes<float>::Bits)x.v;
+  return x.v == x.v ? bits + 0x7fffu + ((bits >> 16) & 1u) : bits | 0x400000u;
+}
+
+PGDPO_INLINE void store_split(char* at, int64_t i, Vec<float> even, Vec<float> odd) {
+  const auto words = (rounded_to_bfloat16(even) >> 16) | (rounded_to_bfloat16(odd) & 0xffff0000u);
+  memcpy(at + 2 * i, &words, sizeof(words));
+}
+
 // A whole vector from element i on.
 template <class S>
 PGDPO_INLINE Vec<S> load(int dtype, const char* at, int64_t i) {
@@ -415,29 +434,25 @@ template <class S>
 PGDPO_INLINE void store(int dtype, char* at, int64_t i, Vec<S> x) {
   constexpr bool single = sizeof(S) == 4;
   if constexpr (single) {
-    using Bits = typename Lanes<S>::Bits;
     if (dtype == BFLOAT16) {
-      const Bits bits = (Bits)x.v[0];
-      const Bits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-      const Bits kept = (x.v[0] == x.v[0]) ? rounded : (bits | 0x400000u);
-      const Halves h = __builtin_convertvector(kept >> 16, Halves);
+      const Halves h = __builtin_convertvector(rounded_to_bfloat16(x) >> 16, Halves);
       memcpy(at + 2 * i, &h, sizeof(h));
       return;
     }
 #if defined(__AVX512F__)
     if (dtype == FLOAT16) {
-      _mm256_storeu_si256((__m256i*)(at + 2 * i), _mm512_cvtps_ph((__m512)x.v[0], 0));
+      _mm256_storeu_si256((__m256i*)(at + 2 * i), _mm512_cvtps_ph((__m512)x.v, 0));
       return;
     }
 #elif defined(__AVX2__)
     if (dtype == FLOAT16) {
-      _mm_storeu_si128((__m128i*)(at + 2 * i), _mm256_cvtps_ph((__m256)x.v[0], 0));
+      _mm_storeu_si128((__m128i*)(at + 2 * i), _mm256_cvtps_ph((__m256)x.v, 0));
       return;
     }
 #endif
   }
   if (dtype == (single ? FLOAT32 : FLOAT64)) {
-    memcpy(at + sizeof(S) * i, x.v, sizeof(x.v));
+    memcpy(at + sizeof(S) * i, &x.v, sizeof(x.v));
     return;
   }
   store_lanes<S>(dtype, at, i, Vec<S>::width, x);

@@ -436,7 +436,7 @@ def preference_loss(prediction, target, reference=None, *, objective: Objective,
 
 
 def _output(loss: Tensor, telemetry: Tensor, granularity: str) -> PreferenceLossOutput:
-    return PreferenceLossOutput(loss, *(telemetry if granularity == "frame" else telemetry[..., 0]))
+    return PreferenceLossOutput(loss, *(telemetry if granularity == "frame" else telemetry.squeeze(-1)).unbind())
 
 
 def _frame_weights(call: _Call, granularity: str, objective, weight, label, dtype) -> Tensor:

@@ -211,7 +211,7 @@ std::vector<int64_t> one_touch_plan(PGDPO_OPERANDS, bool anchor, int64_t multipr
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pgdpo_fast_emulated, m) {
-  define_shared(m);
+  define_operators(m);
   m.def("one_touch_plan(" PGDPO_SCHEMA "bool anchor, int multiprocessors, int shared_limit) -> int[]");
 }
 STABLE_TORCH_LIBRARY_IMPL(pgdpo_fast_emulated, CPU, m) { m.impl("one_touch_plan", TORCH_BOX(&one_touch_plan)); }

@@ -47,6 +47,11 @@ void functions(const char* type) {
   printf("exp_%s %.3f\n", type, worst_ulp<S>(deep, -deep, up, [](Vec<S> x) { return exponential(x); }));
   printf("exp_minus_absolute_%s %.3f\n", type,
          worst_ulp<S>(-far, far, minus, [](Vec<S> x) { return exp_minus_absolute(x); }));
+  const auto inverse = [](long double x) { return 1 / x; };
+  printf("exp_cut_%s %.3f\n", type, worst_ulp<S>(-far, far, up, [](Vec<S> x) { return exp_cut(x); }));
+  printf("reciprocal_%s %.3f\n", type, worst_ulp<S>(1.0, 2.0, inverse, [](Vec<S> x) { return reciprocal(x); }));
+  printf("reciprocal_far_%s %.3f\n", type,
+         worst_ulp<S>(1.0, std::exp(far), inverse, [](Vec<S> x) { return reciprocal(x); }));
   printf("log1p_%s %.3f\n", type, worst_ulp<S>(0.0, 1.0, log1p, [](Vec<S> x) { return log1p_unit(x); }));
   printf("log1p_small_%s %.3f\n", type, worst_ulp<S>(0.0, 1e-6, log1p, [](Vec<S> x) { return log1p_unit(x); }));
 }
@@ -63,11 +68,24 @@ int conversions() {
       store<float>(dtype, (char*)out, 0, x);
       store_lanes<float>(dtype, (char*)scalar, 0, width, x);
       for (int lane = 0; lane < width; ++lane) {
-        const bool nan = std::isnan(x.v[0][lane]);
+        const bool nan = std::isnan(x.v[lane]);
         wrong += nan ? std::isnan(decode<float>(dtype, (const char*)out, lane)) == 0 : out[lane] != in[lane];
         wrong += nan ? std::isnan(decode<float>(dtype, (const char*)scalar, lane)) == 0 : scalar[lane] != in[lane];
       }
     }
+    if (dtype == BFLOAT16)
+      for (int first = 0; first < 65536; first += 2 * width) {
+        uint16_t in[2 * width], out[2 * width];
+        for (int lane = 0; lane < 2 * width; ++lane) in[lane] = uint16_t(first + lane);
+        Vec<float> even, odd;
+        load_split((const char*)in, 0, even, odd);
+        store_split((char*)out, 0, even, odd);
+        for (int lane = 0; lane < 2 * width; ++lane) {
+          const float x = decode<float>(dtype, (const char*)in, lane), y = (lane % 2 ? odd : even).v[lane / 2];
+          wrong += std::isnan(x) ? !std::isnan(y) || !std::isnan(decode<float>(dtype, (const char*)out, lane))
+                                 : x != y || out[lane] != in[lane];
+        }
+      }
     for (int i = 0; i < 4096; ++i) {  // rounding: vectors and single values agree
       float values[width];
       for (float& v : values) v = float(uniform() * std::exp2(60 * uniform()));

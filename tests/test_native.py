@@ -59,9 +59,9 @@ def distance(found, expected):
     return ((found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-300)).item()
 
 
-def assert_parity(tensors, objective, granularity, loosen=1.0):
-    out, gradient = run(tensors, objective, granularity)
-    exact, exact_gradient = run([t.double() for t in tensors], objective, granularity, "eager")
+def assert_parity(tensors, objective, granularity, loosen=1.0, **options):
+    out, gradient = run(tensors, objective, granularity, **options)
+    exact, exact_gradient = run([t.double() for t in tensors], objective, granularity, "eager", **options)
     dtype = tensors[0].dtype
     rounding = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}.get(dtype, 0.0)
     tolerance = 1e-11 if dtype == torch.float64 else 1e-6 * loosen
@@ -74,9 +74,19 @@ def assert_parity(tensors, objective, granularity, loosen=1.0):
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_videos_of_several_real_chunks_equal_eager(name, granularity):
-    """2 * 5 * 30 * 35 elements: three chunks of 4096, the last odd, blocks of 512 and a masked vector at the end."""
+    """2 * 5 * 30 * 35 elements: three chunks of 4096, the last odd, blocks of 128 and a masked vector at the end."""
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         assert_parity(pair((2, 5, 30, 35), dtypes=(dtype,) * 3), OBJECTIVES[name], granularity)
+
+
+@needs_native
+@pytest.mark.parametrize("shape", [(4, 16, 128, 136), (4, 17, 127, 131)], ids=["aligned", "odd"])
+@pytest.mark.parametrize("granularity", ["sample", "frame"])
+def test_gradients_of_large_videos_are_written_past_the_caches(granularity, shape):
+    """From 4 MiB on, where rows and chunks start at a whole vector: half of the odd ones do not."""
+    for dtype in DTYPES:
+        assert_parity(pair(shape, dtypes=(dtype,) * 3, pairs=1), pf.PGDPO(ipr="anchor"), granularity,
+                      pair_weight=torch.full((1,), 4096.0))  # keeps float16 gradients normal numbers
 
 
 @needs_native
@@ -237,8 +247,8 @@ def test_sanitizers(tmp_path):
             pytest.skip(f"the compiler lacks the sanitizers' runtime: {errors.splitlines()[0]}")
         pytest.fail(errors)
     assert errors == ""
-    ulps = {name: value for name, value in numbers.items() if name.startswith(("exp", "log1p"))}
-    assert len(ulps) == 8 and max(ulps.values()) <= 2.0, ulps
+    ulps = {name: value for name, value in numbers.items() if name.startswith(("exp", "log1p", "reciprocal"))}
+    assert len(ulps) == 14 and max(ulps.values()) <= 2.0, ulps
     assert numbers["conversions"] == 0 and numbers["not_finite"] == 0 and numbers["calls"] > 700
 
 
@@ -392,15 +402,15 @@ def test_operators_check_what_they_are_given():
     """Called past `preference_loss`, they refuse what they would read or write wrongly."""
     x = torch.zeros(2, 8)
     operands = [x, x, x, x, None, None, None, None, None, None, 0, 1, 1, 8]
-    sums = torch.empty(6, 2, 1, dtype=torch.float64)
-    errors = torch.ops.pgdpo_fast_native.errors
-    errors(*operands, False, False, sums)
+    means = torch.empty(6, 2, 1)
+    statistics = torch.ops.pgdpo_fast_native.statistics
+    statistics(*operands, False, False, means)
     for position, value in ((1, torch.zeros(2, 7)), (2, torch.zeros(8, 2).T), (3, torch.zeros(2, 8).int()), (10, 1),
                             (13, 7), (11, 3)):
         with pytest.raises(RuntimeError):
-            errors(*operands[:position], value, *operands[position + 1:], False, False, sums)
+            statistics(*operands[:position], value, *operands[position + 1:], False, False, means)
     with pytest.raises(RuntimeError):
-        errors(*operands, False, False, sums[:3])
+        statistics(*operands, False, False, means[:3])
 
 
 def test_a_wheel_with_the_library_fits_its_platform_and_any_python(fake_compiler, tmp_path):

@@ -1,7 +1,7 @@
 """Calls the native passes of csrc/. The libraries come with the wheel or are built on first use.
 
-On the CPU sums leave the passes in double, so the fold and the objective run in double whatever the predictions are. On
-CUDA devices errors, fold and objective are one call into C++, the gradients another.
+Errors, fold and objective are one call into C++, the gradients another. On the CPU sums leave the passes in double, so
+the fold and the objective run in double whatever the predictions are.
 """
 
 from __future__ import annotations
@@ -109,45 +109,8 @@ def _arguments(x: Operands, reference_form: int, groups: int) -> tuple:
             *(x.reference_scale or (None, None)), reference_form, groups, cut.segments, cut.length)
 
 
-class PartialSums(NamedTuple):
-    """Sums over every segment, `[6, B, segments]` in double, and the dtype in which their means are to be given."""
-
-    sums: Tensor
-    dtype: torch.dtype
-
-
-def partial_sums(x: Operands, reference_form: int, groups: int, anchor: bool, cross: bool) -> PartialSums:
-    """The sums of all statistics over every segment, one pass over the operands."""
-    arguments = _arguments(x, reference_form, groups)
-    sums = torch.empty((STATISTICS, x.pairs, arguments[-2]), dtype=torch.float64)
-    torch.ops.pgdpo_fast_native.errors(*arguments, anchor and reference_form != 0, cross, sums)
-    return PartialSums(sums, x.compute_dtype)
-
-
-def fold(partial: PartialSums, groups: int, count: int) -> Tensor:
-    """Partial sums as means over each group, `[6, B, G]`, always added in the same order."""
-    means = torch.empty((*partial.sums.shape[:2], groups), dtype=partial.dtype)
-    torch.ops.pgdpo_fast_native.fold(partial.sums, groups, count, means)
-    return means
-
-
-def fold_objective(partial: PartialSums, groups: int, count: int, gaps: bool, reference_errors: Tensor | None,
-                   weight: Tensor | None, posterior_scale: Tensor | None, kind: int, flags: int,
-                   parameters: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Partial sums to loss `[]`, telemetry `[9, B, G]` and gradient coefficients `[3, B, G]`."""
-    pairs = partial.sums.shape[1]
-    loss = torch.empty((), dtype=partial.dtype)
-    telemetry, coefficients = loss.new_empty((TELEMETRY, pairs, groups)), loss.new_empty((3, pairs, groups))
-    torch.ops.pgdpo_fast_native.fold_objective(
-        partial.sums, groups, count, gaps, reference_errors, weight, posterior_scale, kind, flags, parameters,
-        loss, telemetry, coefficients)
-    return loss, telemetry, coefficients
-
-
 def statistics(x: Operands, reference_form: int, groups: int, anchor: bool, cross: bool) -> Tensor:
     """Means of all statistics over each group, `[6, B, G]`."""
-    if not x.policy.chosen.is_cuda:
-        return fold(partial_sums(x, reference_form, groups, anchor, cross), groups, x.numel // groups)
     means = _empty(x, STATISTICS, x.pairs, groups)
     torch.ops.pgdpo_fast_native.statistics(*_arguments(x, reference_form, groups), anchor, cross, means)
     return means
@@ -161,10 +124,6 @@ def objective(x: Operands, reference_form: int, groups: int, anchor: bool, cross
     Args:
         reference_errors: `[2, B, G]`, weight: `[B, G]`, posterior_scale: `[B]`, in the accumulation dtype.
     """
-    if not x.policy.chosen.is_cuda:
-        gaps = x.reference is not None or reference_errors is not None
-        return fold_objective(partial_sums(x, reference_form, groups, anchor, cross), groups, x.numel // groups, gaps,
-                              reference_errors, weight, posterior_scale, kind, flags, parameters)
     out = _empty(x), _empty(x, TELEMETRY, x.pairs, groups), _empty(x, 3, x.pairs, groups)
     torch.ops.pgdpo_fast_native.objective(
         *_arguments(x, reference_form, groups), anchor, cross, *_contiguous(reference_errors, weight, posterior_scale),
@@ -185,12 +144,6 @@ def loss_and_gradients(x: Operands, reference_form: int, groups: int, anchor: bo
         incoming: `[]` in the accumulation dtype, multiplies the gradients; None for 1.
     """
     gradient = tuple(torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in x.policy)
-    if not x.policy.chosen.is_cuda:
-        loss, telemetry, coefficients = objective(x, reference_form, groups, anchor, cross, reference_errors, weight,
-                                                  posterior_scale, kind, flags, parameters)
-        gradients(x, reference_form, groups, anchor, coefficients,
-                  torch.ones_like(loss) if incoming is None else incoming, *gradient)
-        return loss, telemetry, *gradient
     out = _empty(x), _empty(x, TELEMETRY, x.pairs, groups), _empty(x, 3, x.pairs, groups)
     torch.ops.pgdpo_fast_native.loss_and_gradients(
         *_arguments(x, reference_form, groups), anchor, cross, *_contiguous(reference_errors, weight, posterior_scale),

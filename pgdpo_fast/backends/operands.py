@@ -37,7 +37,7 @@ class Operands(NamedTuple):
     @property
     def numel(self) -> int:
         """Latent elements of one video."""
-        return self.policy.chosen[0].numel()
+        return self.policy.chosen.shape[1:].numel()
 
     @property
     def shared_target(self) -> bool:
@@ -51,7 +51,7 @@ class Operands(NamedTuple):
 
 def rows_contiguous(x: Tensor) -> Tensor:
     """`x` itself if each row `x[b]` is contiguous, else a contiguous copy."""
-    return x if x[0].is_contiguous() else x.contiguous()
+    return x if x.is_contiguous() or x[0].is_contiguous() else x.contiguous()
 
 
 def side(tensor: Tensor | None, rejected: Tensor | None, pairs: int) -> Side | None:
@@ -61,7 +61,7 @@ def side(tensor: Tensor | None, rejected: Tensor | None, pairs: int) -> Side | N
     rows = rows_contiguous(tensor)
     if rejected is not None:
         return Side(rows, rows_contiguous(rejected))
-    return Side(rows[:pairs], rows[pairs:]) if rows.shape[0] == 2 * pairs else Side(rows, rows)
+    return Side(*rows.chunk(2)) if rows.shape[0] == 2 * pairs else Side(rows, rows)
 
 
 def gather(policy, policy_rejected, target, target_rejected, noise, target_scale,
