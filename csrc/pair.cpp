@@ -33,25 +33,35 @@ int64_t size_of(int dtype) {
   }
 }
 
+// Writes a vector's bytes without fetching what they replace into the caches; `to` is aligned to 16 bytes.
+template <class Bytes>
+PGDPO_INLINE void write_past_caches(char* to, const Bytes& bytes) {
+#if defined(__x86_64__)
+  static_assert(sizeof(Bytes) % 16 == 0, "whole units");
+  for (size_t at = 0; at < sizeof(Bytes); at += 16) {
+    __m128i unit;
+    memcpy(&unit, reinterpret_cast<const char*>(&bytes) + at, 16);
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + at), unit);
+  }
+#else
+  memcpy(to, &bytes, sizeof(Bytes));
+#endif
+}
+
 template <bool WHOLE, class S>
-PGDPO_INLINE void put(int dtype, char* to, int i, int lanes, Vec<S> x) {
+PGDPO_INLINE void put(int dtype, char* to, int i, int lanes, Vec<S> x, bool past_caches = false) {
+  if constexpr (WHOLE && sizeof(S) == 4)
+    if (dtype == FLOAT32 && past_caches) return write_past_caches(to + 4 * i, x.v);
   WHOLE ? store<S>(dtype, to, i, x) : store_lanes<S>(dtype, to, i, lanes, x);
 }
 
-// The same, not fetching what is overwritten into the caches; `to` is aligned to a vector.
-template <bool WHOLE, class S>
-PGDPO_INLINE void put_past_caches(int dtype, char* to, int i, int lanes, Vec<S> x) {
-#if defined(__x86_64__)
-  if constexpr (WHOLE) {
-    alignas(PGDPO_VECTOR_BYTES) char bytes[PGDPO_VECTOR_BYTES];
-    store<S>(dtype, bytes, 0, x);
-    const int64_t size = size_of(dtype);
-    for (int at = 0; at < Vec<S>::width * size; at += 16)
-      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i * size + at), *reinterpret_cast<const __m128i*>(bytes + at));
-    return;
+template <class S>
+PGDPO_INLINE void put_split(char* to, int i, Vec<S> even, Vec<S> odd, bool past_caches = false) {
+  if constexpr (sizeof(S) == 4) {
+    const auto words = split_words(even, odd);
+    if (past_caches) return write_past_caches(to + 2 * i, words);
+    memcpy(to + 2 * i, &words, sizeof(words));
   }
-#endif
-  put<WHOLE>(dtype, to, i, lanes, x);
 }
 
 template <class Any>
@@ -192,23 +202,22 @@ struct Reader {
     odd = differences(y);
   }
 
-  // body(differences, i) over the vectors of elements [begin, end); what lies past the end is zero. Returns up to where
-  // the elements of two vectors each were read as even and odd ones: there the two at i and i + width are store_split's.
-  template <class Body>
-  PGDPO_INLINE int over(int begin, int end, const Body& body) const {
-    int split = begin;
+  // two(even, odd, i) over pairs of vectors from element i on where bfloat16 can be read so, then one(whole, differences,
+  // i, lanes) over the vectors left, zeros past the end. Returns where the second took over.
+  template <class Two, class One>
+  PGDPO_INLINE int over(int begin, int end, const Two& two, const One& one) const {
+    int i = begin;
     if constexpr (D == BFLOAT16)
       if (form != REFERENCE_FLOAT8)
-        for (; split + 2 * V::width <= end; split += 2 * V::width) {
+        for (; i + 2 * V::width <= end; i += 2 * V::width) {
           Differences<V> even, odd;
-          read_split(split, even, odd);
-          body(even, split);
-          body(odd, split + V::width);
+          read_split(i, even, odd);
+          two(even, odd, i);
         }
-    over_vectors<V>(split, end, [&](auto whole, int i, int lanes) PGDPO_LAMBDA {
-      body(read<decltype(whole)::value>(i, lanes), i);
+    over_vectors<V>(i, end, [&](auto whole, int i, int lanes) PGDPO_LAMBDA {
+      one(whole, read<decltype(whole)::value>(i, lanes), i, lanes);
     });
-    return split;
+    return i;
   }
 
   PGDPO_INLINE Differences<V> differences(const Operand<V>& x) const {
@@ -277,14 +286,18 @@ void errors(const Pair& x, bool anchor, bool cross, double* sums, int64_t begin,
       reader.prefetch(first);
       V part[STATISTICS];
       memcpy(part, totals.narrow, sizeof(part));
-      reader.over(first, lesser(first + BLOCK, at.count), [&](const Differences<V>& d, int) PGDPO_LAMBDA {
+      const auto add = [&](const Differences<V>& d) PGDPO_LAMBDA {
         part[0] = part[0] + d.u_w * d.u_w;
         part[1] = part[1] + d.u_l * d.u_l;
         part[2] = part[2] + d.minus_w * d.plus_w;
         part[3] = part[3] + d.minus_l * d.plus_l;
         if (anchor) part[4] = part[4] + d.minus_w * d.minus_w;
         if (cross) part[5] = part[5] + d.u_w * d.u_l;
-      });
+      };
+      reader.over(
+          first, lesser(first + BLOCK, at.count),
+          [&](const Differences<V>& even, const Differences<V>& odd, int) PGDPO_LAMBDA { add(even), add(odd); },
+          [&](auto, const Differences<V>& d, int, int) PGDPO_LAMBDA { add(d); });
       memcpy(totals.narrow, part, sizeof(part));
       if ((first + BLOCK) % FLUSH == 0) totals.flush();
     }
@@ -305,22 +318,22 @@ void gradients(const Pair& x, bool anchor, const double* coefficients, const Mut
     const double* row = coefficients + at.pair * x.groups + at.segment % x.groups;
     const V c_w = S(row[0]), c_l = S(row[rows]), c_anchor = S(row[2 * rows]);
     char* out[2] = {row_start(gradient[0], at.pair, at.start), row_start(gradient[1], at.pair, at.start)};
-    const bool past = large && uintptr_t(out[0]) % PGDPO_VECTOR_BYTES == 0 && uintptr_t(out[1]) % PGDPO_VECTOR_BYTES == 0;
+    const bool past = large && uintptr_t(out[0]) % 16 == 0 && uintptr_t(out[1]) % 16 == 0;
+    const auto by_chosen = [&](const Differences<V>& d) PGDPO_LAMBDA {
+      return anchor ? c_w * d.u_w + c_anchor * d.minus_w : c_w * d.u_w;
+    };
     for (int first = 0; first < at.count; first += BLOCK) {
       reader.prefetch(first);
-      over_vectors<V>(first, lesser(first + BLOCK, at.count), [&](auto whole, int i, int lanes) PGDPO_LAMBDA {
-        const Differences<V> d = reader.template read<decltype(whole)::value>(i, lanes);
-        V g_w = c_w * d.u_w;
-        if (anchor) g_w = g_w + c_anchor * d.minus_w;
-        const V g_l = c_l * d.u_l;
-        if (past) {
-          put_past_caches<decltype(whole)::value>(dtype, out[0], i, lanes, g_w);
-          put_past_caches<decltype(whole)::value>(dtype, out[1], i, lanes, g_l);
-        } else {
-          put<decltype(whole)::value>(dtype, out[0], i, lanes, g_w);
-          put<decltype(whole)::value>(dtype, out[1], i, lanes, g_l);
-        }
-      });
+      reader.over(
+          first, lesser(first + BLOCK, at.count),
+          [&](const Differences<V>& even, const Differences<V>& odd, int i) PGDPO_LAMBDA {
+            put_split(out[0], i, by_chosen(even), by_chosen(odd), past);
+            put_split(out[1], i, c_l * even.u_l, c_l * odd.u_l, past);
+          },
+          [&](auto whole, const Differences<V>& d, int i, int lanes) PGDPO_LAMBDA {
+            put<decltype(whole)::value>(dtype, out[0], i, lanes, by_chosen(d), past);
+            put<decltype(whole)::value>(dtype, out[1], i, lanes, c_l * d.u_l, past);
+          });
     }
   }
 #if defined(__x86_64__)
@@ -478,8 +491,7 @@ void elements(const Pair& x, const Elements& call, int64_t begin, int64_t end) {
       reader.prefetch(first);
       V part[4];
       memcpy(part, errors.narrow, sizeof(part));
-      const int split = reader.over(first, first + count, [&](const Differences<V>& d, int element) PGDPO_LAMBDA {
-        const int i = element - first;
+      const auto hold = [&](const Differences<V>& d, int i) PGDPO_LAMBDA {
         const V gap_w = d.minus_w * d.plus_w, gap_l = d.minus_l * d.plus_l;
         part[0] = part[0] + d.u_w * d.u_w;
         part[1] = part[1] + d.u_l * d.u_l;
@@ -490,17 +502,24 @@ void elements(const Pair& x, const Elements& call, int64_t begin, int64_t end) {
         gap_w.to(block.gap_w + i);
         gap_l.to(block.gap_l + i);
         if (anchor) d.minus_w.to(block.minus_w + i);
-      });
+      };
+      const int split = reader.over(
+          first, first + count,
+          [&](const Differences<V>& even, const Differences<V>& odd, int i) PGDPO_LAMBDA {
+            hold(even, i - first);
+            hold(odd, i - first + V::width);
+          },
+          [&](auto, const Differences<V>& d, int i, int) PGDPO_LAMBDA { hold(d, i - first); });
       memcpy(errors.narrow, part, sizeof(part));
       run(stage, block, count, terms.narrow);
       if (with_gradients) {
         const S* gradient[2] = {block.gradient_w, block.gradient_l};
         for (int side = 0; side < 2; ++side) {
-          if constexpr (D == BFLOAT16)
-            for (int i = first; i < split; i += 2 * V::width)
-              store_split(out[side], i, V::at(gradient[side] + i - first), V::at(gradient[side] + i - first + V::width));
+          const auto held = [&](int i) PGDPO_LAMBDA { return V::at(gradient[side] + i - first); };
+          for (int i = first; i < split; i += 2 * V::width)
+            put_split(out[side], i, held(i), held(i + V::width));
           over_vectors<V>(split, first + count, [&](auto whole, int i, int lanes) PGDPO_LAMBDA {
-            put<decltype(whole)::value>(dtype, out[side], i, lanes, V::at(gradient[side] + i - first));
+            put<decltype(whole)::value>(dtype, out[side], i, lanes, held(i));
           });
         }
       }

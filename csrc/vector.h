@@ -403,9 +403,9 @@ PGDPO_INLINE Lanes<float>::Bits rounded_to_bfloat16(Vec<float> x) {
   return x.v == x.v ? bits + 0x7fffu + ((bits >> 16) & 1u) : bits | 0x400000u;
 }
 
-PGDPO_INLINE void store_split(char* at, int64_t i, Vec<float> even, Vec<float> odd) {
-  const auto words = (rounded_to_bfloat16(even) >> 16) | (rounded_to_bfloat16(odd) & 0xffff0000u);
-  memcpy(at + 2 * i, &words, sizeof(words));
+// load_split's inverse.
+PGDPO_INLINE Lanes<float>::Bits split_words(Vec<float> even, Vec<float> odd) {
+  return (rounded_to_bfloat16(even) >> 16) | (rounded_to_bfloat16(odd) & 0xffff0000u);
 }
 
 // A whole vector from element i on.

@@ -79,7 +79,8 @@ int conversions() {
         for (int lane = 0; lane < 2 * width; ++lane) in[lane] = uint16_t(first + lane);
         Vec<float> even, odd;
         load_split((const char*)in, 0, even, odd);
-        store_split((char*)out, 0, even, odd);
+        const auto words = split_words(even, odd);
+        memcpy(out, &words, sizeof(out));
         for (int lane = 0; lane < 2 * width; ++lane) {
           const float x = decode<float>(dtype, (const char*)in, lane), y = (lane % 2 ? odd : even).v[lane / 2];
           wrong += std::isnan(x) ? !std::isnan(y) || !std::isnan(decode<float>(dtype, (const char*)out, lane))
