@@ -108,7 +108,8 @@ template <class T>
 struct Logistic {
   T x, decay, up, down;
 
-  PGDPO_HD explicit Logistic(T value) : x(value), decay(exp_minus_absolute(value)) {
+  // decay is exp(-|x|).
+  PGDPO_HD Logistic(T x_, T decay_) : x(x_), decay(decay_) {
     const T large = reciprocal(T(1) + decay);
     const T small = decay * large;
     up = select(x >= T(0), large, small);
@@ -220,11 +221,29 @@ PGDPO_HD void pgdpo_weights(int flags, const scalar_of<T>* parameters, const Err
   }
 }
 
+// The logits z of the objectives whose loss is made of log sigmoid(z); alpha is PG-DPO's.
+template <class T>
+PGDPO_HD T preference_logits(int kind, const scalar_of<T>* parameters, const Errors<T>& errors, T alpha) {
+  const T d_w = errors.gap_chosen, d_l = errors.gap_rejected;
+  T margin = d_l - d_w;
+  if (kind == KIND_PGDPO) margin = alpha * d_l - d_w;
+  if (kind == KIND_DPO_SHIFT) margin = T(parameters[1]) * d_l - d_w;
+  if (kind == KIND_DPOP) margin = margin - T(parameters[1]) * select(d_w < T(0), T(0), d_w);
+  return T(parameters[0]) * margin;
+}
+
+// Those objectives halfway: PG-DPO's weights, z and exp(-|z|).
+template <class T>
+struct Halfway {
+  Weights<T> weights;
+  T logits, decay;
+};
+
 // Runs one group through the objective. `parameters` are the PARAMETERS numbers of Epilogue.parameters, zero-padded;
-// `known` are PG-DPO's weights where they have been computed before.
+// `halfway`, where given, has been computed before.
 template <class T>
 PGDPO_HD Terms<T> objective(int kind, int flags, const scalar_of<T>* parameters, const Errors<T>& errors,
-                            const Outer<T>* outer = nullptr, const Weights<T>* known = nullptr) {
+                            const Outer<T>* outer = nullptr, const Halfway<T>* halfway = nullptr) {
   const T zero = T(0), one = T(1), half = T(0.5);
   const T half_beta = T(parameters[0]);
   const T d_w = errors.gap_chosen, d_l = errors.gap_rejected;
@@ -247,76 +266,72 @@ PGDPO_HD Terms<T> objective(int kind, int flags, const scalar_of<T>* parameters,
     out.loss = off_target * off_target;
     out.by_chosen = zero - off_target;
     out.by_rejected = off_target;
-  } else if (kind == KIND_PGDPO) {
-    const bool ars = flags & FLAG_ARS, regularized = flags & (FLAG_IPR_REWARD | FLAG_IPR_ANCHOR);
-    const T k1 = T(parameters[1]), k2 = T(parameters[2]), scale = T(parameters[3]);
-    Weights<T> weights;
-    if (known != nullptr)
-      weights = *known;
-    else
-      pgdpo_weights<T>(flags, parameters, errors, weights);
-    out.alpha = weights.alpha;
-    out.gamma = weights.gamma;
-    out.complement = weights.complement;
-    out.logits = half_beta * (out.alpha * d_l - d_w);
-    const Logistic<T> preferred(out.logits);
-    out.preference = preferred.softplus_minus();
-    out.loss = out.gamma * out.preference;
-    if (regularized) {
-      out.implicit = flags & FLAG_IPR_REWARD ? d_w : errors.anchor;
-      out.loss = out.loss + scale * out.complement * out.implicit;
-    }
-    const bool averaged = outer != nullptr && regularized;
-    const Outer<T> mean = averaged ? *outer : Outer<T>{out.gamma, out.preference, out.complement, out.implicit};
-    const T slope = mean.gamma * preferred.down * half_beta;
-    out.by_chosen = slope;
-    out.by_rejected = zero - slope * out.alpha;
-    if (flags & FLAG_IPR_REWARD) out.by_chosen = out.by_chosen + scale * mean.complement;
-    if (flags & FLAG_IPR_ANCHOR) out.by_anchor = scale * mean.complement;
-    if (flags & FLAG_ATTACHED) {
-      T by_ratio = zero;
-      if (ars) by_ratio = zero - slope * d_l * (k1 * out.alpha * weights.alpha_complement);
-      if (regularized)
-        by_ratio = by_ratio - k2 * out.gamma * out.complement * (mean.preference - scale * mean.implicit);
-      out.by_chosen = out.by_chosen - by_ratio * weights.by_chosen;
-      out.by_rejected = out.by_rejected - by_ratio * weights.by_rejected;
-    }
-  } else if (kind == KIND_DPOP) {
-    const T penalty = T(parameters[1]);
-    const auto ahead = d_w < zero;
-    out.logits = half_beta * (d_l - d_w - penalty * select(ahead, zero, d_w));
-    const Logistic<T> preferred(out.logits);
-    const T slope = half_beta * preferred.down;
-    out.loss = preferred.softplus_minus();
-    out.by_chosen = slope * (one + select(ahead, zero, penalty));
-    out.by_rejected = zero - slope;
-  } else if (kind == KIND_DPO_SHIFT) {
-    out.alpha = T(parameters[1]);
-    out.logits = half_beta * (out.alpha * d_l - d_w);
-    const Logistic<T> preferred(out.logits);
-    const T slope = half_beta * preferred.down;
-    out.loss = preferred.softplus_minus();
-    out.by_chosen = slope;
-    out.by_rejected = zero - slope * out.alpha;
   } else {
-    const T smoothing = T(parameters[1]);
-    out.logits = half_beta * (d_l - d_w);
-    const Logistic<T> preferred(out.logits);
-    out.loss = preferred.softplus_minus();
+    Halfway<T> start{{one, zero, one, zero, zero, zero}, zero, zero};
+    if (halfway != nullptr) {
+      start = *halfway;
+    } else {
+      if (kind == KIND_PGDPO) pgdpo_weights<T>(flags, parameters, errors, start.weights);
+      start.logits = preference_logits<T>(kind, parameters, errors, start.weights.alpha);
+      start.decay = exp_minus_absolute(start.logits);
+    }
+    const Logistic<T> preferred(start.logits, start.decay);
+    out.logits = start.logits;
     T slope = half_beta * preferred.down;
-    if (parameters[1] != 0) {
-      out.loss = (one - smoothing) * out.loss + smoothing * preferred.softplus_plus();
-      slope = half_beta * ((one - smoothing) * preferred.down - smoothing * preferred.up);
+    if (kind == KIND_PGDPO) {
+      const bool ars = flags & FLAG_ARS, regularized = flags & (FLAG_IPR_REWARD | FLAG_IPR_ANCHOR);
+      const T k1 = T(parameters[1]), k2 = T(parameters[2]), scale = T(parameters[3]);
+      const Weights<T>& weights = start.weights;
+      out.alpha = weights.alpha;
+      out.gamma = weights.gamma;
+      out.complement = weights.complement;
+      out.preference = preferred.softplus_minus();
+      out.loss = out.gamma * out.preference;
+      if (regularized) {
+        out.implicit = flags & FLAG_IPR_REWARD ? d_w : errors.anchor;
+        out.loss = out.loss + scale * out.complement * out.implicit;
+      }
+      const bool averaged = outer != nullptr && regularized;
+      const Outer<T> mean = averaged ? *outer : Outer<T>{out.gamma, out.preference, out.complement, out.implicit};
+      slope = mean.gamma * slope;
+      out.by_chosen = slope;
+      out.by_rejected = zero - slope * out.alpha;
+      if (flags & FLAG_IPR_REWARD) out.by_chosen = out.by_chosen + scale * mean.complement;
+      if (flags & FLAG_IPR_ANCHOR) out.by_anchor = scale * mean.complement;
+      if (flags & FLAG_ATTACHED) {
+        T by_ratio = zero;
+        if (ars) by_ratio = zero - slope * d_l * (k1 * out.alpha * weights.alpha_complement);
+        if (regularized)
+          by_ratio = by_ratio - k2 * out.gamma * out.complement * (mean.preference - scale * mean.implicit);
+        out.by_chosen = out.by_chosen - by_ratio * weights.by_chosen;
+        out.by_rejected = out.by_rejected - by_ratio * weights.by_rejected;
+      }
+    } else if (kind == KIND_DPOP) {
+      out.loss = preferred.softplus_minus();
+      out.by_chosen = slope * (one + select(d_w < zero, zero, T(parameters[1])));
+      out.by_rejected = zero - slope;
+    } else if (kind == KIND_DPO_SHIFT) {
+      out.alpha = T(parameters[1]);
+      out.loss = preferred.softplus_minus();
+      out.by_chosen = slope;
+      out.by_rejected = zero - slope * out.alpha;
+    } else {
+      const T smoothing = T(parameters[1]);
+      out.loss = preferred.softplus_minus();
+      if (parameters[1] != 0) {
+        out.loss = (one - smoothing) * out.loss + smoothing * preferred.softplus_plus();
+        slope = half_beta * ((one - smoothing) * preferred.down - smoothing * preferred.up);
+      }
+      if (flags & FLAG_IMPORTANCE) {
+        const T raw = exponential(T(-0.5) * errors.posterior_scale * (errors.policy_chosen + errors.policy_rejected));
+        const T clip = T(parameters[6]);
+        out.importance = select(raw < T(parameters[5]), zero, clamp(raw, one - clip, one + clip));
+        out.loss = out.importance * out.loss;
+        slope = out.importance * slope;
+      }
+      out.by_chosen = slope;
+      out.by_rejected = zero - slope;
     }
-    if (flags & FLAG_IMPORTANCE) {
-      const T raw = exponential(T(-0.5) * errors.posterior_scale * (errors.policy_chosen + errors.policy_rejected));
-      const T clip = T(parameters[6]);
-      out.importance = select(raw < T(parameters[5]), zero, clamp(raw, one - clip, one + clip));
-      out.loss = out.importance * out.loss;
-      slope = out.importance * slope;
-    }
-    out.by_chosen = slope;
-    out.by_rejected = zero - slope;
   }
   if (flags & FLAG_SAFEGUARD) {
     const auto conflict = errors.cross > zero;
