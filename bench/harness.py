@@ -280,7 +280,7 @@ def device_name(device: torch.device) -> str:
 
 
 def slug(device: torch.device) -> str:
-    """Folder name of a device's results: h200, amd-epyc-2-threads."""
+    """Folder name of a device's results: h200, intel-r-xeon-r-processor-2-threads."""
     name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-").removeprefix("nvidia-")
     return name if device.type == "cuda" else f"{name}-{torch.get_num_threads()}-threads"
 

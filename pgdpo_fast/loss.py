@@ -102,22 +102,33 @@ class NoisedTarget:
     clean_scale: Tensor
 
 
+def _row(index: int) -> property:
+    return property(lambda self: self.telemetry[index])
+
+
 @dataclass(frozen=True, eq=False)
 class PreferenceLossOutput:
     """Result of `preference_loss`. Everything but `loss` is detached, float32 (float64 for float64 predictions), and
     `[B]`, or `[B, F]` at frame granularity; at element granularity it is the mean over the video. Without a reference
-    gaps and rewards are NaN. Reading a field never synchronizes with the device."""
+    gaps and rewards are NaN. Reading a field never synchronizes with the device.
+
+    Args:
+        loss: `[]`, what to call backward on.
+        telemetry: `[9, B]` or `[9, B, F]`, the nine fields below.
+    """
 
     loss: Tensor
-    per_pair_loss: Tensor
-    logits: Tensor
-    alpha: Tensor
-    gamma: Tensor
-    importance: Tensor
-    policy_chosen_error: Tensor
-    policy_rejected_error: Tensor
-    chosen_gap: Tensor
-    rejected_gap: Tensor
+    telemetry: Tensor
+
+    per_pair_loss = _row(0)
+    logits = _row(1)
+    alpha = _row(2)
+    gamma = _row(3)
+    importance = _row(4)
+    policy_chosen_error = _row(5)
+    policy_rejected_error = _row(6)
+    chosen_gap = _row(7)
+    rejected_gap = _row(8)
 
     @property
     def chosen_reward(self) -> Tensor:
@@ -436,7 +447,7 @@ def preference_loss(prediction, target, reference=None, *, objective: Objective,
 
 
 def _output(loss: Tensor, telemetry: Tensor, granularity: str) -> PreferenceLossOutput:
-    return PreferenceLossOutput(loss, *(telemetry if granularity == "frame" else telemetry.squeeze(-1)).unbind())
+    return PreferenceLossOutput(loss, telemetry if granularity == "frame" else telemetry.squeeze(-1))
 
 
 def _frame_weights(call: _Call, granularity: str, objective, weight, label, dtype) -> Tensor:
