@@ -101,8 +101,8 @@ Step = Callable[[int], object]
 
 def time_in_turns(steps: dict[str, Step], seconds: float, rounds: tuple[int, int] = (5, 50)) -> dict[str, Timing]:
     """Wall-clock time of CPU calls `step(set_index)`, one sample of 30 ms a contender a round. Each comes after as many
-    calls that are not timed: what one contender leaves behind (caches full of its temporaries, still to be written back)
-    is not charged to the next.
+    calls that are not timed: what one contender leaves behind (caches full of temporaries still to be written back) is
+    not charged to the next.
 
     Args:
         seconds: stop after this long, but not before `rounds[0]` rounds and not after `rounds[1]`.
@@ -118,11 +118,11 @@ def time_in_turns(steps: dict[str, Step], seconds: float, rounds: tuple[int, int
         if turn >= rounds[0] and time.perf_counter() > deadline:
             break
         for name, step in steps.items():
-            for timed in (False, True):
-                begin = time.perf_counter()
-                for _ in range(inner[name]):
-                    calls[name] += 1
-                    step(calls[name])
+            for call in range(2 * inner[name]):
+                if call == inner[name]:
+                    begin = time.perf_counter()
+                calls[name] += 1
+                step(calls[name])
             samples[name].append((time.perf_counter() - begin) / inner[name])
     return {name: Timing.of(values) for name, values in samples.items()}
 
