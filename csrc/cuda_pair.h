@@ -230,7 +230,7 @@ PGDPO_HD void thread_gradients(const Segment<S>& s, int t, const Coefficients<S>
     S g_w[Block::WIDTH], g_l[Block::WIDTH];
     block.each(s, at, false, [&](int i, const Differences<S>& d) {
       g_w[i] = FORM == REFERENCE_NONE ? c.chosen * d.u_w : fused(c.chosen, d.u_w, c.anchor * d.minus_w);
-      g_l[i] = c.rejected * d.u_l;
+      g_l[i] = c.rejected == S(0) ? S(0) : c.rejected * d.u_l;  // no notice taken, no NaN taken
       if (ACCESS == SCALAR) {  // at once: held back, they would cost registers
         put_one<S>(P, out[0], at + i, g_w[i]);
         put_one<S>(P, out[1], at + i, g_l[i]);
@@ -278,7 +278,7 @@ PGDPO_HD void thread_elements(const Pair& x, const Call<S>& call, const Segment<
                         d.minus_w * d.minus_w, d.u_w * d.u_l, posterior_scale};
       const Terms<S> terms = objective<S>(kind, call.flags, call.parameters, e, FROM_MEANS ? &outer : nullptr);
       g_w[i] = scale * fused(terms.by_chosen, d.u_w, terms.by_anchor * d.minus_w);
-      g_l[i] = scale * (terms.by_rejected * d.u_l);
+      g_l[i] = kind == KIND_SFT ? S(0) : scale * (terms.by_rejected * d.u_l);
       if (ACCESS == SCALAR && with_gradients) {
         put_one<S>(P, out[0], at + i, g_w[i]);
         put_one<S>(P, out[1], at + i, g_l[i]);

@@ -322,17 +322,20 @@ void gradients(const Pair& x, bool anchor, const double* coefficients, const Mut
     const auto by_chosen = [&](const Differences<V>& d) PGDPO_LAMBDA {
       return anchor ? c_w * d.u_w + c_anchor * d.minus_w : c_w * d.u_w;
     };
+    // An objective that takes no notice of the rejected video must not take its NaN.
+    const bool unnoticed = row[rows] == 0;
+    const auto by_rejected = [&](const Differences<V>& d) PGDPO_LAMBDA { return unnoticed ? V(S(0)) : c_l * d.u_l; };
     for (int first = 0; first < at.count; first += BLOCK) {
       reader.prefetch(first);
       reader.over(
           first, lesser(first + BLOCK, at.count),
           [&](const Differences<V>& even, const Differences<V>& odd, int i) PGDPO_LAMBDA {
             put_split(out[0], i, by_chosen(even), by_chosen(odd), past);
-            put_split(out[1], i, c_l * even.u_l, c_l * odd.u_l, past);
+            put_split(out[1], i, by_rejected(even), by_rejected(odd), past);
           },
           [&](auto whole, const Differences<V>& d, int i, int lanes) PGDPO_LAMBDA {
             put<decltype(whole)::value>(dtype, out[0], i, lanes, by_chosen(d), past);
-            put<decltype(whole)::value>(dtype, out[1], i, lanes, c_l * d.u_l, past);
+            put<decltype(whole)::value>(dtype, out[1], i, lanes, by_rejected(d), past);
           });
     }
   }
@@ -408,7 +411,7 @@ void run_objective(const Stage<S>& stage, Block<S>& block, int count, Vec<S> (&s
       V slope = t.by_chosen * u_w;
       if (flags & FLAG_IPR_ANCHOR) slope = slope + t.by_anchor * V::at(block.minus_w + i);
       (scale * slope).to(block.gradient_w + i);
-      (scale * (t.by_rejected * u_l)).to(block.gradient_l + i);
+      (kind == KIND_SFT ? V(S(0)) : scale * (t.by_rejected * u_l)).to(block.gradient_l + i);
     }
     if (WANTED != GRADIENTS) {
       const auto kept = [&](V x) PGDPO_LAMBDA {

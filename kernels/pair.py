@@ -264,7 +264,8 @@ def scaled_gradients(gw_ptr, gl_ptr, pw_ptr, pl_ptr, yw_ptr, yl_ptr, noise_ptr, 
         minus_w, _ = reference_terms(p_w, y_w, qw_ptr, sw_ptr, phase, offsets, mask,
                                      REFERENCE, PACK_BLOCK, MASKED, COMPUTE)
         g_w += c_anchor * minus_w
-    g_l = c_l * (p_l - y_l)
+    # An objective that takes no notice of the rejected video must not take its NaN.
+    g_l = tl.where(c_l == 0.0, 0.0, c_l * (p_l - y_l))
     if MASKED:
         tl.store(gw_ptr + offsets, g_w.to(gw_ptr.dtype.element_ty), mask=mask)
         tl.store(gl_ptr + offsets, g_l.to(gl_ptr.dtype.element_ty), mask=mask)

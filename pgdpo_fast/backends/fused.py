@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pgdpo_fast.backends import operands
+from pgdpo_fast.backends import native, operands, triton
 from pgdpo_fast.objectives import GroupErrors
 
 _OPERANDS = (
@@ -44,22 +44,19 @@ library.define(
     "bool speculative, str backend) -> ()")
 
 
-def _backend(name: str):
-    from pgdpo_fast.backends import native, triton
-
-    return {"triton": triton, "native": native}[name]
+_BACKENDS = {"triton": triton, "native": native}
 
 
 def _pair_errors(*args):
     *tensors, reference_form, groups, anchor, cross, backend = args
-    x, run = operands.gather(*tensors), _backend(backend)
+    x, run = operands.gather(*tensors), _BACKENDS[backend]
     return run.statistics(x, reference_form, groups, anchor, cross)
 
 
 def _pair_objective(*args):
     (*tensors, reference_errors, weight, posterior_scale,
      reference_form, groups, anchor, cross, kind, flags, parameters, backend) = args
-    x, run = operands.gather(*tensors), _backend(backend)
+    x, run = operands.gather(*tensors), _BACKENDS[backend]
     return run.objective(x, reference_form, groups, anchor, cross, reference_errors, weight, posterior_scale, kind,
                          flags, parameters)
 
@@ -68,8 +65,8 @@ def _pair_gradient(*args):
     *tensors, coefficients, incoming, reference_form, groups, anchor, backend = args
     x = operands.gather(*tensors)
     chosen, rejected = _like(tensors[0]), _like(tensors[1])
-    _backend(backend).gradients(x, reference_form, groups, anchor, coefficients, incoming,
-                                *_halves(chosen, rejected, x.pairs))
+    _BACKENDS[backend].gradients(x, reference_form, groups, anchor, coefficients, incoming,
+                                *_halves(chosen, rejected))
     return chosen, rejected
 
 
@@ -77,9 +74,9 @@ def _pair_elements(*args):
     *tensors, weight, posterior_scale, reference_form, kind, flags, parameters, outer, with_gradients, backend = args
     x = operands.gather(*tensors)
     chosen, rejected = (_like(tensors[0]), _like(tensors[1])) if with_gradients else (torch.empty(0), torch.empty(0))
-    outputs = _backend(backend).element_objective(
+    outputs = _BACKENDS[backend].element_objective(
         x, reference_form, weight, posterior_scale, kind, flags, parameters, outer,
-        _halves(chosen, rejected, x.pairs) if with_gradients else None)
+        _halves(chosen, rejected) if with_gradients else None)
     return *outputs, chosen, rejected
 
 
@@ -87,14 +84,14 @@ def _pair_elements_gradient(*args):
     (*tensors, weight, posterior_scale, means, incoming, chosen, rejected,
      reference_form, kind, flags, parameters, outer, speculative, backend) = args
     x = operands.gather(*tensors)
-    _backend(backend).element_gradients(
+    _BACKENDS[backend].element_gradients(
         x, reference_form, weight, posterior_scale, kind, flags, parameters, outer, means, incoming,
-        *_halves(chosen, rejected, x.pairs), speculative)
+        *_halves(chosen, rejected), speculative)
 
 
-def _halves(chosen: Tensor, rejected: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
+def _halves(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
     """The chosen and rejected rows of a gradient that may be one stacked tensor."""
-    return (chosen, rejected) if rejected.numel() else (chosen[:pairs], chosen[pairs:])
+    return (chosen, rejected) if rejected.numel() else chosen.chunk(2)
 
 
 def _like(x: Tensor | None) -> Tensor:
