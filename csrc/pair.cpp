@@ -131,26 +131,30 @@ struct Reader {
     }
   }
 
+  // The storage type of an operand, at compile time where all share one; residuals have their own.
+  static PGDPO_INLINE int known(int dtype) { return D == MIXED ? dtype : D; }
+
   // Asks for the BLOCK elements AHEAD bytes after element i of every operand: the hardware follows too few streams at
   // once and stops at every page. Past the end of a chunk lies the next one; past the end of the memory nothing happens.
   PGDPO_INLINE void prefetch(int i) const {
     for (int side = 0; side < 2; ++side) {
-      prefetch(policy_dtype, policy[side], i);
-      if (side == 0 || !shared) prefetch(target_dtype, target[side], i);
-      if (form == REFERENCE_PREDICTION) prefetch(reference_dtype, reference[side], i);
-      if (form > REFERENCE_PREDICTION) prefetch(form == REFERENCE_BFLOAT16 ? BFLOAT16 : FLOAT8, reference[side], i);
+      prefetch(known(policy_dtype), policy[side], i);
+      if (side == 0 || !shared) prefetch(known(target_dtype), target[side], i);
+      if (form == REFERENCE_PREDICTION)
+        prefetch(known(reference_dtype), reference[side], i);
+      else if (form != REFERENCE_NONE)
+        prefetch(reference_dtype, reference[side], i);
     }
-    if (noise != nullptr) prefetch(noise_dtype, noise, i);
+    if (noise != nullptr) prefetch(known(noise_dtype), noise, i);
   }
   static PGDPO_INLINE void prefetch(int dtype, const char* from, int i) {
-    const int64_t size = size_of(D == MIXED || dtype == FLOAT8 ? dtype : D);
+    const int64_t size = size_of(dtype);
     for (int64_t line = 0; line < BLOCK * size; line += 64) __builtin_prefetch(from + i * size + AHEAD + line);
   }
 
   template <bool WHOLE>
   PGDPO_INLINE V fetch(int dtype, const char* from, int i, int lanes) const {
-    const int known = D == MIXED ? dtype : D;
-    return WHOLE ? load<S>(known, from, i) : load_lanes<S>(known, from, i, lanes);
+    return WHOLE ? load<S>(known(dtype), from, i) : load_lanes<S>(known(dtype), from, i, lanes);
   }
 
   // Residual q - y of a packed reference. The product is rounded to float, as when it was packed.

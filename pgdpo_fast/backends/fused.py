@@ -66,7 +66,7 @@ def _pair_gradient(*args):
     x = operands.gather(*tensors)
     chosen, rejected = _like(tensors[0]), _like(tensors[1])
     _BACKENDS[backend].gradients(x, reference_form, groups, anchor, coefficients, incoming,
-                                *_halves(chosen, rejected))
+                                 *_halves(chosen, rejected))
     return chosen, rejected
 
 
