@@ -65,8 +65,6 @@ PGDPO_HD double exponential(double x) { return exp(x); }
 // exp(-|x|); a form that is tiny instead of zero far out will do.
 PGDPO_HD float exp_minus_absolute(float x) { return expf(-fabsf(x)); }
 PGDPO_HD double exp_minus_absolute(double x) { return exp(-fabs(x)); }
-PGDPO_HD float reciprocal(float x) { return 1.0f / x; }
-PGDPO_HD double reciprocal(double x) { return 1.0 / x; }
 // log(1 + t), 0 <= t <= 1.
 PGDPO_HD float log1p_unit(float t) { return log1pf(t); }
 PGDPO_HD double log1p_unit(double t) { return log1p(t); }
@@ -98,7 +96,7 @@ struct Sigmoids {
 
   PGDPO_HD explicit Sigmoids(T x) {
     const T odds = exp_cut(x);
-    down = reciprocal(T(1) + odds);
+    down = T(1) / (T(1) + odds);
     up = odds * down;
   }
 };
@@ -110,7 +108,7 @@ struct Logistic {
 
   // decay is exp(-|x|).
   PGDPO_HD Logistic(T x_, T decay_) : x(x_), decay(decay_) {
-    const T large = reciprocal(T(1) + decay);
+    const T large = T(1) / (T(1) + decay);
     const T small = decay * large;
     up = select(x >= T(0), large, small);
     down = select(x >= T(0), small, large);

@@ -236,19 +236,6 @@ PGDPO_INLINE Vec<S> exp_minus_absolute(Vec<S> x) {
   return exp_normal(at_least(Vec<S>(-Lanes<S>::exp_far), minus_absolute(x)));
 }
 
-// 1 / x for x and 1 / x normal. In AVX-512 an estimate to 14 bits and a Newton step, where a division takes as long as
-// sixteen multiplications.
-template <class S>
-PGDPO_INLINE Vec<S> reciprocal(Vec<S> x) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(S) == 4) {
-    const Vec<S> estimate((typename Vec<S>::Value)_mm512_rcp14_ps((__m512)x.v));
-    return estimate + estimate * (Vec<S>(1.0f) - x * estimate);
-  }
-#endif
-  return Vec<S>(S(1)) / x;
-}
-
 template <class To, class From>
 PGDPO_INLINE To bits_as(From x) {
   static_assert(sizeof(To) == sizeof(From), "same size");

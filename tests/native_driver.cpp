@@ -47,11 +47,7 @@ void functions(const char* type) {
   printf("exp_%s %.3f\n", type, worst_ulp<S>(deep, -deep, up, [](Vec<S> x) { return exponential(x); }));
   printf("exp_minus_absolute_%s %.3f\n", type,
          worst_ulp<S>(-far, far, minus, [](Vec<S> x) { return exp_minus_absolute(x); }));
-  const auto inverse = [](long double x) { return 1 / x; };
   printf("exp_cut_%s %.3f\n", type, worst_ulp<S>(-far, far, up, [](Vec<S> x) { return exp_cut(x); }));
-  printf("reciprocal_%s %.3f\n", type, worst_ulp<S>(1.0, 2.0, inverse, [](Vec<S> x) { return reciprocal(x); }));
-  printf("reciprocal_far_%s %.3f\n", type,
-         worst_ulp<S>(1.0, std::exp(far), inverse, [](Vec<S> x) { return reciprocal(x); }));
   printf("log1p_%s %.3f\n", type, worst_ulp<S>(0.0, 1.0, log1p, [](Vec<S> x) { return log1p_unit(x); }));
   printf("log1p_small_%s %.3f\n", type, worst_ulp<S>(0.0, 1e-6, log1p, [](Vec<S> x) { return log1p_unit(x); }));
 }
