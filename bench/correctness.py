@@ -121,7 +121,7 @@ class _Recorded(TorchDispatchMode):
         self.calls = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "pgdpo_fast":
+        if str(function).startswith("pgdpo_fast") and ".pair_" in str(function):
             copies = [a.detach().clone() if isinstance(a, Tensor) else a for a in args]
             self.calls.setdefault(function, (copies, dict(kwargs or {})))
         return function(*args, **(kwargs or {}))

@@ -1,6 +1,6 @@
-// The CUDA operators as torch sees them, on LibTorch's stable ABI. A library of its own beside the CPU one, whose schemas
-// it shares where both have the operator; scratch memory comes from torch's caching allocator, work goes to the current
-// stream, nothing synchronizes, so every operator can be captured into a CUDA graph.
+// The CUDA operators as torch sees them, on LibTorch's stable ABI. A library of its own beside the CPU one, whose operators
+// it implements on CUDA; memory comes from torch's caching allocator, work goes to the current stream, nothing
+// synchronizes, so every operator can be captured into a CUDA graph.
 #include "cuda_launch.h"
 #include "operands.h"
 
@@ -37,9 +37,8 @@ const S* numbers(const MaybeTensor& x, const char* name, const Tensor& like, int
 }
 
 template <class S>
-Tensor scratch(const Tensor& like, int64_t count) {
-  const int64_t sizes[] = {count};
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes, 1), SCALAR_TYPE<S>);
+S* data(const Tensor& x) {
+  return static_cast<S*>(x.mutable_data_ptr());
 }
 
 void check_grid(const Operands& x) {
@@ -53,14 +52,6 @@ void set_objective(Call<S>& call, int64_t kind, int64_t flags, const std::vector
   call.kind = int(kind);
   call.flags = int(flags);
   for (size_t i = 0; i < parameters.size(); ++i) call.parameters[i] = S(parameters[i]);
-}
-
-template <class S>
-void set_gradients(Call<S>& call, const Operands& x, const Tensor& chosen, const Tensor& rejected) {
-  call.gradient[0] = rows_of<MutableRows>(chosen, "chosen", x.policy, x.pair.pairs, x.pair.numel);
-  call.gradient[1] = rows_of<MutableRows>(rejected, "rejected", x.policy, x.pair.pairs, x.pair.numel);
-  STD_TORCH_CHECK(call.gradient[0].dtype == x.pair.policy[0].dtype && call.gradient[1].dtype == call.gradient[0].dtype,
-                  "gradients: expected the prediction's dtype");
 }
 
 // run(S{}) with the accumulation type of the operands; also checks what kernels read without asking.
@@ -80,82 +71,104 @@ void with_type(const Operands& x, const Run& run) {
 }
 
 // Means of all statistics over each group, [STATISTICS, B, G]: errors and fold.
-void statistics(PGDPO_OPERANDS, bool anchor, bool cross, Tensor means) {
-  const Operands x(PGDPO_PASS_OPERANDS);
+Tensor pair_errors(PGDPO_OPERANDS, int64_t form, int64_t groups, int64_t length, bool anchor, bool cross) {
   const cuda::Current on(p_w.get_device_index());
+  const Operands x(PGDPO_PASS_OPERANDS, form, groups, length);
+  const Tensor means = x.numbers({STATISTICS, x.pair.pairs, groups}), partial = x.numbers({STATISTICS, x.chunks()});
   with_type(x, [&](auto zero) {
     using S = decltype(zero);
-    const Tensor partial = scratch<S>(p_w, STATISTICS * x.chunks());
     Call<S> call;
     call.kind = -1;
     call.anchor = anchor && form != REFERENCE_NONE;
     call.cross = cross;
-    call.partial = static_cast<S*>(partial.mutable_data_ptr());
-    call.telemetry = numbers<S>(means, "means", p_w, STATISTICS * x.pair.pairs * groups);
-    check(cuda::launch_errors(x.pair, call, on.device, on.stream), "statistics");
+    call.partial = data<S>(partial);
+    call.telemetry = data<S>(means);
+    check(cuda::launch_errors(x.pair, call, on.device, on.stream), "pair_errors");
   });
+  return means;
 }
 
+// What the launches of an objective write.
+struct Outputs {
+  Tensor loss, telemetry, coefficients, partial;
+
+  explicit Outputs(const Operands& x)
+      : loss(x.numbers({})),
+        telemetry(x.numbers({TELEMETRY, x.pair.pairs, x.pair.groups})),
+        coefficients(x.numbers({3, x.pair.pairs, x.pair.groups})),
+        partial(x.numbers({STATISTICS, x.chunks()})) {}
+};
+
 template <class S>
-Call<S> objective_call(const Operands& x, const Tensor& partial, bool anchor, bool cross,
-                       const MaybeTensor& reference_errors, const MaybeTensor& weight, const MaybeTensor& posterior_scale,
-                       int64_t kind, int64_t flags, const std::vector<double>& parameters, const Tensor& loss,
-                       const Tensor& telemetry, const Tensor& coefficients) {
+Call<S> objective_call(const Operands& x, const Settings& settings, const Outputs& out) {
   const int64_t rows = x.pair.pairs * x.pair.groups;
   Call<S> call;
-  set_objective(call, kind, flags, parameters);
-  call.anchor = anchor && x.pair.reference_form != REFERENCE_NONE;
-  call.cross = cross;
-  call.gaps = x.pair.reference_form != REFERENCE_NONE || reference_errors;
-  call.partial = static_cast<S*>(partial.mutable_data_ptr());
-  call.reference_errors = numbers<S>(reference_errors, "reference_errors", x.policy, 2 * rows);
-  call.weight = numbers<S>(weight, "weight", x.policy, rows);
-  call.posterior_scale = numbers<S>(posterior_scale, "posterior_scale", x.policy, x.pair.pairs);
-  STD_TORCH_CHECK(!(flags & FLAG_IMPORTANCE) || posterior_scale, "posterior_scale: the objective needs it");
-  call.loss = numbers<S>(loss, "loss", x.policy, 1);
-  call.telemetry = numbers<S>(telemetry, "telemetry", x.policy, TELEMETRY * rows);
-  call.coefficients = numbers<S>(coefficients, "coefficients", x.policy, 3 * rows);
+  set_objective(call, settings.kind, settings.flags, settings.parameters);
+  call.anchor = settings.anchor && x.pair.reference_form != REFERENCE_NONE;
+  call.cross = settings.cross;
+  call.gaps = x.pair.reference_form != REFERENCE_NONE || settings.reference_errors;
+  call.reference_errors = numbers<S>(settings.reference_errors, "reference_errors", x.policy, 2 * rows);
+  call.weight = numbers<S>(settings.weight, "weight", x.policy, rows);
+  call.posterior_scale = numbers<S>(settings.posterior_scale, "posterior_scale", x.policy, x.pair.pairs);
+  STD_TORCH_CHECK(!(settings.flags & FLAG_IMPORTANCE) || settings.posterior_scale,
+                  "posterior_scale: the objective needs it");
+  call.partial = data<S>(out.partial);
+  call.loss = data<S>(out.loss);
+  call.telemetry = data<S>(out.telemetry);
+  call.coefficients = data<S>(out.coefficients);
   return call;
 }
 
 // Loss, telemetry and gradient coefficients: errors, then fold and objective.
-void objective(PGDPO_OPERANDS, PGDPO_OBJECTIVE) {
-  const Operands x(PGDPO_PASS_OPERANDS);
+std::tuple<Tensor, Tensor, Tensor> pair_objective(PGDPO_OPERANDS, const MaybeTensor& reference_errors,
+                                                  const MaybeTensor& weight, const MaybeTensor& posterior_scale,
+                                                  int64_t form, int64_t groups, int64_t length, bool anchor, bool cross,
+                                                  int64_t kind, int64_t flags, std::vector<double> parameters) {
   const cuda::Current on(p_w.get_device_index());
+  const Operands x(PGDPO_PASS_OPERANDS, form, groups, length);
+  const Settings settings = {reference_errors, weight, posterior_scale, anchor, cross, kind, flags, parameters};
+  const Outputs out(x);
   with_type(x, [&](auto zero) {
-    using S = decltype(zero);
-    const Tensor partial = scratch<S>(p_w, STATISTICS * x.chunks());
-    const Call<S> call = objective_call<S>(x, partial, PGDPO_PASS_OBJECTIVE);
-    check(cuda::launch_errors(x.pair, call, on.device, on.stream), "objective");
+    const auto call = objective_call<decltype(zero)>(x, settings, out);
+    check(cuda::launch_errors(x.pair, call, on.device, on.stream), "pair_objective");
   });
+  return {out.loss, out.telemetry, out.coefficients};
 }
 
-void gradients(PGDPO_OPERANDS, bool anchor, Tensor coefficients, MaybeTensor incoming, Tensor chosen, Tensor rejected) {
-  const Operands x(PGDPO_PASS_OPERANDS);
+std::tuple<Tensor, Tensor> pair_gradient(PGDPO_OPERANDS, const Tensor& coefficients, const Tensor& incoming, int64_t form,
+                                         int64_t groups, int64_t length, bool anchor) {
   const cuda::Current on(p_w.get_device_index());
+  const Operands x(PGDPO_PASS_OPERANDS, form, groups, length);
+  const Tensor chosen = x.chosen_gradient(), rejected = x.rejected_gradient();
   with_type(x, [&](auto zero) {
     using S = decltype(zero);
     Call<S> call;
     call.anchor = anchor && form != REFERENCE_NONE;
     call.coefficients = numbers<S>(coefficients, "coefficients", p_w, 3 * x.pair.pairs * groups);
     call.incoming = numbers<S>(incoming, "incoming", p_w, 1);
-    set_gradients(call, x, chosen, rejected);
-    check(cuda::launch_gradients(x.pair, call, on.stream), "gradients");
+    x.set_gradients(call.gradient, chosen, rejected);
+    check(cuda::launch_gradients(x.pair, call, on.stream), "pair_gradient");
   });
+  return {chosen, rejected};
 }
 
-// All of it at once: one launch when the operands fit on chip, else the launches of `objective` and `gradients`. Returns
-// whether it was one.
-bool loss_and_gradients(PGDPO_OPERANDS, PGDPO_OBJECTIVE, MaybeTensor incoming, Tensor chosen, Tensor rejected) {
-  const Operands x(PGDPO_PASS_OPERANDS);
+// All of it at once: one launch when the operands fit on chip, else the launches of `pair_objective` and
+// `pair_gradient`. The last result is whether it was one.
+std::tuple<Tensor, Tensor, Tensor, Tensor, bool> loss_and_gradients(
+    PGDPO_OPERANDS, const MaybeTensor& reference_errors, const MaybeTensor& weight, const MaybeTensor& posterior_scale,
+    const MaybeTensor& incoming, int64_t form, int64_t groups, int64_t length, bool anchor, bool cross, int64_t kind,
+    int64_t flags, std::vector<double> parameters) {
   const cuda::Current on(p_w.get_device_index());
+  const Operands x(PGDPO_PASS_OPERANDS, form, groups, length);
+  const Settings settings = {reference_errors, weight, posterior_scale, anchor, cross, kind, flags, parameters};
+  const Outputs out(x);
+  const Tensor chosen = x.chosen_gradient(), rejected = x.rejected_gradient();
   bool one = false;
   with_type(x, [&](auto zero) {
     using S = decltype(zero);
-    const Tensor partial = scratch<S>(p_w, STATISTICS * x.chunks());
-    Call<S> call = objective_call<S>(x, partial, PGDPO_PASS_OBJECTIVE);
+    Call<S> call = objective_call<S>(x, settings, out);
     call.incoming = numbers<S>(incoming, "incoming", p_w, 1);
-    set_gradients(call, x, chosen, rejected);
+    x.set_gradients(call.gradient, chosen, rejected);
     if constexpr (sizeof(S) == 4) {
       const cuda::OneTouch plan = on.device.major < 9 ? cuda::OneTouch{}
                                                       : cuda::one_touch(x.pair, call.anchor, call.gradient,
@@ -170,7 +183,7 @@ bool loss_and_gradients(PGDPO_OPERANDS, PGDPO_OBJECTIVE, MaybeTensor incoming, T
       check(cuda::launch_gradients(x.pair, call, on.stream), "loss_and_gradients");
     }
   });
-  return one;
+  return {out.loss, out.telemetry, chosen, rejected, one};
 }
 
 template <class S>
@@ -187,39 +200,47 @@ Call<S> element_call(const Operands& x, const MaybeTensor& weight, const MaybeTe
   return call;
 }
 
-void element_objective(PGDPO_OPERANDS, MaybeTensor weight, MaybeTensor posterior_scale, int64_t kind, int64_t flags,
-                       std::vector<double> parameters, bool outer, bool with_gradients, Tensor loss, Tensor telemetry,
-                       Tensor means, Tensor chosen, Tensor rejected) {
-  const Operands x(PGDPO_PASS_OPERANDS);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pair_elements(PGDPO_OPERANDS, const MaybeTensor& weight,
+                                                                 const MaybeTensor& posterior_scale, int64_t form,
+                                                                 int64_t length, int64_t kind, int64_t flags,
+                                                                 std::vector<double> parameters, bool outer,
+                                                                 bool with_gradients) {
   STD_TORCH_CHECK(!(outer && with_gradients), "outer: gradients need the means first");
   const cuda::Current on(p_w.get_device_index());
+  const Operands x(PGDPO_PASS_OPERANDS, form, 1, length);
+  const int64_t pairs = x.pair.pairs;
+  const Tensor loss = x.numbers({}), telemetry = x.numbers({TELEMETRY, pairs, 1}), means = x.numbers({ELEMENT_MEANS, pairs}),
+               partial = x.numbers({ELEMENT_SUMS, x.chunks()}),
+               chosen = with_gradients ? x.chosen_gradient() : x.nothing(),
+               rejected = with_gradients ? x.rejected_gradient() : x.nothing();
   with_type(x, [&](auto zero) {
     using S = decltype(zero);
-    const Tensor partial = scratch<S>(p_w, ELEMENT_SUMS * x.chunks());
     Call<S> call = element_call<S>(x, weight, posterior_scale, kind, flags, parameters, outer);
-    call.partial = static_cast<S*>(partial.mutable_data_ptr());
-    call.loss = numbers<S>(loss, "loss", p_w, 1);
-    call.telemetry = numbers<S>(telemetry, "telemetry", p_w, TELEMETRY * x.pair.pairs);
-    call.means = numbers<S>(means, "means", p_w, ELEMENT_MEANS * x.pair.pairs);
-    if (with_gradients) set_gradients(call, x, chosen, rejected);
-    check(cuda::launch_elements(x.pair, call, on.stream), "element_objective");
-    check(cuda::launch_fold_elements(x.pair, call, on.device, on.stream), "element_objective");
+    call.partial = data<S>(partial);
+    call.loss = data<S>(loss);
+    call.telemetry = data<S>(telemetry);
+    call.means = data<S>(means);
+    if (with_gradients) x.set_gradients(call.gradient, chosen, rejected);
+    check(cuda::launch_elements(x.pair, call, on.stream), "pair_elements");
+    check(cuda::launch_fold_elements(x.pair, call, on.device, on.stream), "pair_elements");
   });
+  return {loss, telemetry, means, chosen, rejected};
 }
 
-void element_gradients(PGDPO_OPERANDS, MaybeTensor weight, MaybeTensor posterior_scale, int64_t kind, int64_t flags,
-                       std::vector<double> parameters, bool outer, bool speculative, Tensor means, Tensor incoming,
-                       Tensor chosen, Tensor rejected) {
-  const Operands x(PGDPO_PASS_OPERANDS);
+void pair_elements_gradient(PGDPO_OPERANDS, const MaybeTensor& weight, const MaybeTensor& posterior_scale,
+                            const Tensor& means, const Tensor& incoming, Tensor chosen, Tensor rejected, int64_t form,
+                            int64_t length, int64_t kind, int64_t flags, std::vector<double> parameters, bool outer,
+                            bool speculative) {
   const cuda::Current on(p_w.get_device_index());
+  const Operands x(PGDPO_PASS_OPERANDS, form, 1, length);
   with_type(x, [&](auto zero) {
     using S = decltype(zero);
     Call<S> call = element_call<S>(x, weight, posterior_scale, kind, flags, parameters, outer);
     call.speculative = speculative;
     call.means_in = numbers<S>(means, "means", p_w, ELEMENT_MEANS * x.pair.pairs);
     call.incoming = numbers<S>(incoming, "incoming", p_w, 1);
-    set_gradients(call, x, chosen, rejected);
-    check(cuda::launch_elements(x.pair, call, on.stream), "element_gradients");
+    x.set_gradients(call.gradient, chosen, rejected);
+    check(cuda::launch_elements(x.pair, call, on.stream), "pair_elements_gradient");
   });
 }
 
@@ -230,25 +251,25 @@ char* reachable(char* data, const char* name) {
 }
 
 // Residuals q - y of predictions q (in the policy's place) as rows of the reference cache, and their errors: one pass.
-void pack(PGDPO_OPERANDS, Tensor chosen, Tensor rejected, MaybeTensor chosen_scale, MaybeTensor rejected_scale,
-          Tensor means) {
-  STD_TORCH_CHECK(groups == 1 && form == REFERENCE_NONE, "pack: takes predictions and targets of whole samples");
-  const Operands x(PGDPO_PASS_OPERANDS);
+Tensor pack(PGDPO_OPERANDS, Tensor chosen, Tensor rejected, MaybeTensor chosen_scale, MaybeTensor rejected_scale,
+            int64_t length) {
   const cuda::Current on(p_w.get_device_index());
+  const Operands x(PGDPO_PASS_OPERANDS, REFERENCE_NONE, 1, length);
   Packed out = packed_of(x, chosen, rejected, chosen_scale, rejected_scale, [](const Tensor&) {});
   for (int side = 0; side < 2; ++side) {
     out.rows[side].data = reachable(out.rows[side].data, "packed rows");
     if (out.scale[side].data != nullptr) out.scale[side].data = reachable(out.scale[side].data, "scales");
   }
+  Tensor means = x.numbers({STATISTICS, x.pair.pairs}), partial = x.numbers({STATISTICS, x.chunks()});
   with_type(x, [&](auto zero) {
     using S = decltype(zero);
-    const Tensor partial = scratch<S>(p_w, STATISTICS * x.chunks());
     Call<S> call;
     call.kind = -1;
-    call.partial = static_cast<S*>(partial.mutable_data_ptr());
-    call.telemetry = numbers<S>(means, "means", p_w, STATISTICS * x.pair.pairs);
+    call.partial = data<S>(partial);
+    call.telemetry = data<S>(means);
     check(cuda::launch_pack(x.pair, call, out, on.device, on.stream), "pack");
   });
+  return torch::stable::narrow(means, 0, 0, 2);
 }
 
 void gather_rows(std::vector<Tensor> tables, std::vector<int64_t> rows, std::vector<Tensor> out) {
@@ -273,12 +294,12 @@ void gather_rows(std::vector<Tensor> tables, std::vector<int64_t> rows, std::vec
 }
 
 STABLE_TORCH_LIBRARY_IMPL(PGDPO_NAMESPACE, PGDPO_CUDA, m) {
-  m.impl("statistics", TORCH_BOX(&statistics));
-  m.impl("objective", TORCH_BOX(&objective));
-  m.impl("gradients", TORCH_BOX(&gradients));
+  m.impl("pair_errors", TORCH_BOX(&pair_errors));
+  m.impl("pair_objective", TORCH_BOX(&pair_objective));
+  m.impl("pair_gradient", TORCH_BOX(&pair_gradient));
+  m.impl("pair_elements", TORCH_BOX(&pair_elements));
+  m.impl("pair_elements_gradient", TORCH_BOX(&pair_elements_gradient));
   m.impl("loss_and_gradients", TORCH_BOX(&loss_and_gradients));
-  m.impl("element_objective", TORCH_BOX(&element_objective));
-  m.impl("element_gradients", TORCH_BOX(&element_gradients));
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("gather_rows", TORCH_BOX(&gather_rows));
 }

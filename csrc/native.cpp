@@ -66,17 +66,12 @@ std::vector<double> numbers(const MaybeTensor& x, const char* name, int64_t coun
   return x ? numbers(*x, name, count) : std::vector<double>();
 }
 
-// Writes doubles into a contiguous float32 or float64 tensor.
+// Writes doubles into a tensor of `Operands::numbers`.
 struct Output {
   void* data;
   bool float64;
 
-  Output(const Tensor& x, const char* name, int64_t count) : data(x.mutable_data_ptr()) {
-    const int dtype = storage_of(x, name);
-    STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.numel() == count && (dtype == FLOAT32 || dtype == FLOAT64),
-                    name, ": expected ", count, " contiguous float32 or float64 numbers on the CPU");
-    float64 = dtype == FLOAT64;
-  }
+  explicit Output(const Tensor& x) : data(x.mutable_data_ptr()), float64(x.scalar_type() == ScalarType::Double) {}
   double rounded(double x) const { return float64 ? x : double(float(x)); }
   void set(int64_t i, double x) const {
     if (float64)
@@ -104,26 +99,15 @@ double mean_of(const Operands& x, const std::vector<double>& sums, int plane, in
   return total / double(x.pair.numel / x.pair.groups);
 }
 
-void statistics(PGDPO_OPERANDS, bool anchor, bool cross, Tensor means) {
-  const Operands x(PGDPO_PASS_OPERANDS);
+Tensor pair_errors(PGDPO_OPERANDS, int64_t form, int64_t groups, int64_t length, bool anchor, bool cross) {
+  const Operands x(PGDPO_PASS_OPERANDS, form, groups, length);
   const int64_t rows = x.pair.pairs * groups;
-  const Output out(means, "means", STATISTICS * rows);
+  const Tensor means = x.numbers({STATISTICS, x.pair.pairs, groups});
+  const Output out(means);
   const std::vector<double> sums = errors(x, anchor, cross);
   for (int k = 0; k < STATISTICS; ++k)
     for (int64_t row = 0; row < rows; ++row) out.set(k * rows + row, mean_of(x, sums, k, row));
-}
-
-void gradients(PGDPO_OPERANDS, bool anchor, Tensor coefficients, MaybeTensor incoming, Tensor chosen, Tensor rejected) {
-  const Operands x(PGDPO_PASS_OPERANDS);
-  std::vector<double> scaled = numbers(coefficients, "coefficients", 3 * x.pair.pairs * groups);
-  const double factor = incoming ? numbers(*incoming, "incoming", 1)[0] : 1.0;
-  for (double& c : scaled) c *= factor;
-  const MutableRows out[2] = {rows_of<MutableRows>(chosen, "chosen", x.policy, x.pair.pairs, x.pair.numel),
-                              rows_of<MutableRows>(rejected, "rejected", x.policy, x.pair.pairs, x.pair.numel)};
-  STD_TORCH_CHECK(out[0].dtype == x.pair.policy[0].dtype && out[1].dtype == out[0].dtype,
-                  "gradients: expected the prediction's dtype");
-  const Passes& run = passes(x.float64);
-  x.over_chunks([&](int64_t begin, int64_t end) { run.gradients(x.pair, anchor, scaled.data(), out, begin, end); });
+  return means;
 }
 
 void read_parameters(const std::vector<double>& from, double (&to)[PARAMETERS]) {
@@ -131,19 +115,19 @@ void read_parameters(const std::vector<double>& from, double (&to)[PARAMETERS]) 
   for (size_t i = 0; i < from.size(); ++i) to[i] = from[i];
 }
 
-void objective(PGDPO_OPERANDS, PGDPO_OBJECTIVE) {
-  const Operands x(PGDPO_PASS_OPERANDS);
-  const int64_t rows = x.pair.pairs * groups, count = x.pair.numel / groups;
-  const Output loss_out(loss, "loss", 1), telemetry_out(telemetry, "telemetry", TELEMETRY * rows),
-      coefficient_out(coefficients, "coefficients", 3 * rows);
-  const std::vector<double> reference = numbers(reference_errors, "reference_errors", 2 * rows);
-  const std::vector<double> weights = numbers(weight, "weight", rows);
-  const std::vector<double> posterior = numbers(posterior_scale, "posterior_scale", x.pair.pairs);
-  double numbers[PARAMETERS] = {};
-  read_parameters(parameters, numbers);
-  STD_TORCH_CHECK(!(flags & FLAG_IMPORTANCE) || posterior_scale, "posterior_scale: the objective needs it");
-  const std::vector<double> sums = errors(x, anchor, cross);
-  const bool gaps = form != REFERENCE_NONE || reference_errors;
+std::tuple<Tensor, Tensor, Tensor> objective(const Operands& x, const Settings& call) {
+  const int64_t pairs = x.pair.pairs, groups = x.pair.groups, rows = pairs * groups, count = x.pair.numel / groups;
+  const Tensor loss = x.numbers({}), telemetry = x.numbers({TELEMETRY, pairs, groups}),
+               coefficients = x.numbers({3, pairs, groups});
+  const Output loss_out(loss), telemetry_out(telemetry), coefficient_out(coefficients);
+  const std::vector<double> reference = numbers(call.reference_errors, "reference_errors", 2 * rows);
+  const std::vector<double> weights = numbers(call.weight, "weight", rows);
+  const std::vector<double> posterior = numbers(call.posterior_scale, "posterior_scale", pairs);
+  double parameters[PARAMETERS] = {};
+  read_parameters(call.parameters, parameters);
+  STD_TORCH_CHECK(!(call.flags & FLAG_IMPORTANCE) || call.posterior_scale, "posterior_scale: the objective needs it");
+  const std::vector<double> sums = errors(x, call.anchor, call.cross);
+  const bool gaps = x.pair.reference_form != REFERENCE_NONE || call.reference_errors;
   const double nan = std::numeric_limits<double>::quiet_NaN();
   double total = 0;
   for (int64_t row = 0; row < rows; ++row) {
@@ -155,7 +139,7 @@ void objective(PGDPO_OPERANDS, PGDPO_OBJECTIVE) {
       e.gap_chosen = telemetry_out.rounded(e.policy_chosen) - reference[row];
       e.gap_rejected = telemetry_out.rounded(e.policy_rejected) - reference[rows + row];
     }
-    const Terms<double> t = pgdpo::objective<double>(int(kind), int(flags), numbers, e);
+    const Terms<double> t = pgdpo::objective<double>(int(call.kind), int(call.flags), parameters, e);
     const double w = weights.empty() ? 1.0 : weights[row], scale = w * 2.0 / (double(count) * double(rows));
     const double values[TELEMETRY] = {t.loss,       t.logits,        t.alpha,
                                       t.gamma,      t.importance,    e.policy_chosen,
@@ -167,12 +151,44 @@ void objective(PGDPO_OPERANDS, PGDPO_OBJECTIVE) {
     total += w * t.loss;
   }
   loss_out.set(0, total / double(rows));
+  return {loss, telemetry, coefficients};
 }
 
-bool loss_and_gradients(PGDPO_OPERANDS, PGDPO_OBJECTIVE, MaybeTensor incoming, Tensor chosen, Tensor rejected) {
-  objective(PGDPO_PASS_OPERANDS, PGDPO_PASS_OBJECTIVE);
-  gradients(PGDPO_PASS_OPERANDS, anchor, coefficients, incoming, chosen, rejected);
-  return false;
+std::tuple<Tensor, Tensor, Tensor> pair_objective(PGDPO_OPERANDS, const MaybeTensor& reference_errors,
+                                                  const MaybeTensor& weight, const MaybeTensor& posterior_scale,
+                                                  int64_t form, int64_t groups, int64_t length, bool anchor, bool cross,
+                                                  int64_t kind, int64_t flags, std::vector<double> parameters) {
+  return objective(Operands(PGDPO_PASS_OPERANDS, form, groups, length),
+                   {reference_errors, weight, posterior_scale, anchor, cross, kind, flags, parameters});
+}
+
+std::tuple<Tensor, Tensor> gradients(const Operands& x, bool anchor, const Tensor& coefficients,
+                                     const MaybeTensor& incoming) {
+  std::vector<double> scaled = numbers(coefficients, "coefficients", 3 * x.pair.pairs * x.pair.groups);
+  const double factor = incoming ? numbers(*incoming, "incoming", 1)[0] : 1.0;
+  for (double& c : scaled) c *= factor;
+  const Tensor chosen = x.chosen_gradient(), rejected = x.rejected_gradient();
+  MutableRows out[2];
+  x.set_gradients(out, chosen, rejected);
+  const Passes& run = passes(x.float64);
+  x.over_chunks([&](int64_t begin, int64_t end) { run.gradients(x.pair, anchor, scaled.data(), out, begin, end); });
+  return {chosen, rejected};
+}
+
+std::tuple<Tensor, Tensor> pair_gradient(PGDPO_OPERANDS, const Tensor& coefficients, const Tensor& incoming, int64_t form,
+                                         int64_t groups, int64_t length, bool anchor) {
+  return gradients(Operands(PGDPO_PASS_OPERANDS, form, groups, length), anchor, coefficients, incoming);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, bool> loss_and_gradients(
+    PGDPO_OPERANDS, const MaybeTensor& reference_errors, const MaybeTensor& weight, const MaybeTensor& posterior_scale,
+    const MaybeTensor& incoming, int64_t form, int64_t groups, int64_t length, bool anchor, bool cross, int64_t kind,
+    int64_t flags, std::vector<double> parameters) {
+  const Operands x(PGDPO_PASS_OPERANDS, form, groups, length);
+  const auto [loss, telemetry, coefficients] =
+      objective(x, {reference_errors, weight, posterior_scale, anchor, cross, kind, flags, parameters});
+  const auto [chosen, rejected] = gradients(x, anchor, coefficients, incoming);
+  return {loss, telemetry, chosen, rejected, false};
 }
 
 struct ElementCall : Elements {
@@ -195,10 +211,7 @@ struct ElementCall : Elements {
 
   // From here on row_scale multiplies gradients instead of losses.
   void write_gradients(const Operands& x, const Tensor& chosen, const Tensor& rejected, double incoming) {
-    gradient[0] = rows_of<MutableRows>(chosen, "chosen", x.policy, x.pair.pairs, x.pair.numel);
-    gradient[1] = rows_of<MutableRows>(rejected, "rejected", x.policy, x.pair.pairs, x.pair.numel);
-    STD_TORCH_CHECK(gradient[0].dtype == x.pair.policy[0].dtype && gradient[1].dtype == gradient[0].dtype,
-                    "gradients: expected the prediction's dtype");
+    x.set_gradients(gradient, chosen, rejected);
     for (double& w : row_scale) w *= incoming * 2.0 / (double(x.pair.numel) * double(x.pair.pairs));
     scale = row_scale.data();
   }
@@ -209,15 +222,19 @@ struct ElementCall : Elements {
   }
 };
 
-void element_objective(PGDPO_OPERANDS, MaybeTensor weight, MaybeTensor posterior_scale, int64_t kind, int64_t flags,
-                       std::vector<double> parameters, bool outer, bool with_gradients, Tensor loss, Tensor telemetry,
-                       Tensor means, Tensor chosen, Tensor rejected) {
-  const Operands x(PGDPO_PASS_OPERANDS);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pair_elements(PGDPO_OPERANDS, const MaybeTensor& weight,
+                                                                 const MaybeTensor& posterior_scale, int64_t form,
+                                                                 int64_t length, int64_t kind, int64_t flags,
+                                                                 std::vector<double> parameters, bool outer,
+                                                                 bool with_gradients) {
+  const Operands x(PGDPO_PASS_OPERANDS, form, 1, length);
   ElementCall call(x, weight, posterior_scale, kind, flags, parameters, outer);
   STD_TORCH_CHECK(!(outer && with_gradients), "outer: gradients need the means first");
   const int64_t pairs = x.pair.pairs;
-  const Output loss_out(loss, "loss", 1), telemetry_out(telemetry, "telemetry", TELEMETRY * pairs),
-      means_out(means, "means", ELEMENT_MEANS * pairs);
+  const Tensor loss = x.numbers({}), telemetry = x.numbers({TELEMETRY, pairs, 1}), means = x.numbers({ELEMENT_MEANS, pairs}),
+               chosen = with_gradients ? x.chosen_gradient() : x.nothing(),
+               rejected = with_gradients ? x.rejected_gradient() : x.nothing();
+  const Output loss_out(loss), telemetry_out(telemetry), means_out(means);
   const std::vector<double> weights = call.row_scale;
   std::vector<double> sums(ELEMENT_SUMS * x.chunks());
   call.sums = sums.data();
@@ -236,14 +253,16 @@ void element_objective(PGDPO_OPERANDS, MaybeTensor weight, MaybeTensor posterior
     total += weights[pair] * mean[0];
   }
   loss_out.set(0, total / double(pairs));
+  return {loss, telemetry, means, chosen, rejected};
 }
 
-void element_gradients(PGDPO_OPERANDS, MaybeTensor weight, MaybeTensor posterior_scale, int64_t kind, int64_t flags,
-                       std::vector<double> parameters, bool outer, bool speculative, Tensor means, Tensor incoming,
-                       Tensor chosen, Tensor rejected) {
+void pair_elements_gradient(PGDPO_OPERANDS, const MaybeTensor& weight, const MaybeTensor& posterior_scale,
+                            const Tensor& means, const Tensor& incoming, Tensor chosen, Tensor rejected, int64_t form,
+                            int64_t length, int64_t kind, int64_t flags, std::vector<double> parameters, bool outer,
+                            bool speculative) {
   const double factor = numbers(incoming, "incoming", 1)[0];
   if (speculative && factor == 1.0) return;
-  const Operands x(PGDPO_PASS_OPERANDS);
+  const Operands x(PGDPO_PASS_OPERANDS, form, 1, length);
   ElementCall call(x, weight, posterior_scale, kind, flags, parameters, outer);
   if (outer) {
     call.row_means = numbers(means, "means", ELEMENT_MEANS * x.pair.pairs);
@@ -254,20 +273,21 @@ void element_gradients(PGDPO_OPERANDS, MaybeTensor weight, MaybeTensor posterior
 }
 
 // Residuals q - y of predictions q (in the policy's place) as rows of the reference cache, and their errors.
-void pack(PGDPO_OPERANDS, Tensor chosen, Tensor rejected, MaybeTensor chosen_scale, MaybeTensor rejected_scale,
-          Tensor means) {
-  STD_TORCH_CHECK(groups == 1 && form == REFERENCE_NONE, "pack: takes predictions and targets of whole samples");
-  const Operands x(PGDPO_PASS_OPERANDS);
+Tensor pack(PGDPO_OPERANDS, Tensor chosen, Tensor rejected, MaybeTensor chosen_scale, MaybeTensor rejected_scale,
+            int64_t length) {
+  const Operands x(PGDPO_PASS_OPERANDS, REFERENCE_NONE, 1, length);
   const Packed out = packed_of(x, chosen, rejected, chosen_scale, rejected_scale, [](const Tensor& place) {
     STD_TORCH_CHECK(place.is_cpu(), "packed rows: expected CPU tensors");
   });
-  const Output means_out(means, "means", STATISTICS * x.pair.pairs);
+  const Tensor means = x.numbers({2, x.pair.pairs});
+  const Output means_out(means);
   const std::vector<double> sums = errors(x, false, false);
   const Passes& run = passes(x.float64);
   torch::stable::parallel_for(0, x.pair.pairs * pack_blocks_of(x.pair), 256,
                               [&](int64_t begin, int64_t end) { run.pack(x.pair, out, begin, end); });
-  for (int k = 0; k < STATISTICS; ++k)
+  for (int k = 0; k < 2; ++k)
     for (int64_t pair = 0; pair < x.pair.pairs; ++pair) means_out.set(k * x.pair.pairs + pair, mean_of(x, sums, k, pair));
+  return means;
 }
 
 void gather_rows(std::vector<Tensor> tables, std::vector<int64_t> rows, std::vector<Tensor> out) {
@@ -280,22 +300,17 @@ void gather_rows(std::vector<Tensor> tables, std::vector<int64_t> rows, std::vec
     });
 }
 
-STABLE_TORCH_LIBRARY(pgdpo_fast_native, m) {
-  m.def("instruction_set() -> str");
-  define_operators(m);
-}
-
 STABLE_TORCH_LIBRARY_IMPL(pgdpo_fast_native, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", TORCH_BOX(&instruction_set));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pgdpo_fast_native, CPU, m) {
-  m.impl("statistics", TORCH_BOX(&statistics));
-  m.impl("objective", TORCH_BOX(&objective));
-  m.impl("gradients", TORCH_BOX(&gradients));
+  m.impl("pair_errors", TORCH_BOX(&pair_errors));
+  m.impl("pair_objective", TORCH_BOX(&pair_objective));
+  m.impl("pair_gradient", TORCH_BOX(&pair_gradient));
+  m.impl("pair_elements", TORCH_BOX(&pair_elements));
+  m.impl("pair_elements_gradient", TORCH_BOX(&pair_elements_gradient));
   m.impl("loss_and_gradients", TORCH_BOX(&loss_and_gradients));
-  m.impl("element_objective", TORCH_BOX(&element_objective));
-  m.impl("element_gradients", TORCH_BOX(&element_gradients));
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("gather_rows", TORCH_BOX(&gather_rows));
 }

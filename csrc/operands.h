@@ -42,17 +42,22 @@ inline bool same_device(const Tensor& x, const Tensor& like) {
   return x.is_cpu() ? like.is_cpu() : !like.is_cpu() && x.get_device_index() == like.get_device_index();
 }
 
+inline bool has_contiguous_rows(const Tensor& x) {
+  int64_t expected = 1;
+  for (int64_t d = x.dim() - 1; d > 0; --d) {
+    if (x.size(d) != 1 && x.stride(d) != expected) return false;
+    expected *= x.size(d);
+  }
+  return true;
+}
+
 // Rows of a [pairs, ...] tensor whose rows are contiguous, `numel` elements each.
 template <class Out = Rows>
 Out rows_of(const Tensor& x, const char* name, const Tensor& like, int64_t pairs, int64_t numel) {
   STD_TORCH_CHECK(same_device(x, like), name, ": expected all tensors on one device");
   STD_TORCH_CHECK(x.dim() >= 2 && x.size(0) == pairs && x.numel() == pairs * numel, name, ": expected ", pairs,
                   " rows of ", numel, " elements");
-  int64_t expected = 1;
-  for (int64_t d = x.dim() - 1; d > 0; --d) {
-    STD_TORCH_CHECK(x.size(d) == 1 || x.stride(d) == expected, name, ": expected contiguous rows");
-    expected *= x.size(d);
-  }
+  STD_TORCH_CHECK(has_contiguous_rows(x), name, ": expected contiguous rows");
   Out rows;
   if constexpr (std::is_same_v<Out, Rows>) {
     rows.data = static_cast<const char*>(x.const_data_ptr());
@@ -64,32 +69,30 @@ Out rows_of(const Tensor& x, const char* name, const Tensor& like, int64_t pairs
   return rows;
 }
 
-// The operands every operator takes, in the order of `Operands` in pgdpo_fast/backends/native.py.
+// The operands every operator takes, in the order of `gather` in pgdpo_fast/backends/operands.py: chosen and rejected in
+// two tensors, or in one whose rows hold the chosen half first. A target [pairs, ...] without rejected is shared.
 struct Operands {
   Pair pair;
   Tensor policy;
-  bool float64;
+  bool stacked, float64;
 
-  Operands(const Tensor& p_w, const Tensor& p_l, const Tensor& y_w, const Tensor& y_l, const MaybeTensor& noise,
+  Operands(const Tensor& p_w, const MaybeTensor& p_l, const Tensor& y_w, const MaybeTensor& y_l, const MaybeTensor& noise,
            const MaybeTensor& target_scale, const MaybeTensor& q_w, const MaybeTensor& q_l, const MaybeTensor& s_w,
-           const MaybeTensor& s_l, int64_t form, int64_t groups, int64_t segments, int64_t length)
-      : policy(p_w) {
-    pair.pairs = p_w.size(0);
-    STD_TORCH_CHECK(pair.pairs > 0 && p_w.numel() > 0, "policy: expected at least one pair");
-    const int64_t n = p_w.numel() / pair.pairs;
+           const MaybeTensor& s_l, int64_t form, int64_t groups, int64_t length)
+      : policy(p_w), stacked(!p_l) {
+    STD_TORCH_CHECK(p_w.dim() >= 2 && p_w.numel() > 0 && (p_l || p_w.size(0) % 2 == 0), "policy: expected pairs");
+    pair.pairs = p_l ? p_w.size(0) : p_w.size(0) / 2;
+    const int64_t n = p_w.numel() / p_w.size(0);
     pair.numel = n;
     pair.groups = groups;
-    pair.segments = segments;
+    STD_TORCH_CHECK(groups > 0 && length > 0 && length <= std::numeric_limits<int>::max(), "segments of ", length,
+                    " elements do not cut ", n, " into ", groups, " groups");
     pair.length = length;
-    STD_TORCH_CHECK(groups > 0 && length > 0 && length <= std::numeric_limits<int>::max() &&
-                        segments == (n + length - 1) / length && segments % groups == 0,
-                    "segments: ", segments, " of ", length, " do not cut ", n, " elements into ", groups, " groups");
-    pair.policy[0] = rows_of(p_w, "policy", p_w, pair.pairs, n);
-    pair.policy[1] = rows_of(p_l, "policy", p_w, pair.pairs, n);
-    pair.target[0] = rows_of(y_w, "target", p_w, pair.pairs, n);
-    pair.target[1] = rows_of(y_l, "target", p_w, pair.pairs, n);
-    STD_TORCH_CHECK(pair.policy[0].dtype == pair.policy[1].dtype && pair.target[0].dtype == pair.target[1].dtype,
-                    "chosen and rejected: expected one dtype");
+    pair.segments = (n + length - 1) / length;
+    STD_TORCH_CHECK(pair.segments % groups == 0, pair.segments, " segments of ", length, " elements do not make ", groups,
+                    " groups");
+    set_side(pair.policy, p_w, p_l, "policy", n);
+    set_side(pair.target, y_w, y_l, "target", n);
     float64 = pair.policy[0].dtype == FLOAT64;
     pair.shared_target = pair.target[0].data == pair.target[1].data && pair.target[0].stride == pair.target[1].stride;
     if (noise) {
@@ -98,27 +101,40 @@ struct Operands {
                           target_scale->size(1) == pair.pairs,
                       "target_scale: expected contiguous [2, B] with noise");
       pair.built_target = true;
-      pair.noise = rows_of(*noise, "noise", p_w, pair.pairs, n);
+      pair.noise = rows_of(kept(*noise), "noise", p_w, pair.pairs, n);
       pair.target_scale = {static_cast<const char*>(target_scale->const_data_ptr()), pair.pairs,
                            storage_of(*target_scale, "target_scale")};
     }
     pair.reference_form = int(form);
     if (form != REFERENCE_NONE) {
-      STD_TORCH_CHECK(q_w && q_l, "reference: expected tensors for form ", form);
-      pair.reference[0] = rows_of(*q_w, "reference", p_w, pair.pairs, n);
-      pair.reference[1] = rows_of(*q_l, "reference", p_w, pair.pairs, n);
+      STD_TORCH_CHECK(q_w, "reference: expected tensors for form ", form);
+      set_side(pair.reference, *q_w, q_l, "reference", n);
       const int dtype = pair.reference[0].dtype;
-      STD_TORCH_CHECK(pair.reference[1].dtype == dtype && (form != REFERENCE_BFLOAT16 || dtype == BFLOAT16) &&
-                          (form == REFERENCE_FLOAT8) == (dtype == FLOAT8),
+      STD_TORCH_CHECK((form != REFERENCE_BFLOAT16 || dtype == BFLOAT16) && (form == REFERENCE_FLOAT8) == (dtype == FLOAT8),
                       "reference: dtype does not fit form ", form);
     }
     if (form == REFERENCE_FLOAT8) {
-      STD_TORCH_CHECK(s_w && s_l, "reference_scale: expected tensors for form ", form);
-      const int64_t blocks = (n + PACK_BLOCK - 1) / PACK_BLOCK;
-      pair.reference_scale[0] = rows_of(*s_w, "reference_scale", p_w, pair.pairs, blocks);
-      pair.reference_scale[1] = rows_of(*s_l, "reference_scale", p_w, pair.pairs, blocks);
+      STD_TORCH_CHECK(s_w, "reference_scale: expected tensors for form ", form);
+      set_side(pair.reference_scale, *s_w, s_l, "reference_scale", (n + PACK_BLOCK - 1) / PACK_BLOCK);
     }
   }
+
+  // Where the gradients go: tensors like the predictions, `rejected` empty when those are stacked.
+  void set_gradients(MutableRows (&out)[2], const Tensor& chosen, const Tensor& rejected) const {
+    const int64_t rows = stacked ? 2 * pair.pairs : pair.pairs;
+    out[0] = rows_of<MutableRows>(chosen, "chosen", policy, rows, pair.numel);
+    out[1] = stacked ? second_half(out[0], chosen) : rows_of<MutableRows>(rejected, "rejected", policy, rows, pair.numel);
+    STD_TORCH_CHECK(out[0].dtype == pair.policy[0].dtype && out[1].dtype == out[0].dtype,
+                    "gradients: expected the prediction's dtype");
+  }
+
+  // Uninitialized contiguous tensors beside the predictions: of numbers in the accumulation type, and for gradients.
+  Tensor numbers(std::initializer_list<int64_t> shape) const {
+    return torch::stable::new_empty(policy, {shape.begin(), shape.size()}, float64 ? ScalarType::Double : ScalarType::Float);
+  }
+  Tensor chosen_gradient() const { return torch::stable::new_empty(policy, policy.sizes(), policy.scalar_type()); }
+  Tensor rejected_gradient() const { return stacked ? nothing() : chosen_gradient(); }
+  Tensor nothing() const { return numbers({0}); }
 
   int64_t chunks() const { return pair.pairs * pair.segments; }
 
@@ -127,6 +143,30 @@ struct Operands {
   void over_chunks(const Run& run) const {
     const int64_t grain = pair.length >= 32768 ? 1 : 32768 / pair.length;
     torch::stable::parallel_for(0, chunks(), grain, run);
+  }
+
+ private:
+  std::vector<Tensor> copies;  // of operands whose rows are not contiguous
+
+  const Tensor& kept(const Tensor& x) {
+    if (has_contiguous_rows(x)) return x;
+    copies.push_back(torch::stable::contiguous(x));
+    return copies.back();
+  }
+
+  template <class Out>
+  Out second_half(Out rows, const Tensor& x) const {
+    rows.data += pair.pairs * rows.stride * int64_t(x.element_size());
+    return rows;
+  }
+
+  void set_side(Rows (&side)[2], const Tensor& chosen, const MaybeTensor& rejected, const char* name, int64_t numel) {
+    const bool halves = !rejected && chosen.dim() > 0 && chosen.size(0) == 2 * pair.pairs;
+    side[0] = rows_of(kept(chosen), name, policy, halves ? 2 * pair.pairs : pair.pairs, numel);
+    side[1] = rejected ? rows_of(kept(*rejected), name, policy, pair.pairs, numel)
+              : halves ? second_half(side[0], chosen)
+                       : side[0];
+    STD_TORCH_CHECK(side[0].dtype == side[1].dtype, name, ": expected chosen and rejected of one dtype");
   }
 };
 
@@ -178,44 +218,20 @@ inline std::vector<RowCopy> row_copies(const std::vector<Tensor>& tables, const 
   return copies;
 }
 
-#define PGDPO_OPERANDS                                                                                              \
-  const Tensor &p_w, const Tensor &p_l, const Tensor &y_w, const Tensor &y_l, const MaybeTensor &noise,             \
-      const MaybeTensor &target_scale, const MaybeTensor &q_w, const MaybeTensor &q_l, const MaybeTensor &s_w,      \
-      const MaybeTensor &s_l, int64_t form, int64_t groups, int64_t segments, int64_t length
-#define PGDPO_PASS_OPERANDS \
-  p_w, p_l, y_w, y_l, noise, target_scale, q_w, q_l, s_w, s_l, form, groups, segments, length
+// What an objective computes with besides the operands.
+struct Settings {
+  const MaybeTensor &reference_errors, &weight, &posterior_scale;
+  bool anchor, cross;
+  int64_t kind, flags;
+  const std::vector<double>& parameters;
+};
 
-#define PGDPO_OBJECTIVE                                                                                               \
-  bool anchor, bool cross, MaybeTensor reference_errors, MaybeTensor weight, MaybeTensor posterior_scale, int64_t kind, \
-      int64_t flags, std::vector<double> parameters, Tensor loss, Tensor telemetry, Tensor coefficients
-#define PGDPO_PASS_OBJECTIVE \
-  anchor, cross, reference_errors, weight, posterior_scale, kind, flags, parameters, loss, telemetry, coefficients
-
-#define PGDPO_SCHEMA                                                                                             \
-  "Tensor p_w, Tensor p_l, Tensor y_w, Tensor y_l, Tensor? noise, Tensor? target_scale, Tensor? q_w, Tensor? "  \
-  "q_l, Tensor? s_w, Tensor? s_l, int form, int groups, int segments, int length, "
-#define PGDPO_ELEMENTS_SCHEMA "Tensor? weight, Tensor? posterior_scale, int kind, int flags, float[] parameters, bool outer, "
-#define PGDPO_OBJECTIVE_SCHEMA                                                                                         \
-  "bool anchor, bool cross, Tensor? reference_errors, Tensor? weight, Tensor? posterior_scale, int kind, int flags, " \
-  "float[] parameters, Tensor(a!) loss, Tensor(b!) telemetry, Tensor(c!) coefficients"
-// The CPU and the CUDA library implement these.
-inline void define_operators(torch::stable::detail::StableLibrary& m) {
-  m.def("statistics(" PGDPO_SCHEMA "bool anchor, bool cross, Tensor(a!) means) -> ()");
-  m.def("objective(" PGDPO_SCHEMA PGDPO_OBJECTIVE_SCHEMA ") -> ()");
-  m.def("gradients(" PGDPO_SCHEMA
-        "bool anchor, Tensor coefficients, Tensor? incoming, Tensor(a!) chosen, Tensor(b!) rejected) -> ()");
-  m.def("loss_and_gradients(" PGDPO_SCHEMA PGDPO_OBJECTIVE_SCHEMA
-        ", Tensor? incoming, Tensor(d!) chosen, Tensor(e!) rejected) -> bool");
-  m.def("element_objective(" PGDPO_SCHEMA PGDPO_ELEMENTS_SCHEMA
-        "bool with_gradients, Tensor(a!) loss, Tensor(b!) telemetry, Tensor(c!) means, Tensor(d!) chosen, "
-        "Tensor(e!) rejected) -> ()");
-  m.def("element_gradients(" PGDPO_SCHEMA PGDPO_ELEMENTS_SCHEMA
-        "bool speculative, Tensor means, Tensor incoming, Tensor(a!) chosen, Tensor(b!) rejected) -> ()");
-  m.def("pack(" PGDPO_SCHEMA
-        "Tensor(a!) chosen, Tensor(b!) rejected, Tensor(c!)? chosen_scale, Tensor(d!)? rejected_scale, "
-        "Tensor(e!) means) -> ()");
-  m.def("gather_rows(Tensor[] tables, int[] rows, Tensor(a!)[] out) -> ()");
-}
+// The operands as every operator takes them, and the same passed on. Schemas are in pgdpo_fast/backends/operators.py.
+#define PGDPO_OPERANDS                                                                                                \
+  const Tensor &p_w, const MaybeTensor &p_l, const Tensor &y_w, const MaybeTensor &y_l, const MaybeTensor &noise,     \
+      const MaybeTensor &target_scale, const MaybeTensor &q_w, const MaybeTensor &q_l, const MaybeTensor &s_w,        \
+      const MaybeTensor &s_l
+#define PGDPO_PASS_OPERANDS p_w, p_l, y_w, y_l, noise, target_scale, q_w, q_l, s_w, s_l
 
 }  // namespace
 }  // namespace pgdpo

@@ -6,12 +6,13 @@ Arguments are checked here, once, and turned into the operands the backends shar
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pgdpo_fast import backends
-from pgdpo_fast.backends import eager
+from pgdpo_fast.backends import eager, fused
 from pgdpo_fast.backends.operands import PACK_BLOCK, gather
 from pgdpo_fast.errors import NonFiniteError
 from pgdpo_fast.objectives import GroupErrors, Objective
@@ -55,11 +56,12 @@ class PackedReference:
         """
         if format not in ("bf16", "fp8"):
             raise ValueError(f"format={format!r}: expected 'bf16' or 'fp8'")
-        x = gather(*_check(reference, target, None, "reference").tensors)
-        if backends.select(backend, x.policy.chosen.device) == "native":
+        tensors = _check(reference, target, None, "reference").tensors
+        if backends.select(backend, tensors[0].device) == "native":
             from pgdpo_fast.backends import native
 
-            return cls(**native.pack(x, format)[0])
+            return cls(**native.pack(tensors, format)[0])
+        x = gather(*tensors)
         residuals = [(q.to(y.dtype) - y).float() for q, y in zip(x.policy, eager.targets(x), strict=True)]
         if format == "bf16":
             return cls(*(r.bfloat16() for r in residuals))
@@ -103,7 +105,7 @@ class NoisedTarget:
 
 
 def _row(index: int) -> property:
-    return property(lambda self: self.telemetry[index])
+    return property(lambda self: self.telemetry[index] if self.per_frame else self.telemetry[index, :, 0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,11 +116,12 @@ class PreferenceLossOutput:
 
     Args:
         loss: `[]`, what to call backward on.
-        telemetry: `[9, B]` or `[9, B, F]`, the nine fields below.
+        telemetry: the nine fields below, `[9, B, F]` with `per_frame`, else `[9, B, 1]`.
     """
 
     loss: Tensor
     telemetry: Tensor
+    per_frame: bool
 
     per_pair_loss = _row(0)
     logits = _row(1)
@@ -188,17 +191,18 @@ def _describe(x) -> str:
 
 def _pair(x, name: str) -> tuple[Tensor, Tensor | None]:
     """A stacked tensor as (tensor, None), a tuple as its two tensors; types, ranks and dtypes checked."""
-    items = (x,) if isinstance(x, Tensor) else x
-    two = isinstance(items, (tuple, list)) and len(items) == 2 and all(isinstance(t, Tensor) for t in items)
-    if not isinstance(x, Tensor) and not two:
+    items = (x, None) if isinstance(x, Tensor) else x
+    if items is x and not (isinstance(x, (tuple, list)) and len(x) == 2 and all(isinstance(t, Tensor) for t in x)):
         raise ValueError(f"{name}: expected a tensor or a (chosen, rejected) tuple of tensors, got {_describe(x)}")
+    first, second = items
     for t in items:
-        if t.ndim < 2 or t.numel() == 0:
+        if t is not None and (t.ndim < 2 or t.numel() == 0):
             raise ValueError(f"{name}: expected a non-empty batch of latents [B, C, F, H, W], got {_describe(t)}")
-    if two and any(getattr(x[0], key) != getattr(x[1], key) for key in ("shape", "dtype", "device")):
+    if second is not None and (first.shape != second.shape or first.dtype != second.dtype
+                               or first.device != second.device):
         raise ValueError(f"{name}: expected chosen and rejected of one shape, dtype and device, "
-                         f"got {_describe(items[0])} and {_describe(items[1])}")
-    return items[0], items[1] if len(items) == 2 else None
+                         f"got {_describe(first)} and {_describe(second)}")
+    return first, second
 
 
 def _expect_floating(dtype: torch.dtype, name: str) -> None:
@@ -213,8 +217,11 @@ def _expect(x: Tensor, name: str, shapes: tuple, device: torch.device) -> None:
         raise ValueError(f"{name}: expected a tensor on {device} like the prediction, got {_describe(x)}")
 
 
-@dataclass(frozen=True)
-class _Call:
+def _detached(x: Tensor) -> Tensor:
+    return x.detach() if x.requires_grad else x
+
+
+class _Call(NamedTuple):
     """A checked call: the ten operand tensors of `backends.operands.gather`, and what is known about them."""
 
     tensors: tuple
@@ -252,7 +259,7 @@ def _check(prediction, target, reference, name: str = "prediction") -> _Call:
                         device)
                 if t.dtype not in dtypes:
                     raise ValueError(f"{name}: expected {', '.join(str(d) for d in dtypes)}, got {t.dtype}")
-        return first.detach(), None if second is None else second.detach()
+        return _detached(first), None if second is None else _detached(second)
 
     noise = target_scale = None
     if isinstance(target, NoisedTarget):
@@ -308,10 +315,8 @@ def _group_errors(call: _Call, granularity: str, anchor: bool, cross: bool, back
     if backend == "eager" or granularity == "element":
         errors = eager.group_errors(gather(*call.tensors), call.reference_form, granularity, anchor, cross)
     else:
-        from pgdpo_fast.backends import fused
-
-        errors = fused.group_errors(call.tensors, fused.Plan(call.reference_form, call.groups(granularity),
-                                                             anchor, cross, backend))
+        errors = fused.group_errors(call.tensors, fused.plan(call.tensors, call.reference_form,
+                                                             call.groups(granularity), anchor, cross, backend))
     if call.reference_errors is not None:
         chosen, rejected = _reference_errors(call, call.groups(granularity), errors.policy_chosen.dtype)
         errors = errors._replace(gap_chosen=errors.policy_chosen - chosen,
@@ -415,9 +420,8 @@ def preference_loss(prediction, target, reference=None, *, objective: Objective,
     outer = groups > 1 and objective.outer
     scalar_epilogue = epilogue is not None and process_group is None and frame_label is None
     if backend != "eager" and scalar_epilogue and (granularity == "element" or not outer):
-        from pgdpo_fast.backends import fused
-
-        plan = fused.Plan(call.reference_form, groups, objective.needs_anchor, objective.needs_cross, backend)
+        plan = fused.plan(call.tensors, call.reference_form, 1 if granularity == "element" else groups,
+                          objective.needs_anchor, objective.needs_cross, backend)
         if granularity == "element":
             row_weight = None if weight is None else weight[:, 0]
             loss, telemetry = fused.elements(call.tensors, plan, epilogue, outer, row_weight, posterior_scale)
@@ -425,7 +429,7 @@ def preference_loss(prediction, target, reference=None, *, objective: Objective,
             cached = None if call.reference_errors is None else _reference_errors(call, groups, compute)
             row_weight = None if weight is None else weight.expand(-1, groups).contiguous()
             loss, telemetry = fused.objective(call.tensors, plan, epilogue, cached, row_weight, posterior_scale)
-        return _output(loss, telemetry, granularity)
+        return PreferenceLossOutput(loss, telemetry, granularity == "frame")
 
     errors = _group_errors(call, granularity, objective.needs_anchor, objective.needs_cross, backend)
     if process_group is not None:
@@ -443,11 +447,7 @@ def preference_loss(prediction, target, reference=None, *, objective: Objective,
             nan if errors.gap_rejected is None else errors.gap_rejected])
         if granularity == "element":
             telemetry = telemetry.mean(-1, keepdim=True)
-    return _output(loss, telemetry, granularity)
-
-
-def _output(loss: Tensor, telemetry: Tensor, granularity: str) -> PreferenceLossOutput:
-    return PreferenceLossOutput(loss, telemetry if granularity == "frame" else telemetry.squeeze(-1))
+    return PreferenceLossOutput(loss, telemetry, granularity == "frame")
 
 
 def _frame_weights(call: _Call, granularity: str, objective, weight, label, dtype) -> Tensor:

@@ -204,16 +204,13 @@ template cudaError_t launch_pack<double>(const Pair&, const Call<double>&, const
 namespace {
 
 // Blocks, segments a block and bytes a block of the one-touch launch; zeros when the call does not fit.
-std::vector<int64_t> one_touch_plan(PGDPO_OPERANDS, bool anchor, int64_t multiprocessors, int64_t shared_limit) {
-  const Operands x(PGDPO_PASS_OPERANDS);
+std::vector<int64_t> one_touch_plan(PGDPO_OPERANDS, int64_t form, int64_t length, bool anchor, int64_t multiprocessors,
+                                    int64_t shared_limit) {
+  const Operands x(PGDPO_PASS_OPERANDS, form, 1, length);
   const cuda::OneTouch plan = cuda::one_touch(x.pair, anchor, nullptr, int(multiprocessors), int(shared_limit));
   return {plan.blocks, plan.slots, plan.shared_bytes};
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(pgdpo_fast_emulated, m) {
-  define_operators(m);
-  m.def("one_touch_plan(" PGDPO_SCHEMA "bool anchor, int multiprocessors, int shared_limit) -> int[]");
-}
 STABLE_TORCH_LIBRARY_IMPL(pgdpo_fast_emulated, CPU, m) { m.impl("one_touch_plan", TORCH_BOX(&one_touch_plan)); }
 
 }  // namespace

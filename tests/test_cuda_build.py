@@ -18,7 +18,7 @@ import torch
 
 import pgdpo_fast as pf
 from pgdpo_fast import backends, loss
-from pgdpo_fast.backends import build, native, operands
+from pgdpo_fast.backends import build, native, operands, operators
 from pgdpo_fast.errors import BackendUnavailable
 
 CPU = torch.device("cpu")
@@ -40,13 +40,17 @@ needs_nvcc = pytest.mark.skipif(has_nvcc() is None, reason="no nvcc: install the
 def emulated(tmp_path_factory):
     """The CUDA operators over host memory, as `torch.ops.pgdpo_fast_emulated`."""
     folder, root = tmp_path_factory.mktemp("emulated"), build.sources()
+    library = operators.define("pgdpo_fast_emulated", operators.FUSED | operators.NATIVE)
+    library.define(f"one_touch_plan({operators.OPERANDS}, int reference_form, int length, bool anchor, "
+                   "int multiprocessors, int shared_limit) -> int[]")
     command = [build.nvcc(), "-std=c++17", "-O1", "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off",
                *build._torch_flags(), f"-I{root}", "-DPGDPO_NAMESPACE=pgdpo_fast_emulated", "-DPGDPO_CUDA=CPU"]
     calls = {"kernels": Path(__file__).with_name("cuda_emulation.cpp"), "operators": root / "cuda_ops.cpp"}
     build._compile_and_link(folder / "emulated.so", {n: [*command, "-c", str(p)] for n, p in calls.items()},
                             [*build.compiler(), *build.FLAGS])
     torch.ops.load_library(folder / "emulated.so")
-    return torch.ops.pgdpo_fast_emulated
+    yield torch.ops.pgdpo_fast_emulated
+    del library
 
 
 def relative(value, expected) -> float:
@@ -54,8 +58,13 @@ def relative(value, expected) -> float:
     return (difference / expected.double().norm().clamp(min=1e-30)).item()
 
 
-def poisoned(*shape, dtype=torch.float32):
-    return torch.full(shape, float("nan"), dtype=dtype)
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Every torch.empty is full of NaN, so an output nobody wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 class Case:
@@ -69,7 +78,9 @@ class Case:
         self.groups = 1 if granularity == "element" else call.groups(granularity)
         self.dtype, self.pairs = self.x.compute_dtype, self.x.pairs
         self.weight, self.posterior_scale = weight, posterior_scale
-        self.arguments = native._arguments(self.x, call.reference_form, self.groups)
+        self.tensors = call.tensors
+        self.form = call.reference_form
+        self.length = operands.segment_length(self.x.policy.chosen.shape[1:], self.groups)
         self.epilogue = objective.epilogue()
         errors = call.reference_errors
         self.reference_errors = None if errors is None else torch.stack(
@@ -81,35 +92,43 @@ class Case:
     def settings(self):
         return self.epilogue.kind, self.epilogue.flags, list(self.epilogue.parameters)
 
-    def outputs(self):
-        return (poisoned(dtype=self.dtype), poisoned(9, self.pairs, self.groups, dtype=self.dtype),
-                poisoned(3, self.pairs, self.groups, dtype=self.dtype))
+    def plan(self):
+        return self.form, self.groups, self.length, self.objective.needs_anchor, self.objective.needs_cross
 
-    def gradients(self):
-        return tuple(poisoned(*p.shape, dtype=p.dtype) for p in self.x.policy)
+    def numbers(self):
+        weight = self.number(self.weight)
+        weight = None if weight is None else weight[:, None].expand(-1, self.groups).contiguous()
+        return self.reference_errors, weight, self.number(self.posterior_scale)
+
+    def errors(self, ops, anchor=False, cross=False):
+        return ops.pair_errors(*self.tensors, self.form, self.groups, self.length, anchor, cross)
 
     def run(self, ops, incoming=None):
         """Loss, telemetry and gradients of the operators."""
-        out, gradients = self.outputs(), self.gradients()
-        weight = self.number(self.weight)
-        weight = None if weight is None else weight[:, None].expand(-1, self.groups).contiguous()
-        objective = (*self.arguments, self.objective.needs_anchor, self.objective.needs_cross, self.reference_errors,
-                     weight, self.number(self.posterior_scale), *self.settings())
-        ops.objective(*objective, *out)
+        loss_, telemetry, coefficients = ops.pair_objective(
+            *self.tensors, *self.numbers(), *self.plan(), *self.settings())
         one = torch.ones((), dtype=self.dtype) if incoming is None else incoming
-        ops.gradients(*self.arguments, self.objective.needs_anchor, out[2], one, *gradients)
-        return *out[:2], *gradients
+        gradients = ops.pair_gradient(*self.tensors, coefficients, one, *self.plan()[:-1])
+        return loss_, telemetry, *self.halves(*gradients)
 
     def run_elements(self, ops, bet=True, incoming=None):
         outer = self.objective.outer
-        loss_, telemetry, _ = self.outputs()
-        means, gradients = poisoned(4, self.pairs, dtype=self.dtype), self.gradients()
-        common = (*self.arguments, self.number(self.weight), self.number(self.posterior_scale), *self.settings(), outer)
         bet = bet and not outer
-        ops.element_objective(*common, bet, loss_, telemetry, means, *(gradients if bet else (loss_, loss_)))
+        numbers = self.number(self.weight), self.number(self.posterior_scale)
+        settings = (self.form, self.length, *self.settings(), outer)
+        loss_, telemetry, means, *gradients = ops.pair_elements(*self.tensors, *numbers, *settings, bet)
+        if not bet:
+            gradients = [operators.gradient_like(t) for t in self.tensors[:2]]
         one = torch.ones((), dtype=self.dtype) if incoming is None else incoming
-        ops.element_gradients(*common, bet, means, one, *gradients)
-        return loss_, telemetry, *gradients
+        ops.pair_elements_gradient(*self.tensors, *numbers, means, one, *gradients, *settings, bet)
+        return loss_, telemetry, *self.halves(*gradients)
+
+    def halves(self, chosen, rejected):
+        assert chosen.shape == self.tensors[0].shape and chosen.is_contiguous()
+        if self.tensors[1] is not None:
+            return chosen, rejected
+        assert rejected.shape == (0,)
+        return chosen.chunk(2)
 
     def oracle(self):
         x, wide = self.call.tensors, lambda t: None if t is None else t.double()
@@ -263,8 +282,7 @@ def test_bits_depend_on_neither_alignment_nor_batch(emulated, granularity):
 @needs_nvcc
 def test_a_policy_that_equals_the_reference_has_gaps_of_zero(emulated):
     p, y, _ = latents(EVEN, dtype=torch.bfloat16)
-    means = poisoned(6, 2, 1)
-    emulated.statistics(*Case(p, y, None, pf.SFT()).arguments, False, False, means)
+    means = Case(p, y, None, pf.SFT()).errors(emulated)
     case = Case(p, y, pf.ReferenceErrors(means[0, :, 0], means[1, :, 0]), pf.PGDPO())
     assert torch.equal(case.run(emulated)[1][7:], torch.zeros(2, 2, 1))
 
@@ -272,8 +290,7 @@ def test_a_policy_that_equals_the_reference_has_gaps_of_zero(emulated):
 @needs_nvcc
 def test_statistics_equal_the_oracle(emulated):
     p, y, q = latents(EVEN)
-    means = poisoned(6, 2, 3)
-    emulated.statistics(*Case(p, y, q, pf.PGDPO(), "frame").arguments, True, True, means)
+    means = Case(p, y, q, pf.PGDPO(), "frame").errors(emulated, anchor=True, cross=True)
     expected = pf.paired_errors(p.double(), y.double(), q.double(), granularity="frame", anchor=True, cross=True,
                                 backend="eager")
     assert relative(means, torch.stack(expected)) < 1e-6
@@ -284,11 +301,11 @@ def test_statistics_equal_the_oracle(emulated):
 def test_one_call_for_loss_and_gradients_equals_two(emulated, dtype):
     p, y, q = latents(EVEN, dtype=dtype)
     case = Case(p, y, q, pf.PGDPO())
-    out, gradients = case.outputs(), case.gradients()
-    one = emulated.loss_and_gradients(*case.arguments, False, False, None, None, None, *case.settings(), *out,
-                                      None, *gradients)
+    loss_, telemetry, *gradients, one = emulated.loss_and_gradients(
+        *case.tensors, *case.numbers(), None, *case.plan(), *case.settings())
     assert one == (dtype == torch.bfloat16)
-    assert all(torch.equal(a, b) for a, b in zip((*out[:2], *gradients), case.run(emulated), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip((loss_, telemetry, *case.halves(*gradients)), case.run(emulated),
+                                                 strict=True))
 
 
 @pytest.mark.parametrize("granularity", ["sample", "frame"])
@@ -297,14 +314,16 @@ def test_one_call_for_loss_and_gradients_on_the_cpu(granularity):
         pytest.skip(backends.unavailable("native", CPU))
     p, y, q = latents(EVEN)
     case = Case(p, y, q, pf.PGDPO(), granularity)
-    check(case, native.loss_and_gradients(case.x, 1, case.groups, False, False, None, None, None, *case.settings()))
+    loss_, telemetry, *gradients = native.loss_and_gradients(
+        case.tensors, *case.plan(), *case.numbers(), *case.settings())
+    check(case, (loss_, telemetry, *case.halves(*gradients)))
 
 
 def plan(ops, shape, pairs, dtype=torch.bfloat16, target=None, shared=False, anchor=False, **device):
     p = torch.empty(2 * pairs, *shape, dtype=dtype)
     y = torch.empty(pairs if shared else 2 * pairs, *shape, dtype=target or dtype)
-    arguments = Case(p, y, p if anchor else None, pf.SFT()).arguments
-    return ops.one_touch_plan(*arguments, anchor, *(device or H200).values())
+    case = Case(p, y, p if anchor else None, pf.SFT())
+    return ops.one_touch_plan(*case.tensors, case.form, case.length, anchor, *(device or H200).values())
 
 
 @needs_nvcc
@@ -339,15 +358,12 @@ def test_packed_rows_have_the_bytes_of_the_plain_ones(emulated, dtype, shape, fo
         packed = pf.PackedReference.pack(q, target, format, backend="eager")
         expected = {name: value for name, value in vars(packed).items() if value is not None}
         rows = {name: torch.full_like(value, 77) for name, value in expected.items()}
-        means = poisoned(6, 2, 1, dtype=case.dtype)
-        emulated.pack(*case.arguments, *(rows.get(n) for n in ("chosen", "rejected", "chosen_scale", "rejected_scale")),
-                      means)
-        errors = poisoned(6, 2, 1, dtype=case.dtype)
-        emulated.statistics(*case.arguments, False, False, errors)
-        assert torch.equal(means[:2], errors[:2])
+        places = [rows.get(name) for name in ("chosen", "rejected", "chosen_scale", "rejected_scale")]
+        means = emulated.pack(*case.tensors, *places, case.length)
+        assert torch.equal(means, case.errors(emulated)[:2, :, 0])
         for name, value in expected.items():
             assert torch.equal(rows[name], value), name
-            assert cpu is None or torch.equal(cpu.pack(case.x, format)[0][name], value), name
+            assert cpu is None or torch.equal(cpu.pack(case.tensors, format)[0][name], value), name
 
 
 @needs_nvcc
@@ -368,18 +384,17 @@ def test_rows_of_a_batch_are_gathered(emulated):
 @needs_nvcc
 def test_operators_name_the_argument_that_is_wrong(emulated):
     p, y, q = latents(EVEN)
-    case = Case(p, y, q, pf.PGDPO())
-    out, gradients = case.outputs(), case.gradients()
-    settings = (False, False, None, None, None, *case.settings())
-    with pytest.raises(RuntimeError, match=r"loss: expected 1 contiguous float32"):
-        emulated.objective(*case.arguments, *settings, out[0].double(), *out[1:])
-    with pytest.raises(RuntimeError, match=r"telemetry: expected 18 contiguous"):
-        emulated.objective(*case.arguments, *settings, out[0], out[2], out[2])
+    case, sdpo = Case(p, y, q, pf.PGDPO()), Case(p, y, q, pf.SDPO())
+    one, coefficients = torch.ones(()), torch.zeros(3, 2, 1)
+    with pytest.raises(RuntimeError, match=r"weight: expected 2 contiguous float32"):
+        emulated.pair_objective(*case.tensors, None, torch.ones(2).double(), None, *case.plan(), *case.settings())
+    with pytest.raises(RuntimeError, match=r"coefficients: expected 6 contiguous"):
+        emulated.pair_gradient(*case.tensors, coefficients[:2], one, *case.plan()[:-1])
     with pytest.raises(RuntimeError, match=r"gradients: expected the prediction's dtype"):
-        emulated.gradients(*case.arguments, False, out[2], out[0], *(g.half() for g in gradients))
-    sdpo = Case(p, y, q, pf.SDPO())
+        emulated.pair_elements_gradient(*case.tensors, None, None, torch.zeros(4, 2), one, p.half(), p.half(), 1,
+                                        case.length, *case.settings(), False, False)
     with pytest.raises(RuntimeError, match=r"posterior_scale: the objective needs it"):
-        emulated.objective(*case.arguments, False, False, None, None, None, *sdpo.settings(), *out)
+        emulated.pair_objective(*sdpo.tensors, None, None, None, *sdpo.plan(), *sdpo.settings())
 
 
 def test_reasons_for_no_cuda_kernels_say_what_to_do(monkeypatch, tmp_path):

@@ -401,16 +401,15 @@ def test_auto_is_native_on_the_cpu_and_says_nothing():
 def test_operators_check_what_they_are_given():
     """Called past `preference_loss`, they refuse what they would read or write wrongly."""
     x = torch.zeros(2, 8)
-    operands = [x, x, x, x, None, None, None, None, None, None, 0, 1, 1, 8]
-    means = torch.empty(6, 2, 1)
-    statistics = torch.ops.pgdpo_fast_native.statistics
-    statistics(*operands, False, False, means)
-    for position, value in ((1, torch.zeros(2, 7)), (2, torch.zeros(8, 2).T), (3, torch.zeros(2, 8).int()), (10, 1),
-                            (13, 7), (11, 3)):
+    arguments = [x, x, x, x, None, None, None, None, None, None, 0, 1, 8]
+    errors = torch.ops.pgdpo_fast_native.pair_errors
+    assert torch.equal(errors(*arguments, False, False), torch.zeros(6, 2, 1))
+    for position, value in ((0, torch.zeros(3, 8)), (1, torch.zeros(2, 7)), (2, torch.zeros(8, 2)),
+                            (3, torch.zeros(2, 8).int()), (10, 1), (11, 3), (12, 0)):
         with pytest.raises(RuntimeError):
-            statistics(*operands[:position], value, *operands[position + 1:], False, False, means)
-    with pytest.raises(RuntimeError):
-        statistics(*operands, False, False, means[:3])
+            errors(*arguments[:position], value, *arguments[position + 1:], False, False)
+    with pytest.raises(RuntimeError, match="policy: expected pairs"):
+        errors(torch.zeros(3, 8), None, *arguments[2:], False, False)
 
 
 def test_a_wheel_with_the_library_fits_its_platform_and_any_python(fake_compiler, tmp_path):

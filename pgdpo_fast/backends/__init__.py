@@ -32,11 +32,19 @@ def unavailable(name: str, device: torch.device) -> str | None:
     return _native_reason(device.type, device.index)
 
 
+_native_loaded = set()  # devices whose native kernels are there: this is asked at every call of the loss
+
+
 @constant_when_compiled
 def _native_reason(device_type: str, index: int | None) -> str | None:
+    if (device_type, index) in _native_loaded:
+        return None
     from pgdpo_fast.backends import native
 
-    return native.unavailable(torch.device(device_type, index))
+    reason = native.unavailable(torch.device(device_type, index))
+    if reason is None:
+        _native_loaded.add((device_type, index))
+    return reason
 
 
 @constant_when_compiled

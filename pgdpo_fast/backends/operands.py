@@ -74,26 +74,18 @@ def gather(policy, policy_rejected, target, target_rejected, noise, target_scale
         None if noise is None else rows_contiguous(noise), target_scale)
 
 
-class Segments(NamedTuple):
-    """How a row of latents is cut: `segments` runs of `length` elements (the last may be short); s is in s % groups."""
-
-    segments: int
-    length: int
-    groups: int
-
-
 PACK_BLOCK = 128  # elements of a row that share one float8 scale
 MIN_CHUNK = 4096
 MAX_CHUNKS = 512
 
 
-def segments(shape: torch.Size, groups: int) -> Segments:
-    """Cut one video `[C, F, H, W]` (any shape when groups == 1). Depends on nothing but the shape."""
+def segment_length(shape: torch.Size, groups: int) -> int:
+    """Elements of the runs that one video `[C, F, H, W]` (any shape when groups == 1) is cut into, the last may be
+    short; run s belongs to group s % groups. Depends on nothing but the shape."""
     numel = shape.numel()
     if groups > 1:
-        length = shape[2:].numel()
-        return Segments(numel // length, length, groups)
-    chunk = MIN_CHUNK
-    while chunk * MAX_CHUNKS < numel:
-        chunk *= 2
-    return Segments(-(-numel // chunk), min(chunk, numel), 1)
+        return shape[2:].numel()
+    length = MIN_CHUNK
+    while length * MAX_CHUNKS < numel:
+        length *= 2
+    return min(length, numel)

@@ -1,6 +1,7 @@
-"""Launches the Triton kernels. On a CPU they run in Triton's interpreter, if TRITON_INTERPRET=1 was set before import.
+"""The operators of operators.py as launches of the Triton kernels.
 
-One launch table for all devices so far; no device has been measured that asks for another.
+On a CPU they run in Triton's interpreter, if TRITON_INTERPRET=1 was set before import. One launch table for all devices
+so far; no device has been measured that asks for another.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from pgdpo_fast.backends import constant_when_compiled
-from pgdpo_fast.backends.operands import PACK_BLOCK, Operands, segments
+from pgdpo_fast.backends.operands import PACK_BLOCK, Operands, gather
+from pgdpo_fast.backends.operators import gradient_like, triton_library
 
 
 class Launch(NamedTuple):
@@ -71,6 +73,10 @@ def _alignment(length: int) -> int:
     return min(length & -length, 16)
 
 
+def _segments(x: Operands, length: int) -> int:
+    return -(-x.numel // length)
+
+
 def _lanes(x: Operands) -> int:
     """Values one thread loads at a time: 128 bits of the predictions' dtype."""
     return 16 // x.policy.chosen.element_size()
@@ -99,17 +105,17 @@ def _arguments(x: Operands, reference_form: int):
     return pointers, strides, pw if x.target_scale is None else x.target_scale, switches
 
 
-def partial_sums(x: Operands, reference_form: int, groups: int, anchor: bool, cross: bool) -> Tensor:
+def partial_sums(x: Operands, reference_form: int, length: int, anchor: bool, cross: bool) -> Tensor:
     """Sums over every segment, `[6, B, segments]` in the accumulation dtype."""
     from pgdpo_fast.kernels.pair import STATISTICS, pair_errors_kernel
 
-    cut = segments(x.policy.chosen.shape[1:], groups)
+    segments = _segments(x, length)
     pointers, strides, target_scale, switches = _arguments(x, reference_form)
-    partial = torch.empty((STATISTICS, x.pairs, cut.segments), dtype=x.compute_dtype, device=pointers[0].device)
+    partial = torch.empty((STATISTICS, x.pairs, segments), dtype=x.compute_dtype, device=pointers[0].device)
     with _guard(partial.device):
-        pair_errors_kernel[(cut.segments, x.pairs)](
-            *pointers, target_scale, partial, *strides, x.pairs, x.numel, cut.length,
-            ANCHOR=anchor, CROSS=cross, ALIGN=_alignment(cut.length), LANES=_lanes(x), **switches)
+        pair_errors_kernel[(segments, x.pairs)](
+            *pointers, target_scale, partial, *strides, x.pairs, x.numel, length,
+            ANCHOR=anchor, CROSS=cross, ALIGN=_alignment(length), LANES=_lanes(x), **switches)
     return partial
 
 
@@ -149,86 +155,89 @@ def fold_objective(partial: Tensor, groups: int, count: int, gaps: bool, referen
     return loss, telemetry, coefficients
 
 
-def statistics(x: Operands, reference_form: int, groups: int, anchor: bool, cross: bool) -> Tensor:
-    """Means of all statistics over each group, `[6, B, G]`, in two launches."""
-    return fold(partial_sums(x, reference_form, groups, anchor, cross), groups, x.numel // groups)
+def pair_errors(*args):
+    *tensors, reference_form, groups, length, anchor, cross = args
+    x = gather(*tensors)
+    return fold(partial_sums(x, reference_form, length, anchor, cross), groups, x.numel // groups)
 
 
-def objective(x: Operands, reference_form: int, groups: int, anchor: bool, cross: bool, reference_errors: Tensor | None,
-              weight: Tensor | None, posterior_scale: Tensor | None, kind: int, flags: int,
-              parameters: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss `[]`, telemetry `[9, B, G]` and gradient coefficients `[3, B, G]` in two launches."""
+def pair_objective(*args):
+    (*tensors, reference_errors, weight, posterior_scale,
+     reference_form, groups, length, anchor, cross, kind, flags, parameters) = args
+    x = gather(*tensors)
     gaps = x.reference is not None or reference_errors is not None
-    partial = partial_sums(x, reference_form, groups, anchor, cross)
+    partial = partial_sums(x, reference_form, length, anchor, cross)
     return fold_objective(partial, groups, x.numel // groups, gaps, reference_errors, weight, posterior_scale, kind,
                           flags, parameters)
 
 
-def gradients(x: Operands, reference_form: int, groups: int, anchor: bool, coefficients: Tensor, incoming: Tensor,
-              chosen: Tensor, rejected: Tensor) -> None:
-    """Write the gradients by both predictions into `chosen` and `rejected`, each `[B, ...]` with contiguous rows."""
+def pair_gradient(*args):
     from pgdpo_fast.kernels.pair import pair_gradient_kernel
 
-    cut = segments(x.policy.chosen.shape[1:], groups)
+    *tensors, coefficients, incoming, reference_form, groups, length, anchor = args
+    x = gather(*tensors)
+    gradients = gradient_like(tensors[0]), gradient_like(tensors[1])
+    chosen, rejected = _halves(*gradients)
     pointers, strides, target_scale, switches = _arguments(x, reference_form)
     with _guard(chosen.device):
-        pair_gradient_kernel[(cut.segments, x.pairs)](
+        pair_gradient_kernel[(_segments(x, length), x.pairs)](
             chosen, rejected, *pointers, target_scale, coefficients, incoming, chosen.stride(0), rejected.stride(0),
-            *strides, x.pairs, groups, x.numel, cut.length, ANCHOR=anchor, ALIGN=_alignment(cut.length), **switches)
+            *strides, x.pairs, groups, x.numel, length, ANCHOR=anchor, ALIGN=_alignment(length), **switches)
+    return gradients
 
 
-def element_objective(x: Operands, reference_form: int, weight: Tensor | None, posterior_scale: Tensor | None,
-                      kind: int, flags: int, parameters: tuple[float, ...], outer: bool,
-                      gradients: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Every element its own group: loss `[]`, telemetry `[9, B, 1]`, means of gamma, P, 1 - gamma and I `[4, B]`.
-
-    `gradients`, when given, is filled with both gradients for an incoming gradient of 1, in the same pass.
-    """
+def pair_elements(*args):
     from pgdpo_fast.kernels.element import ELEMENT_MEANS, ELEMENT_SUMS, fold_elements_kernel
     from pgdpo_fast.kernels.pair import TELEMETRY
 
-    gaps, compute = x.reference is not None, x.compute_dtype
-    device = x.policy.chosen.device
-    cut = segments(x.policy.chosen.shape[1:], 1)
-    partial = torch.empty((ELEMENT_SUMS, x.pairs, cut.segments), dtype=compute, device=device)
+    *tensors, weight, posterior_scale, reference_form, length, kind, flags, parameters, outer, with_gradients = args
+    x = gather(*tensors)
+    gradients = tuple(map(gradient_like, tensors[:2] if with_gradients else (None, None)))
+    segments, device = _segments(x, length), x.policy.chosen.device
+    partial = torch.empty((ELEMENT_SUMS, x.pairs, segments), dtype=x.compute_dtype, device=device)
     loss, means = partial.new_empty(()), partial.new_empty((ELEMENT_MEANS, x.pairs))
     telemetry = partial.new_empty((TELEMETRY, x.pairs, 1))
-    _launch_elements(x, reference_form, weight, posterior_scale, kind, flags, parameters, outer, means=means,
-                     incoming=None, partial=partial, gradients=gradients, speculative=False)
+    _launch_elements(x, reference_form, length, weight, posterior_scale, kind, flags, parameters, outer, means=means,
+                     incoming=None, partial=partial, gradients=_halves(*gradients) if with_gradients else None,
+                     speculative=False)
     with _guard(device):
         fold_elements_kernel[(1,)](
-            partial, partial if weight is None else weight, _parameters(tuple(parameters), compute, device), loss,
-            telemetry, means, x.pairs, cut.segments, x.numel, OUTER=outer, GAPS=gaps, WEIGHTED=weight is not None,
-            COMPUTE=_triton_dtype(compute), **FOLD_LAUNCH)
-    return loss, telemetry, means
+            partial, partial if weight is None else weight, _parameters(tuple(parameters), partial.dtype, device), loss,
+            telemetry, means, x.pairs, segments, x.numel, OUTER=outer, GAPS=x.reference is not None,
+            WEIGHTED=weight is not None, COMPUTE=_triton_dtype(partial.dtype), **FOLD_LAUNCH)
+    return loss, telemetry, means, *gradients
 
 
-def element_gradients(x: Operands, reference_form: int, weight: Tensor | None, posterior_scale: Tensor | None,
-                      kind: int, flags: int, parameters: tuple[float, ...], outer: bool, means: Tensor,
-                      incoming: Tensor, chosen: Tensor, rejected: Tensor, speculative: bool) -> None:
-    """Write both gradients; with `speculative` they are already there for an incoming gradient of 1."""
-    _launch_elements(x, reference_form, weight, posterior_scale, kind, flags, parameters, outer, means=means,
-                     incoming=incoming, partial=None, gradients=(chosen, rejected), speculative=speculative)
+def pair_elements_gradient(*args):
+    (*tensors, weight, posterior_scale, means, incoming, chosen, rejected,
+     reference_form, length, kind, flags, parameters, outer, speculative) = args
+    _launch_elements(gather(*tensors), reference_form, length, weight, posterior_scale, kind, flags, parameters, outer,
+                     means=means, incoming=incoming, partial=None, gradients=_halves(chosen, rejected),
+                     speculative=speculative)
 
 
-def _launch_elements(x, reference_form, weight, posterior_scale, kind, flags, parameters, outer, *, means, incoming,
-                     partial, gradients, speculative):
+def _halves(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
+    """The chosen and rejected rows of a gradient that may be one stacked tensor."""
+    return (chosen, rejected) if rejected.numel() else chosen.chunk(2)
+
+
+def _launch_elements(x, reference_form, length, weight, posterior_scale, kind, flags, parameters, outer, *, means,
+                     incoming, partial, gradients, speculative):
     from pgdpo_fast.kernels.element import pair_elements_kernel
 
-    cut = segments(x.policy.chosen.shape[1:], 1)
     pointers, strides, target_scale, switches = _arguments(x, reference_form)
     absent = pointers[0]
     gw, gl = gradients or (absent, absent)
     with _guard(absent.device):
-        pair_elements_kernel[(cut.segments, x.pairs)](
+        pair_elements_kernel[(_segments(x, length), x.pairs)](
             gw, gl, *pointers, target_scale, absent if weight is None else weight,
             absent if posterior_scale is None else posterior_scale,
             _parameters(tuple(parameters), x.compute_dtype, absent.device), means,
             absent if incoming is None else incoming, absent if partial is None else partial,
-            gw.stride(0), gl.stride(0), *strides, x.pairs, x.numel, cut.length,
+            gw.stride(0), gl.stride(0), *strides, x.pairs, x.numel, length,
             KIND=kind, FLAGS=flags, OUTER=outer, SUMS=partial is not None, GRADS=gradients is not None,
             INCOMING=incoming is not None, SPECULATIVE=speculative, WEIGHTED=weight is not None,
-            ALIGN=_alignment(cut.length), LANES=_lanes(x),
+            ALIGN=_alignment(length), LANES=_lanes(x),
             maxnreg=REWRITE_REGISTERS if partial is None and not outer else None, **switches)
 
 
@@ -236,3 +245,7 @@ def _triton_dtype(dtype: torch.dtype):
     import triton.language as tl
 
     return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+for _run in (pair_errors, pair_objective, pair_gradient, pair_elements, pair_elements_gradient):
+    triton_library.impl(_run.__name__, _run, "CompositeExplicitAutograd")
