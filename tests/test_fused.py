@@ -464,6 +464,14 @@ def test_a_cpu_tensor_never_reaches_a_device_launch():
     assert "backend='triton' cannot run on cpu: triton has no CPU backend" in done.stdout
 
 
+def test_an_interpreter_that_cannot_run_on_this_numpy_says_so(monkeypatch):
+    import numpy
+
+    for version, of_numpy, refused in (("3.6.0", "2.4.6", True), ("3.6.0", "2.3.5", False), ("3.7.1", "2.4.6", False)):
+        monkeypatch.setattr(numpy, "__version__", of_numpy)
+        assert ("needs numpy < 2.4" in (triton_backend._interpreter_reason(version) or "")) == refused
+
+
 def test_auto_never_picks_the_interpreter():
     assert backends.select("auto", torch.device("cpu")) in ("eager", "native")
 

@@ -42,11 +42,21 @@ def unavailable(device: torch.device) -> str | None:
     if device.type == "cpu":
         if not triton.knobs.runtime.interpret:
             return "triton has no CPU backend; set TRITON_INTERPRET=1 before the first import to run its interpreter"
-        return None
+        return _interpreter_reason(triton.__version__)
     if device.type != "cuda":
         return f"the kernels are written for CUDA devices, the tensors are on {device}"
     capability = torch.cuda.get_device_capability(device)
     return None if capability >= (8, 0) else f"compute capability {capability} is below the 8.0 the kernels need"
+
+
+def _interpreter_reason(version: str) -> str | None:
+    """The interpreter of triton 3.6 turns arrays of one element into numbers, which numpy 2.4 refuses."""
+    import numpy
+
+    if version.startswith("3.6.") and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
+        return (f"the interpreter of triton {version} needs numpy < 2.4, this is {numpy.__version__}; "
+                "run: pip install 'numpy<2.4'")
+    return None
 
 
 def _parameters(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
