@@ -15,9 +15,13 @@ constexpr int MIXED = -1;  // storage types differ between operands: decided per
 constexpr int FLUSH = 2048;  // elements added up in the working precision before the sums move on to double
 constexpr int BLOCK = 128;   // elements between two prefetches, and held between the stages of an element pass
 constexpr int AHEAD = 2048;  // bytes of every operand a prefetch runs ahead
+constexpr int64_t SECOND_LEVEL = int64_t(3) << 19;  // bytes of operands that a second-level cache keeps for the next pass
 constexpr int64_t BEYOND_CACHE = int64_t(4) << 20;  // bytes of gradients from which on they are written past the caches
 
-int lesser(int a, int b) { return a < b ? a : b; }
+template <class I>
+I lesser(I a, I b) {
+  return a < b ? a : b;
+}
 
 int64_t size_of(int dtype) {
   switch (dtype) {
@@ -316,7 +320,10 @@ void gradients(const Pair& x, bool anchor, const double* coefficients, const Mut
   const int64_t rows = x.pairs * x.groups;
   const int dtype = D == MIXED ? gradient[0].dtype : D;
   const bool large = 2 * x.pairs * x.numel * size_of(dtype) >= BEYOND_CACHE;
-  for (int64_t c = begin; c < end; ++c) {
+  // The error pass ended on this thread's last chunks: what the second-level cache still holds of them comes first.
+  const int64_t count = end - begin, recent = lesser(count, SECOND_LEVEL / (6 * x.length * size_of(dtype)));
+  for (int64_t step = 0; step < count; ++step) {
+    const int64_t c = step < recent ? end - recent + step : begin + step - recent;
     const Chunk at(x, c);
     const Reader<S, D> reader(x, at, anchor);
     const double* row = coefficients + at.pair * x.groups + at.segment % x.groups;
