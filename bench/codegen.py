@@ -31,8 +31,8 @@ import pgdpo_fast as pf  # noqa: E402
 from pgdpo_fast.backends import triton as launchers  # noqa: E402
 
 ARCHITECTURES = (80, 90, 100)
-# 128 registers leave four blocks of 128 threads on a multiprocessor. The objective on eight elements a thread takes
-# more; three blocks of it still keep 36 KB of loads on their way, enough to hide the latency of memory.
+# 128 registers leave four blocks of 128 threads on a multiprocessor. Some objectives and operands take more on eight
+# elements a thread; three blocks of it still keep 36 KB of loads on their way, enough to hide the latency of memory.
 MAX_REGISTERS, MAX_REGISTERS_ELEMENTS, MAX_SHARED = 128, 168, 227 * 1024
 WAN, COGVIDEOX, ODD, ONE = (16, 21, 60, 104), (16, 13, 60, 90), (3, 5, 7, 9), (1, 1, 1, 1)
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64

@@ -271,13 +271,15 @@ PGDPO_HD void thread_elements(const Pair& x, const Call<S>& call, const Segment<
              call.means_in[3 * x.pairs + s.pair]};
 #pragma unroll
   for (int k = 0; k < ELEMENT_SUMS; ++k) sums[k] = S(0);
+  const bool anchored = kind == KIND_PGDPO && (call.flags & FLAG_IPR_ANCHOR);
   over_vectors<1, Block>(s, t, true, [&](const Block& block, int at) {
     S g_w[Block::WIDTH], g_l[Block::WIDTH];
     block.each(s, at, true, [&](int i, const Differences<S>& d) {
       const Errors<S> e{d.u_w * d.u_w,         d.u_l * d.u_l, d.minus_w * d.plus_w, d.minus_l * d.plus_l,
                         d.minus_w * d.minus_w, d.u_w * d.u_l, posterior_scale};
       const Terms<S> terms = objective<S>(kind, call.flags, call.parameters, e, FROM_MEANS ? &outer : nullptr);
-      g_w[i] = scale * fused(terms.by_chosen, d.u_w, terms.by_anchor * d.minus_w);
+      // An objective must not take the NaN of what it takes no notice of.
+      g_w[i] = scale * (anchored ? fused(terms.by_chosen, d.u_w, terms.by_anchor * d.minus_w) : terms.by_chosen * d.u_w);
       g_l[i] = kind == KIND_SFT ? S(0) : scale * (terms.by_rejected * d.u_l);
       if (ACCESS == SCALAR && with_gradients) {
         put_one<S>(P, out[0], at + i, g_w[i]);

@@ -8,7 +8,15 @@ the video, so its gradients take a second pass that knows them.
 
 import triton
 import triton.language as tl
-from pgdpo_fast.kernels.epilogue import FLAG_IMPORTANCE, KIND_SFT, objective, pgdpo_slopes, pgdpo_terms, safeguarded
+from pgdpo_fast.kernels.epilogue import (
+    FLAG_IMPORTANCE,
+    FLAG_IPR_ANCHOR,
+    KIND_SFT,
+    objective,
+    pgdpo_slopes,
+    pgdpo_terms,
+    safeguarded,
+)
 from pgdpo_fast.kernels.pair import load, load_targets, reference_terms, thread_sums
 
 # Planes of the partial sums: the nine of the telemetry, then 1 - gamma and the regularizer for OUTER.
@@ -60,10 +68,13 @@ def element_block(sums, gw_ptr, gl_ptr, pw_ptr, pl_ptr, yw_ptr, yl_ptr, noise_pt
         loss, logits, alpha, gamma, importance, g_w, g_l, g_anchor = objective(
             e_w, e_l, d_w, d_l, anchor, u_w * u_l, posterior_scale, params_ptr, KIND, FLAGS, COMPUTE)
     if GRADS:
-        gradient_w = (scale * (g_w * u_w + g_anchor * minus_w)).to(gw_ptr.dtype.element_ty)
+        slope_w = g_w * u_w
         slope_l = g_l * u_l
+        if FLAG_IPR_ANCHOR & FLAGS:  # an objective must not take the NaN of what it takes no notice of
+            slope_w += g_anchor * minus_w
         if KIND == KIND_SFT:
-            slope_l = tl.where(g_l == 0.0, 0.0, slope_l)  # not NaN where the video it takes no notice of is
+            slope_l = tl.where(g_l == 0.0, 0.0, slope_l)
+        gradient_w = (scale * slope_w).to(gw_ptr.dtype.element_ty)
         gradient_l = (scale * slope_l).to(gl_ptr.dtype.element_ty)
         if MASKED:
             tl.store(gw_ptr + offsets, gradient_w, mask=mask)

@@ -606,12 +606,14 @@ def test_what_an_objective_takes_no_notice_of_may_be_nan(backend, granularity):
     x = Batch(pairs=2, shape=(2, 2, 4, 5))
     options = dict(objective=pf.SFT(), granularity=granularity, backend=backend)
     good, (good_grad,) = call(x.prediction, x.target, None, **options)
-    prediction = x.prediction.detach().clone()
+    prediction, reference = x.prediction.detach().clone(), x.reference.clone()
     prediction[3, 1, 0, 2, 1] = float("nan")                # rejected video of pair 1
-    bad, (bad_grad,) = call(prediction.requires_grad_(), x.target, None, **options)
-    assert torch.equal(bad.loss, good.loss) and torch.equal(bad_grad, good_grad)
-    assert (bad_grad[2:] == 0).all()
-    bad.check_finite()
+    reference[0, 1, 0, 2, 1] = float("nan")                 # the reference's chosen video of pair 0
+    for given in (None, reference):
+        bad, (bad_grad,) = call(prediction.requires_grad_(), x.target, given, **options)
+        assert torch.equal(bad.loss, good.loss) and torch.equal(bad_grad, good_grad)
+        assert (bad_grad[2:] == 0).all()
+        bad.check_finite()
 
 
 # The module.
