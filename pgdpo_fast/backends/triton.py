@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import lru_cache
+from importlib import metadata
 from typing import NamedTuple
 
 import torch
@@ -51,10 +52,12 @@ def unavailable(device: torch.device) -> str | None:
 
 def _interpreter_reason(version: str) -> str | None:
     """The interpreter of triton 3.6 turns arrays of one element into numbers, which numpy 2.4 refuses."""
-    import numpy
-
-    if version.startswith("3.6.") and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
-        return (f"the interpreter of triton {version} needs numpy < 2.4, this is {numpy.__version__}; "
+    try:
+        numpy = metadata.version("numpy")
+    except metadata.PackageNotFoundError:
+        return "Triton's interpreter needs numpy; run: pip install numpy"
+    if version.startswith("3.6.") and tuple(map(int, numpy.split(".")[:2])) >= (2, 4):
+        return (f"the interpreter of triton {version} needs numpy < 2.4, this is {numpy}; "
                 "run: pip install 'numpy<2.4'")
     return None
 
