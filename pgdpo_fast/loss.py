@@ -117,6 +117,7 @@ class PreferenceLossOutput:
     Args:
         loss: `[]`, what to call backward on.
         telemetry: the nine fields below, `[9, B, F]` with `per_frame`, else `[9, B, 1]`.
+        per_frame: whether the fields are `[B, F]`.
     """
 
     loss: Tensor

@@ -411,8 +411,6 @@ def test_reasons_for_no_cuda_kernels_say_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("PGDPO_FAST_CACHE", str(tmp_path))
-    fresh = type("Ready", (), {"load": lambda self: self, "reason": None})()
-    monkeypatch.setattr(native, "_library", fresh)
     monkeypatch.setattr(native, "_cuda_library", native._CudaLibrary())
     monkeypatch.setattr(shutil, "which", lambda name: None if "nvcc" in name else f"/usr/bin/{Path(name).name}")
     assert "no nvcc found; install the CUDA toolkit" in native.unavailable(cuda)

@@ -64,10 +64,7 @@ class _Library:
 
 
 class _CudaLibrary(_Library):
-    """The CUDA operators, which share the CPU library's schemas; one library for all devices of this machine."""
-
-    def _load(self) -> str | None:
-        return _library.load().reason or super()._load()
+    """The same operators on CUDA; one library for all devices of this machine."""
 
     def _find(self) -> os.PathLike:
         devices = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]

@@ -51,7 +51,7 @@ def _fake_elements(*args):
     return telemetry.new_empty(()), telemetry, telemetry.new_empty((4, telemetry.shape[1])), *gradients
 
 
-# Name: what it takes, what it returns without being run (shapes and dtypes alone).
+# Schema: the function that makes empty results of the right shapes and dtypes, which is all that tracing needs.
 FUSED = {
     # means of all statistics over each group, [6, B, G]
     f"pair_errors({OPERANDS}, int reference_form, int groups, int length, bool anchor, bool cross) -> Tensor":
