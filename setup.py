@@ -37,7 +37,10 @@ class PlatformWheel(bdist_wheel):
 
 
 if os.environ.get("PGDPO_FAST_BUILD_NATIVE") == "1":
-    setup(distclass=PlatformDistribution, cmdclass={"build_py": BuildPyAndNative, "bdist_wheel": PlatformWheel},
-          setup_requires=["torch>=2.11"])
+    setup(
+        distclass=PlatformDistribution,
+        cmdclass={"build_py": BuildPyAndNative, "bdist_wheel": PlatformWheel},
+        setup_requires=["torch>=2.11"],
+    )
 else:
     setup()

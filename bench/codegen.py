@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-os.environ.pop("TRITON_INTERPRET", None)         # the interpreter compiles nothing
+os.environ.pop("TRITON_INTERPRET", None)  # the interpreter compiles nothing
 
 import torch  # noqa: E402
 import triton  # noqa: E402
@@ -72,8 +72,16 @@ class Case:
         elif self.reference == "fp8":
             blocks = torch.empty(self.pairs, -(-torch.Size(self.shape).numel() // launchers.PACK_BLOCK))
             reference = pf.PackedReference(packed, packed, blocks, blocks)
-        out = pf.preference_loss(prediction, target, reference, objective=self.objective, granularity=self.granularity,
-                                 pair_weight=scale, posterior_scale=scale, backend="triton")
+        out = pf.preference_loss(
+            prediction,
+            target,
+            reference,
+            objective=self.objective,
+            granularity=self.granularity,
+            pair_weight=scale,
+            posterior_scale=scale,
+            backend="triton",
+        )
         out.loss.backward()
 
     def vectors(self, kernel: str) -> tuple[int, int]:
@@ -111,8 +119,10 @@ CASES = (
     Case("one element", pf.PGDPO(ipr="anchor"), ONE, granularity="element", pairs=1, vector=False, narrow=True),
     Case("one frame of one element", pf.DPO(), ONE, granularity="frame", pairs=1, vector=False, narrow=True),
     Case("float64", pf.PGDPO(ipr="anchor"), dtype=FP64, vector=False, narrow=True),
-    *(Case(type(o).__name__, o, ODD, vector=False, narrow=True) for o in (
-        pf.IPO(), pf.SLiC(), pf.SLiC(hinge=True), pf.SFT(), pf.DPOP(), pf.DPOShift(), pf.SDPO())),
+    *(
+        Case(type(o).__name__, o, ODD, vector=False, narrow=True)
+        for o in (pf.IPO(), pf.SLiC(), pf.SLiC(hinge=True), pf.SFT(), pf.DPOP(), pf.DPOShift(), pf.SDPO())
+    ),
 )
 
 
@@ -197,8 +207,10 @@ def read(case: Case, kernel: str, arch: int, cubin: bytes) -> Row:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, code = (subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
-                       for option in ("-res-usage", "-sass"))
+        usage, code = (
+            subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
     resource = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     operations = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]+)", code))
 
@@ -206,16 +218,31 @@ def read(case: Case, kernel: str, arch: int, cubin: bytes) -> Row:
         return sum(n for name, n in operations.items() if re.match(pattern, name))
 
     loads, stores = case.vectors(kernel) if case.vector else (0, 0)
-    return Row(kernel, case.name, arch, resource["REG"], resource["STACK"] + resource["LOCAL"] + count("LDL|STL"),
-               resource["SHARED"], operations.total(), count(r"LDG.*\.128"), count(r"STG.*\.128"), loads, stores,
-               count(r"D(ADD|MUL|FMA|SETP|MNMX)|F2F.*F64|MUFU.*64"), count("RED|ATOM"), count(r"F(ADD|MUL|FMA).*\.FTZ"),
-               case.dtype == FP64)
+    return Row(
+        kernel,
+        case.name,
+        arch,
+        resource["REG"],
+        resource["STACK"] + resource["LOCAL"] + count("LDL|STL"),
+        resource["SHARED"],
+        operations.total(),
+        count(r"LDG.*\.128"),
+        count(r"STG.*\.128"),
+        loads,
+        stores,
+        count(r"D(ADD|MUL|FMA|SETP|MNMX)|F2F.*F64|MUFU.*64"),
+        count("RED|ATOM"),
+        count(r"F(ADD|MUL|FMA).*\.FTZ"),
+        case.dtype == FP64,
+    )
 
 
 def table(rows: list[Row]) -> str:
     """The rows as Markdown; several targets of one kernel share a line."""
-    lines = ["| kernel | call | registers | shared | instructions | 128-bit loads | 128-bit stores | gates |",
-             "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| kernel | call | registers | shared | instructions | 128-bit loads | 128-bit stores | gates |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for kernel, case in dict.fromkeys((row.kernel, row.case) for row in rows):
         group = [row for row in rows if (row.kernel, row.case) == (kernel, case)]
         for variant in range(max(Counter(row.arch for row in group).values())):
@@ -225,8 +252,10 @@ def table(rows: list[Row]) -> str:
                 return " / ".join(str(getattr(row, field)) for row in same)
 
             failures = "; ".join(f"sm_{row.arch}: {x}" for row in same for x in row.failures())
-            lines.append(f"| {kernel} | {case} | {each('registers')} | {each('shared')} | {each('instructions')} "
-                         f"| {each('loads_128')} | {each('stores_128')} | {failures or 'pass'} |")
+            lines.append(
+                f"| {kernel} | {case} | {each('registers')} | {each('shared')} | {each('instructions')} "
+                f"| {each('loads_128')} | {each('stores_128')} | {failures or 'pass'} |"
+            )
     return "\n".join(lines)
 
 
@@ -236,15 +265,20 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="also write the rows here")
     parser.add_argument("--output", type=Path, default=RESULTS, help="the Markdown table")
     options = parser.parse_args()
-    rows = [read(case, kernel, arch, cubin) for arch in options.arch for case, kernel, cubin in compiled(
-        CASES if arch == 90 else tuple(c for c in CASES if not c.narrow), arch)]
+    rows = [
+        read(case, kernel, arch, cubin)
+        for arch in options.arch
+        for case, kernel, cubin in compiled(CASES if arch == 90 else tuple(c for c in CASES if not c.narrow), arch)
+    ]
     rows.sort(key=lambda row: (row.kernel, row.case, row.arch))
     text = table(rows)
-    header = (f"# Machine code of the Triton kernels\n\nTriton {triton.__version__}, "
-              f"{' / '.join(f'sm_{arch}' for arch in options.arch)}; columns with several numbers follow that order. "
-              "No kernel may use local memory, float64 (in float32 builds), atomics or flush denormals; "
-              f"at most {MAX_REGISTERS} registers a thread ({MAX_REGISTERS_ELEMENTS} in pair_elements_kernel). "
-              "Loads and stores count the whole kernel, main loop and masked tail.\n\n")
+    header = (
+        f"# Machine code of the Triton kernels\n\nTriton {triton.__version__}, "
+        f"{' / '.join(f'sm_{arch}' for arch in options.arch)}; columns with several numbers follow that order. "
+        "No kernel may use local memory, float64 (in float32 builds), atomics or flush denormals; "
+        f"at most {MAX_REGISTERS} registers a thread ({MAX_REGISTERS_ELEMENTS} in pair_elements_kernel). "
+        "Loads and stores count the whole kernel, main loop and masked tail.\n\n"
+    )
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(header + text + "\n")
     if options.json:

@@ -43,8 +43,12 @@ def make_inputs(case: Case, device: torch.device, seed: int) -> Inputs:
 
     if case.target_form == "built":
         uniform = torch.rand(2, pairs, generator=generator, device=device)
-        target = pf.NoisedTarget(normal(2 * pairs, *video).to(dtype), normal(pairs, *video).to(dtype),
-                                 0.5 + 0.5 * uniform[0], -0.5 - 0.5 * uniform[1])
+        target = pf.NoisedTarget(
+            normal(2 * pairs, *video).to(dtype),
+            normal(pairs, *video).to(dtype),
+            0.5 + 0.5 * uniform[0],
+            -0.5 - 0.5 * uniform[1],
+        )
     else:
         target = normal((2 if case.target_form == "stacked" else 1) * pairs, *video).to(dtype)
     reference = normal(2, pairs, *video, scale=0.5).add_(whole_target(target, pairs))
@@ -109,8 +113,9 @@ def formula(prediction: Tensor, target, reference, objective: pf.Objective, gran
     if isinstance(reference, pf.ReferenceErrors):
         reference_error = torch.stack([reference.chosen, reference.rejected]).view(2, pairs, -1)
     elif isinstance(reference, pf.PackedReference):
-        residual = torch.stack([unpack(reference.chosen, reference.chosen_scale),
-                                unpack(reference.rejected, reference.rejected_scale)])
+        residual = torch.stack(
+            [unpack(reference.chosen, reference.chosen_scale), unpack(reference.rejected, reference.rejected_scale)]
+        )
         reference_error = grouped(_wide(residual) ** 2)
     else:
         reference_error = grouped((_wide(reference).unflatten(0, (2, pairs)) - y) ** 2)
@@ -131,8 +136,11 @@ def recipe(prediction: Tensor, target: Tensor, reference: Tensor, beta: float, g
         reference_loss = reduced(mse_loss(reference.float(), target.float(), reduction="none"))
         reference_w, reference_l = reference_loss.chunk(2)
     inside = -0.5 * beta * ((policy_w - policy_l) - (reference_w - reference_l))
-    logged = {"policy": 0.5 * (policy_w.detach().mean() + policy_l.detach().mean()), "reference": reference_loss.mean(),
-              "accuracy": (inside > 0).float().mean()}
+    logged = {
+        "policy": 0.5 * (policy_w.detach().mean() + policy_l.detach().mean()),
+        "reference": reference_loss.mean(),
+        "accuracy": (inside > 0).float().mean(),
+    }
     return -logsigmoid(inside).mean(), logged
 
 

@@ -37,8 +37,9 @@ def usable_backends(device: torch.device) -> tuple[list[str], dict[str, str]]:
 
 
 def loss_of(x: Inputs, backend: str, granularity: str = "sample", objective: pf.Objective = OBJECTIVES[0]):
-    return pf.preference_loss(x.prediction, x.target, x.reference, objective=objective, granularity=granularity,
-                              backend=backend)
+    return pf.preference_loss(
+        x.prediction, x.target, x.reference, objective=objective, granularity=granularity, backend=backend
+    )
 
 
 def loss_and_gradient(x: Inputs, backend: str, granularity: str = "sample") -> tuple[pf.PreferenceLossOutput, Tensor]:
@@ -53,8 +54,10 @@ def expect(condition: bool, message: str) -> None:
 
 # -- parity
 
+
 def parity_cases(dry_run: bool) -> list[Case]:
     """The whole grid at an odd size, then at true video sizes, each in an order that mixes all properties early."""
+
     def grid(shape, pairs, dtypes=tuple(BYTES), targets=TARGET_FORMS):
         found = [Case(shape, pairs, *rest) for rest in product(GRANULARITIES, REFERENCE_FORMS, targets, dtypes)]
         found = [case for case in found if case.possible]
@@ -65,8 +68,11 @@ def parity_cases(dry_run: bool) -> list[Case]:
     even = grid(SMALL_SHAPES[0], 3, ("bfloat16", "float32"), ("stacked",))
     if dry_run:
         return odd[:10] + even[:4]
-    large = [case for name in ("videocrafter2", "cogvideox-480p", "wan2.1-720p", "hunyuanvideo-720p")
-             for case in grid(SHAPES[name], 1, ("bfloat16",), ("stacked",))]
+    large = [
+        case
+        for name in ("videocrafter2", "cogvideox-480p", "wan2.1-720p", "hunyuanvideo-720p")
+        for case in grid(SHAPES[name], 1, ("bfloat16",), ("stacked",))
+    ]
     return odd + even + grid(SHAPES["wan2.1-480p"], 1) + large
 
 
@@ -83,26 +89,33 @@ def parity(case: Case, backend: str, device: torch.device, index: int, seed: int
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
     try:
         out = loss_of(x, backend, case.granularity, objective)
-        gradient, = torch.autograd.grad(out.loss * incoming, x.prediction)
+        (gradient,) = torch.autograd.grad(out.loss * incoming, x.prediction)
     finally:
         torch.use_deterministic_algorithms(before)
         torch.utils.deterministic.fill_uninitialized_memory = poisoned
     gate = check(case, x, contender, out.loss.detach(), gradient, incoming)
     if device.type == "cpu" and backend == "triton" and BYTES[case.dtype] == 2:
         gate = replace(gate, gradient_tolerance=TRUNCATION_SLACK * gate.gradient_tolerance)
-    return {"objective": type(objective).__name__, "incoming": incoming,
-            "status": "ok" if gate.green else "red",
-            "detail": f"loss {gate.loss_error:.1e} of {gate.loss_tolerance:.0e}, gradient {gate.gradient_error:.1e} of "
-                      f"{gate.gradient_tolerance:.0e}"}
+    return {
+        "objective": type(objective).__name__,
+        "incoming": incoming,
+        "status": "ok" if gate.green else "red",
+        "detail": f"loss {gate.loss_error:.1e} of {gate.loss_tolerance:.0e}, gradient {gate.gradient_error:.1e} of "
+        f"{gate.gradient_tolerance:.0e}",
+    }
 
 
 # -- properties
 
+
 def gradcheck(backend: str, device: torch.device, dry_run: bool) -> str:
     """float64 gradients equal finite differences on the fused path itself."""
     shape = replace(SMALL_SHAPES[1], latents=(1, 2, 2, 3))
-    settings = (("sample", pf.PGDPO(detach_weights=False)), ("frame", pf.DPO(beta=10.0)),
-                ("element", pf.DPO(beta=10.0)))
+    settings = (
+        ("sample", pf.PGDPO(detach_weights=False)),
+        ("frame", pf.DPO(beta=10.0)),
+        ("element", pf.DPO(beta=10.0)),
+    )
     for granularity, objective in settings[:1] if dry_run and backend == "triton" else settings:
         x = make_inputs(Case(shape, 1, granularity, "predictions", dtype="float64"), device, 3)
 
@@ -137,8 +150,17 @@ def opcheck(backend: str, device: torch.device, dry_run: bool) -> str:
             loss_and_gradient(x, backend, granularity)
             pf.paired_errors(x.prediction, x.target, x.reference, granularity=granularity, backend=backend)
         for function, (args, kwargs) in recorded.calls.items():
-            torch.library.opcheck(function, args, kwargs, test_utils=(
-                "test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"))
+            torch.library.opcheck(
+                function,
+                args,
+                kwargs,
+                test_utils=(
+                    "test_schema",
+                    "test_autograd_registration",
+                    "test_faketensor",
+                    "test_aot_dispatch_dynamic",
+                ),
+            )
             names.add(function.name())
     expect(len(names) >= 3, f"expected at least three operators to be reached, saw {sorted(names)}")
     return ", ".join(sorted(names))
@@ -149,15 +171,18 @@ def fullgraph(backend: str, device: torch.device, dry_run: bool) -> str:
     if dry_run and backend == "triton":
         raise Skip("the interpreter is not compiled")
     torch._dynamo.reset()
-    compiled = torch.compile(lambda p, y, q: loss_of(Inputs(p, y, q), backend).loss, fullgraph=True,
-                             backend="aot_eager" if dry_run else "inductor")
+    compiled = torch.compile(
+        lambda p, y, q: loss_of(Inputs(p, y, q), backend).loss,
+        fullgraph=True,
+        backend="aot_eager" if dry_run else "inductor",
+    )
     for pairs in (2, 3, 4, 5):
         x = make_inputs(Case(SMALL_SHAPES[1], pairs, dtype="float32"), device, pairs)
         if pairs == 4:
             torch._dynamo.config.error_on_recompile = True
         try:
             loss = compiled(x.prediction, x.target, x.reference)
-            gradient, = torch.autograd.grad(loss, x.prediction)
+            (gradient,) = torch.autograd.grad(loss, x.prediction)
         finally:
             torch._dynamo.config.error_on_recompile = False
         out, expected = loss_and_gradient(x, backend)
@@ -174,8 +199,10 @@ def determinism(backend: str, device: torch.device, dry_run: bool) -> str:
         out, gradient = loss_and_gradient(x, backend, granularity)
         for _ in range(1 if dry_run else 5):
             again, same = loss_and_gradient(x, backend, granularity)
-            expect(torch.equal(again.per_pair_loss, out.per_pair_loss) and torch.equal(same, gradient),
-                   f"{granularity}: bits change from run to run")
+            expect(
+                torch.equal(again.per_pair_loss, out.per_pair_loss) and torch.equal(same, gradient),
+                f"{granularity}: bits change from run to run",
+            )
         for pairs in (1, 2):
             few, few_gradient = loss_and_gradient(select(x, range(pairs)), backend, granularity)
             rows = [*range(pairs), *range(4, 4 + pairs)]
@@ -243,8 +270,10 @@ def cuda_graph(backend: str, device: torch.device, dry_run: bool) -> str:
             graph.replay()
         torch.cuda.synchronize()
         expected, expected_gradient = loss_and_gradient(fresh, backend, granularity)
-        expect(torch.equal(out.loss, expected.loss) and torch.equal(gradient, expected_gradient),
-               f"{granularity}: a replay on new inputs differs from a plain call")
+        expect(
+            torch.equal(out.loss, expected.loss) and torch.equal(gradient, expected_gradient),
+            f"{granularity}: a replay on new inputs differs from a plain call",
+        )
     return "all granularities"
 
 
@@ -265,8 +294,10 @@ def streams(backend: str, device: torch.device, dry_run: bool) -> str:
                 late.prediction.copy_(x.prediction)
             out, gradient = loss_and_gradient(late, backend, granularity)
         side.synchronize()
-        expect(torch.equal(out.loss, expected.loss) and torch.equal(gradient, expected_gradient),
-               f"{granularity}: a call on a side stream ran ahead of it")
+        expect(
+            torch.equal(out.loss, expected.loss) and torch.equal(gradient, expected_gradient),
+            f"{granularity}: a call on a side stream ran ahead of it",
+        )
     return "all granularities, behind a sleeping stream"
 
 
@@ -302,7 +333,16 @@ def offsets(backend: str, device: torch.device, dry_run: bool) -> str:
 
 
 PROPERTIES: tuple[Callable[[str, torch.device, bool], str], ...] = (
-    determinism, cuda_graph, streams, bad_pair, layouts, gradcheck, opcheck, offsets, fullgraph)
+    determinism,
+    cuda_graph,
+    streams,
+    bad_pair,
+    layouts,
+    gradcheck,
+    opcheck,
+    offsets,
+    fullgraph,
+)
 
 
 def draws(device: torch.device) -> str:

@@ -39,9 +39,15 @@ class Section:
 
 SECTIONS = (
     Section("environment", 90, 0),
-    Section("parity", 115, 1, shards=8), Section("properties", 115, 1),
-    Section("memcheck", 115, 1), Section("racecheck", 115, 1), Section("warm", 115, 1, shards=3),
-    Section("speed", 200, 2), Section("tuning", 55, 3), Section("cache", 25, 4), Section("step", 60, 5),
+    Section("parity", 115, 1, shards=8),
+    Section("properties", 115, 1),
+    Section("memcheck", 115, 1),
+    Section("racecheck", 115, 1),
+    Section("warm", 115, 1, shards=3),
+    Section("speed", 200, 2),
+    Section("tuning", 55, 3),
+    Section("cache", 25, 4),
+    Section("step", 60, 5),
 )
 GRACE = 8.0  # seconds past its limit before a section is ended from outside
 LEAST = 10.0  # seconds a section must have left to be started
@@ -50,8 +56,9 @@ LEAST = 10.0  # seconds a section must have left to be started
 def load(name: str, folder: Path):
     """Import a package from its folder. The clone's root never enters `sys.path`: its `kernels/` and `bench/` would
     shadow other packages."""
-    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py",
-                                                  submodule_search_locations=[str(folder)])
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -78,10 +85,23 @@ def run_section(options: argparse.Namespace) -> int:
 
 # -- the parent: imports nothing heavy, so that nothing in a section can take it down
 
+
 def start(section: Section, shard: int, folder: Path, seconds: float, options, red: Path | None):
     records = folder / f"{section.name}-{shard}.jsonl"
-    command = [sys.executable, str(Path(__file__).resolve()), "--section", section.name, "--records", str(records),
-               "--seconds", f"{seconds:.1f}", "--seed", str(options.seed), "--shard", f"{shard}/{section.shards}"]
+    command = [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        "--section",
+        section.name,
+        "--records",
+        str(records),
+        "--seconds",
+        f"{seconds:.1f}",
+        "--seed",
+        str(options.seed),
+        "--shard",
+        f"{shard}/{section.shards}",
+    ]
     command += ["--red", str(red)] if red else []
     command += ["--dry-run"] if options.dry_run else []
     variables = {**os.environ, "PYTHONUNBUFFERED": "1"}
@@ -90,8 +110,9 @@ def start(section: Section, shard: int, folder: Path, seconds: float, options, r
     else:
         variables.pop("TRITON_INTERPRET", None)
     log = (folder / f"{section.name}-{shard}.log").open("w")
-    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=variables, cwd=folder,
-                               start_new_session=True)
+    process = subprocess.Popen(
+        command, stdout=log, stderr=subprocess.STDOUT, env=variables, cwd=folder, start_new_session=True
+    )
     return process, records, Path(log.name)
 
 
@@ -126,14 +147,33 @@ def run_waves(options, folder: Path, save) -> dict:
     """All sections, wave by wave; `save(result)` after each."""
     begin = time.monotonic()
     deadline = begin + options.seconds
-    result = {"dry_run": options.dry_run, "seed": options.seed, "sections": {}, "environment": None, "copy": None,
-              "checks": [], "cases": [], "experiments": [], "cache": [], "step": [], "left_out": []}
-    places = {"check": "checks", "case": "cases", "experiment": "experiments", "cache": "cache", "step": "step",
-              "left_out": "left_out"}
+    result = {
+        "dry_run": options.dry_run,
+        "seed": options.seed,
+        "sections": {},
+        "environment": None,
+        "copy": None,
+        "checks": [],
+        "cases": [],
+        "experiments": [],
+        "cache": [],
+        "step": [],
+        "left_out": [],
+    }
+    places = {
+        "check": "checks",
+        "case": "cases",
+        "experiment": "experiments",
+        "cache": "cache",
+        "step": "step",
+        "left_out": "left_out",
+    }
     chosen = [s for s in SECTIONS if not options.only or s.name in options.only or s.name == "environment"]
     if options.only:  # the whole time for what was asked for
-        chosen = [replace(section, seconds=options.seconds) if section.name != "environment" else section
-                  for section in chosen]
+        chosen = [
+            replace(section, seconds=options.seconds) if section.name != "environment" else section
+            for section in chosen
+        ]
     if options.dry_run:  # its times mean nothing, so timed parts may share the machine
         chosen = [replace(section, wave=min(section.wave, 2), shards=1) for section in chosen]
     for wave in sorted({section.wave for section in chosen}):
@@ -147,8 +187,10 @@ def run_waves(options, folder: Path, save) -> dict:
                     result["sections"][section.name] = {"ended": "not started: no time left"}
                     continue
                 until = time.monotonic() + seconds + GRACE
-                running += [(section, until, start(section, shard, folder, seconds, options, red))
-                            for shard in range(section.shards)]
+                running += [
+                    (section, until, start(section, shard, folder, seconds, options, red))
+                    for shard in range(section.shards)
+                ]
             wave_begin = time.monotonic()
             for section, until, (process, records, log) in running:
                 found, ended = finish(process, records, log, until)
@@ -182,48 +224,80 @@ def markdown(result: dict) -> str:
     if result["dry_run"]:
         out += ["**DRY RUN on a CPU with tiny shapes: it tests the harness, its figures mean nothing.**", ""]
     if facts:
-        out += [f"* torch {facts['torch']}, triton {facts['triton']}, {facts['time']}, seed {result['seed']}, "
-                f"{result['seconds']:.0f} s in all", f"* {facts.get('nvidia_smi', '')}".rstrip("* "),
-                *(f"* backend {name} not run: {why}" for name, why in facts.get("backends_unavailable", {}).items())]
+        out += [
+            f"* torch {facts['torch']}, triton {facts['triton']}, {facts['time']}, seed {result['seed']}, "
+            f"{result['seconds']:.0f} s in all",
+            f"* {facts.get('nvidia_smi', '')}".rstrip("* "),
+            *(f"* backend {name} not run: {why}" for name, why in facts.get("backends_unavailable", {}).items()),
+        ]
     if result["copy"]:
         out.append(f"* device-to-device copy {result['copy']['bytes_per_second'] / 1e12:.2f} TB/s, read plus written")
     out += [f"* {name} ended by {e['ended']}" for name, e in result["sections"].items() if e["ended"] != "ok"]
     out += [f"* {entry['check']}: {entry['count']} of {entry['of']} left out, no time" for entry in result["left_out"]]
 
-    out += ["", "## Correctness", "", "| check | backend | ok | red | skipped | |",
-            "| --- | --- | ---: | ---: | ---: | --- |"]
+    out += [
+        "",
+        "## Correctness",
+        "",
+        "| check | backend | ok | red | skipped | |",
+        "| --- | --- | ---: | ---: | ---: | --- |",
+    ]
     groups: dict[tuple[str, str], list[dict]] = {}
     for check in result["checks"]:
         groups.setdefault((check["check"], check["backend"]), []).append(check)
     for (name, backend), found in sorted(groups.items()):
         count = {s: sum(c["status"] == s for c in found) for s in ("ok", "red", "skipped")}
         said = [c["detail"] for c in found if c["status"] != "ok"] or [found[0]["detail"] if len(found) == 1 else ""]
-        out.append(f"| {name} | {backend} | {count['ok']} | {count['red']} | {count['skipped']} | "
-                   f"{said[0].replace('|', '/')} |")
+        out.append(
+            f"| {name} | {backend} | {count['ok']} | {count['red']} | {count['skipped']} | "
+            f"{said[0].replace('|', '/')} |"
+        )
     red = [check for check in result["checks"] if check["status"] == "red"]
     out += ["", *(f"* red: {c['check']} {c['backend']} {c.get('key', '')} {c['detail']}" for c in red[:40])]
 
     if result["experiments"]:
-        out += ["", "## Tuning", "", "| experiment | backend | expected | measured | verdict |",
-                "| --- | --- | ---: | ---: | --- |"]
+        out += [
+            "",
+            "## Tuning",
+            "",
+            "| experiment | backend | expected | measured | verdict |",
+            "| --- | --- | ---: | ---: | --- |",
+        ]
         for e in result["experiments"]:
             measured = f"{e['ratio']:.3f}" if e.get("ratio") else ""
-            out.append(f"| {e['name']} | {e['backend']} | {e['expected_ratio']:.2f} | {measured} | "
-                       f"{e['verdict']} {e.get('detail', '')} |")
+            out.append(
+                f"| {e['name']} | {e['backend']} | {e['expected_ratio']:.2f} | {measured} | "
+                f"{e['verdict']} {e.get('detail', '')} |"
+            )
     if result["cache"]:
-        out += ["", "## Reference cache", "", "| rows | bytes | pack | copy out | gather | copy in |",
-                "| --- | ---: | ---: | ---: | ---: | ---: |"]
-        out += [f"| {c['form']} | {c['bytes'] / 1e6:.1f} MB | " + " | ".join(
-            f"{1e3 * c[k]:.2f} ms" for k in ("pack_s", "copy_out_s", "gather_s", "copy_in_s")) + " |"
-            for c in result["cache"]]
+        out += [
+            "",
+            "## Reference cache",
+            "",
+            "| rows | bytes | pack | copy out | gather | copy in |",
+            "| --- | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        out += [
+            f"| {c['form']} | {c['bytes'] / 1e6:.1f} MB | "
+            + " | ".join(f"{1e3 * c[k]:.2f} ms" for k in ("pack_s", "copy_out_s", "gather_s", "copy_in_s"))
+            + " |"
+            for c in result["cache"]
+        ]
     if result["step"]:
-        out += ["", "## Training step", "", "| model | frames | reference | loss | step | peak memory |",
-                "| --- | ---: | --- | --- | ---: | ---: |"]
+        out += [
+            "",
+            "## Training step",
+            "",
+            "| model | frames | reference | loss | step | peak memory |",
+            "| --- | ---: | --- | --- | ---: | ---: |",
+        ]
         for s in result["step"]:
             if s["status"] == "ok":
                 peak = f"{s['peak_bytes'] / 2**30:.1f} GiB" if s["peak_bytes"] else ""
-                out.append(f"| {s['model']} | {s['frames']} | {s['reference']} | {s['backend']} | "
-                           f"{s['seconds']:.3f} s | {peak} |")
+                out.append(
+                    f"| {s['model']} | {s['frames']} | {s['reference']} | {s['backend']} | "
+                    f"{s['seconds']:.3f} s | {peak} |"
+                )
         out += ["", *(f"* skipped: {s['detail']}" for s in result["step"] if s["status"] == "skipped")]
     return "\n".join(out).rstrip() + "\n"
 
@@ -248,8 +322,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder of the results; bench/results/<device> by default")
     parser.add_argument("--seconds", type=float, default=470.0, help="time for everything")
     parser.add_argument("--seed", type=int, default=None, help="seed of the random inputs; a fresh one by default")
-    parser.add_argument("--only", nargs="*", default=[], choices=[section.name for section in SECTIONS],
-                        help="run these sections alone (and environment)")
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        default=[],
+        choices=[section.name for section in SECTIONS],
+        help="run these sections alone (and environment)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="exercise the harness on a CPU with tiny shapes")
     for inner in ("--section", "--records", "--red"):
         parser.add_argument(inner, help=argparse.SUPPRESS)
@@ -263,6 +342,7 @@ def main() -> int:
     name = "dry-run" if options.dry_run else "gpu"
     out = options.out or (ROOT / "out" / "gpu-dry-run" if options.dry_run else None)
     with tempfile.TemporaryDirectory(prefix="pgdpo-gpu-") as scratch:
+
         def save(result, plots=False):
             facts = result["environment"]
             if facts:

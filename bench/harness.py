@@ -38,6 +38,7 @@ UNFUSED_TOLERANCE = 2e-3
 
 # -- correctness
 
+
 @dataclass(frozen=True)
 class Gate:
     """Errors of one contender against float64 on the timed input; NaN is never green."""
@@ -55,8 +56,9 @@ class Gate:
 def oracle(x: Inputs, objective: pf.Objective, granularity: str, pair: int) -> tuple[float, Tensor]:
     """Loss and gradient `[2, ...]` of one pair alone, by the eager backend in float64."""
     wide = select(x, [pair], torch.Tensor.double)
-    loss = pf.preference_loss(wide.prediction, wide.target, wide.reference, objective=objective,
-                              granularity=granularity, backend="eager").loss
+    loss = pf.preference_loss(
+        wide.prediction, wide.target, wide.reference, objective=objective, granularity=granularity, backend="eager"
+    ).loss
     return loss.item(), torch.autograd.grad(loss, wide.prediction)[0]
 
 
@@ -79,6 +81,7 @@ def check(case: Case, x: Inputs, contender: Contender, loss: Tensor, gradient: T
 
 
 # -- time
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -199,6 +202,7 @@ def copy_timing(nbytes: int, device: torch.device, seconds: float = 0.5) -> Timi
 
 # -- launches and memory
 
+
 @contextmanager
 def _quiet():
     """Without the two lines torch's profiler writes to stderr from C++ at every start and stop."""
@@ -255,6 +259,7 @@ def peak_extra_bytes(step: Step, device: torch.device) -> int:
 
 # -- the machine
 
+
 def last_level_cache(device: torch.device) -> int:
     """Bytes of L2 on a GPU, of the largest cache a core sees on a CPU."""
     if device.type == "cuda":
@@ -274,8 +279,11 @@ def free_memory(device: torch.device) -> int:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() \
+    model = (
+        re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        if Path("/proc/cpuinfo").exists()
         else None
+    )
     return model.group(1).strip() if model else platform.processor() or platform.machine()
 
 
@@ -296,20 +304,31 @@ def environment(device: torch.device) -> dict:
             return None
 
     facts = {
-        "device": device_name(device), "device_type": device.type, "slug": slug(device),
-        "torch": torch.__version__, "triton": installed("triton"), "python": platform.python_version(),
-        "threads": torch.get_num_threads(), "load_average": list(os.getloadavg()),
-        "last_level_cache_bytes": last_level_cache(device), "pgdpo_fast": pf.__version__,
+        "device": device_name(device),
+        "device_type": device.type,
+        "slug": slug(device),
+        "torch": torch.__version__,
+        "triton": installed("triton"),
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "load_average": list(os.getloadavg()),
+        "last_level_cache_bytes": last_level_cache(device),
+        "pgdpo_fast": pf.__version__,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        facts |= {"cuda": torch.version.cuda, "capability": f"{properties.major}.{properties.minor}",
-                  "multiprocessors": properties.multi_processor_count, "memory_bytes": properties.total_memory}
+        facts |= {
+            "cuda": torch.version.cuda,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+        }
     return facts
 
 
 # -- one case
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -334,9 +353,17 @@ def needed_bytes(case: Case, device: torch.device) -> int:
     return (input_sets(case, device) + 1) * case.floor_bytes + temporaries + oracle_bytes
 
 
-def measure(case: Case, device: torch.device, *, contenders: Sequence[Contender] = CONTENDERS, seed: int = 0,
-            budget: Budget = DEFAULT_BUDGET, withheld: Callable[[Contender, Case], str | None] = lambda *_: None,
-            count_launches: bool = True, progress: Callable[[str], None] = lambda _: None) -> dict:
+def measure(
+    case: Case,
+    device: torch.device,
+    *,
+    contenders: Sequence[Contender] = CONTENDERS,
+    seed: int = 0,
+    budget: Budget = DEFAULT_BUDGET,
+    withheld: Callable[[Contender, Case], str | None] = lambda *_: None,
+    count_launches: bool = True,
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict:
     """Gate and measure all contenders on one case, as a JSON-ready record.
 
     Args:
@@ -344,9 +371,17 @@ def measure(case: Case, device: torch.device, *, contenders: Sequence[Contender]
         count_launches: on a GPU, profile one call of each contender.
         progress: called with a line before each slow part.
     """
-    record = {"key": case.key, **asdict(case), "shape": case.shape.name, "latents": list(case.shape.latents),
-              "floor_bytes": case.floor_bytes, "two_pass_bytes": case.two_pass_bytes,
-              "gradient_bytes": case.gradient_bytes, "seed": seed, "contenders": {}}
+    record = {
+        "key": case.key,
+        **asdict(case),
+        "shape": case.shape.name,
+        "latents": list(case.shape.latents),
+        "floor_bytes": case.floor_bytes,
+        "two_pass_bytes": case.two_pass_bytes,
+        "gradient_bytes": case.gradient_bytes,
+        "seed": seed,
+        "contenders": {},
+    }
     needed, free = needed_bytes(case, device), free_memory(device)
     if needed > 0.9 * free:
         record["skipped"] = f"needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
@@ -372,8 +407,11 @@ def measure(case: Case, device: torch.device, *, contenders: Sequence[Contender]
             continue
         entry["gate"] = asdict(gate)
         if not gate.green:
-            entry |= {"status": "red", "reason": f"loss off by {gate.loss_error:.1e}, gradient by "
-                                                  f"{gate.gradient_error:.1e}: no speed is reported"}
+            entry |= {
+                "status": "red",
+                "reason": f"loss off by {gate.loss_error:.1e}, gradient by "
+                f"{gate.gradient_error:.1e}: no speed is reported",
+            }
             continue
         entry["status"] = "ok"
         steps[contender.name] = lambda i, call=call: call(inputs[i % sets])

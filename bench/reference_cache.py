@@ -50,16 +50,23 @@ def realistic(pairs: int, rms: float, drift: float, shape=(16, 5, 60, 104), seed
 
 def packing() -> list[dict]:
     """One row an objective, granularity, drift and format."""
-    cases = [(pf.DPO(beta=100.0), "sample"), (pf.DPO(beta=5000.0), "sample"), (pf.PGDPO(beta=100.0), "sample"),
-             (pf.DPO(beta=5000.0), "frame"), (pf.PGDPO(beta=100.0), "frame"), (pf.PGDPO(beta=100.0), "element"),
-             (pf.PGDPO(beta=100.0, ipr="anchor"), "sample")]
+    cases = [
+        (pf.DPO(beta=100.0), "sample"),
+        (pf.DPO(beta=5000.0), "sample"),
+        (pf.PGDPO(beta=100.0), "sample"),
+        (pf.DPO(beta=5000.0), "frame"),
+        (pf.PGDPO(beta=100.0), "frame"),
+        (pf.PGDPO(beta=100.0), "element"),
+        (pf.PGDPO(beta=100.0, ipr="anchor"), "sample"),
+    ]
     rows = []
     for drift in (0.01, 0.1):
         policy, target, reference = realistic(4, 0.3, drift)
 
         def run(given, objective, granularity, policy=policy, target=target):
-            out = pf.preference_loss(policy, target, given, objective=objective, granularity=granularity,
-                                     backend="eager")
+            out = pf.preference_loss(
+                policy, target, given, objective=objective, granularity=granularity, backend="eager"
+            )
             return out.loss.item(), torch.autograd.grad(out.loss, policy)[0].double().flatten()
 
         for objective, granularity in cases:
@@ -67,10 +74,16 @@ def packing() -> list[dict]:
             for format in ("bf16", "fp8"):
                 rounded, other = run(pf.PackedReference.pack(reference, target, format), objective, granularity)
                 anchor = ", anchor" if getattr(objective, "ipr", "") == "anchor" else ""
-                rows.append({"objective": f"{type(objective).__name__} beta {objective.beta:g}{anchor}",
-                             "granularity": granularity, "drift": drift, "format": format,
-                             "loss": abs(rounded - loss) / abs(loss),
-                             "one_minus_cosine": 1 - F.cosine_similarity(gradient, other, dim=0).item()})
+                rows.append(
+                    {
+                        "objective": f"{type(objective).__name__} beta {objective.beta:g}{anchor}",
+                        "granularity": granularity,
+                        "drift": drift,
+                        "format": format,
+                        "loss": abs(rounded - loss) / abs(loss),
+                        "one_minus_cosine": 1 - F.cosine_similarity(gradient, other, dim=0).item(),
+                    }
+                )
     return rows
 
 
@@ -83,8 +96,13 @@ def disk(folder: Path, rows: int = 48, pairs: int = 2, steps: int = 12) -> list[
         one = pack(prediction.bfloat16() if format == "predictions" else prediction, target, format)
         layout = Layout.of(format, "any", WAN_480P, "bf16", 1)
         began = time.perf_counter()
-        cache = build_cache(folder / format, fingerprint={"bench": 1}, layout=layout, compute=lambda keys, one=one: one,
-                            blocks=[Block(tuple(map(str, range(rows))), 1)])
+        cache = build_cache(
+            folder / format,
+            fingerprint={"bench": 1},
+            layout=layout,
+            compute=lambda keys, one=one: one,
+            blocks=[Block(tuple(map(str, range(rows))), 1)],
+        )
         written = time.perf_counter() - began
         keys = [(str(i), 0) for i in random.Random(0).sample(range(rows), rows)]
         cache = ReferenceCache(cache.path)
@@ -92,24 +110,32 @@ def disk(folder: Path, rows: int = 48, pairs: int = 2, steps: int = 12) -> list[
         for _ in ("first", "again"):  # the first pass hashes every shard; both find the files in the page cache
             began = time.perf_counter()
             for start in range(0, rows, pairs):
-                cache.rows(keys[start:start + pairs])
+                cache.rows(keys[start : start + pairs])
             timings.append(time.perf_counter() - began)
         stream = RowStream(ReferenceCache(cache.path), pairs=pairs)
-        batches = [keys[i * pairs:(i + 1) * pairs] for i in range(steps)]
+        batches = [keys[i * pairs : (i + 1) * pairs] for i in range(steps)]
         stream.prefetch(batches[0])
         time.sleep(STEP_SECONDS)  # the network loads meanwhile
         began = time.perf_counter()
         for number, batch in enumerate(batches):
-            for coming in batches[number + 1:number + 3]:
+            for coming in batches[number + 1 : number + 3]:
                 stream.prefetch(coming)
             stream.take(batch)
             time.sleep(STEP_SECONDS)
         total = time.perf_counter() - began
-        found.append({"format": format, "row_mb": layout.row_bytes / 1e6, "rows": rows,
-                      "write_mb_s": rows * layout.row_bytes / written / 1e6,
-                      "first_read_mb_s": rows * layout.row_bytes / timings[0] / 1e6,
-                      "read_mb_s": rows * layout.row_bytes / timings[1] / 1e6,
-                      "pairs_a_step": pairs, "step_seconds": STEP_SECONDS, "wait_share": stream.waited / total})
+        found.append(
+            {
+                "format": format,
+                "row_mb": layout.row_bytes / 1e6,
+                "rows": rows,
+                "write_mb_s": rows * layout.row_bytes / written / 1e6,
+                "first_read_mb_s": rows * layout.row_bytes / timings[0] / 1e6,
+                "read_mb_s": rows * layout.row_bytes / timings[1] / 1e6,
+                "pairs_a_step": pairs,
+                "step_seconds": STEP_SECONDS,
+                "wait_share": stream.waited / total,
+            }
+        )
     return found
 
 
@@ -132,17 +158,43 @@ def step(folder: Path, steps: int = 10) -> list[dict]:
     from pgdpo_fast.training.config import TrainConfig
 
     manifest = render_pairs(folder / "clips", pairs=8, seed=0, frames=3, height=64, width=64)
-    encode_manifest(manifest, folder / "store", codec=PixelUnshuffleCodec(spatial=4), text=HashTextEncoder(32, 16),
-                    frames=3, height=64, width=64)
-    network = dict(patch_size=[1, 2, 2], num_attention_heads=4, attention_head_dim=64, in_channels=48, out_channels=48,
-                   text_dim=32, freq_dim=64, ffn_dim=1024, num_layers=6, rope_max_seq_len=32)
+    encode_manifest(
+        manifest,
+        folder / "store",
+        codec=PixelUnshuffleCodec(spatial=4),
+        text=HashTextEncoder(32, 16),
+        frames=3,
+        height=64,
+        width=64,
+    )
+    network = dict(
+        patch_size=[1, 2, 2],
+        num_attention_heads=4,
+        attention_head_dim=64,
+        in_channels=48,
+        out_channels=48,
+        text_dim=32,
+        freq_dim=64,
+        ffn_dim=1024,
+        num_layers=6,
+        rope_max_seq_len=32,
+    )
     found = []
     for kind, modes in (("full", ("copy", "cached")), ("lora", ("copy", "adapter-off", "cached"))):
+
         def config(mode, cache="", kind=kind):
-            return {"model": {"architecture": network, "dtype": "fp32", "text_tokens": 16, "train": kind,
-                              "reference": mode}, "data": {"store": str(folder / "store"), "reference_cache": cache},
-                    "training": {"steps": steps, "pairs_per_step": 2, "draws_per_pair": 2, "device": "cpu"},
-                    "output": {"dir": str(folder / f"{kind}-{mode}"), "tensorboard": False}}
+            return {
+                "model": {
+                    "architecture": network,
+                    "dtype": "fp32",
+                    "text_tokens": 16,
+                    "train": kind,
+                    "reference": mode,
+                },
+                "data": {"store": str(folder / "store"), "reference_cache": cache},
+                "training": {"steps": steps, "pairs_per_step": 2, "draws_per_pair": 2, "device": "cpu"},
+                "output": {"dir": str(folder / f"{kind}-{mode}"), "tensorboard": False},
+            }
 
         cache_reference(TrainConfig.from_mapping(config("auto")), folder / f"cache-{kind}")
         for mode in modes:
@@ -152,39 +204,81 @@ def step(folder: Path, steps: int = 10) -> list[dict]:
                 raise RuntimeError(done.stderr)
             lines = (folder / f"{kind}-{mode}" / "metrics.jsonl").read_text().splitlines()
             metrics = [json.loads(line) for line in lines]
-            found.append({"train": kind, "reference": mode, "steps": steps, "loss": metrics[-1]["loss"],
-                          "step_seconds": statistics.median(row["step_seconds"] for row in metrics[2:]),
-                          "peak_rss_mb": json.loads(done.stdout) / 1e6})
+            found.append(
+                {
+                    "train": kind,
+                    "reference": mode,
+                    "steps": steps,
+                    "loss": metrics[-1]["loss"],
+                    "step_seconds": statistics.median(row["step_seconds"] for row in metrics[2:]),
+                    "peak_rss_mb": json.loads(done.stdout) / 1e6,
+                }
+            )
     return found
 
 
 def markdown(results: dict) -> str:
     """The results as tables."""
     machine = results["machine"]
-    lines = ["# Reference cache on a CPU", "",
-             f"`python bench/reference_cache.py`, {machine['cpu']}, {machine['threads']} threads, load "
-             f"{machine['load']:.1f} at the start, torch {machine['torch']}."]
+    lines = [
+        "# Reference cache on a CPU",
+        "",
+        f"`python bench/reference_cache.py`, {machine['cpu']}, {machine['threads']} threads, load "
+        f"{machine['load']:.1f} at the start, torch {machine['torch']}.",
+    ]
 
     def table(title, columns, rows):
         lines.extend(["", f"## {title}", "", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"])
         lines.extend(f"| {' | '.join(map(str, row))} |" for row in rows)
 
     if packed := results.get("packing"):
-        table("Rounded predictions against the predictions themselves",
-              ("objective", "granularity", "policy moved", "format", "loss, relative", "1 - cosine of the gradient"),
-              [(r["objective"], r["granularity"], f"{r['drift']:g} residuals", r["format"], f"{r['loss']:.1e}",
-                f"{r['one_minus_cosine']:.1e}") for r in packed])
+        table(
+            "Rounded predictions against the predictions themselves",
+            ("objective", "granularity", "policy moved", "format", "loss, relative", "1 - cosine of the gradient"),
+            [
+                (
+                    r["objective"],
+                    r["granularity"],
+                    f"{r['drift']:g} residuals",
+                    r["format"],
+                    f"{r['loss']:.1e}",
+                    f"{r['one_minus_cosine']:.1e}",
+                )
+                for r in packed
+            ],
+        )
     if tiers := results.get("disk"):
-        table("Disk tier, rows of 16x21x60x104",
-              ("format", "MB a row", "write MB/s", "first read (hashing) MB/s", "read again MB/s",
-               f"wait of a {STEP_SECONDS:g} s step of {tiers[0]['pairs_a_step']} pairs"),
-              [(r["format"], f"{r['row_mb']:.1f}", f"{r['write_mb_s']:.0f}", f"{r['first_read_mb_s']:.0f}",
-                f"{r['read_mb_s']:.0f}", f"{r['wait_share']:.2%}") for r in tiers])
+        table(
+            "Disk tier, rows of 16x21x60x104",
+            (
+                "format",
+                "MB a row",
+                "write MB/s",
+                "first read (hashing) MB/s",
+                "read again MB/s",
+                f"wait of a {STEP_SECONDS:g} s step of {tiers[0]['pairs_a_step']} pairs",
+            ),
+            [
+                (
+                    r["format"],
+                    f"{r['row_mb']:.1f}",
+                    f"{r['write_mb_s']:.0f}",
+                    f"{r['first_read_mb_s']:.0f}",
+                    f"{r['read_mb_s']:.0f}",
+                    f"{r['wait_share']:.2%}",
+                )
+                for r in tiers
+            ],
+        )
     if steps := results.get("step"):
-        table("A training step, Wan of 7M weights, fp32",
-              ("trains", "reference", "s a step", "peak resident MB", "loss of the last step"),
-              [(r["train"], r["reference"], f"{r['step_seconds']:.3f}", f"{r['peak_rss_mb']:.0f}", repr(r["loss"]))
-               for r in steps])
+        table(
+            "A training step, Wan of 7M weights, fp32",
+            ("trains", "reference", "s a step", "peak resident MB", "loss of the last step"),
+            [
+                (r["train"], r["reference"], f"{r['step_seconds']:.3f}", f"{r['peak_rss_mb']:.0f}", repr(r["loss"]))
+                for r in steps
+            ],
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -194,10 +288,22 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="scratch, a gigabyte; default: a temporary folder")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")), platform.processor())
-    results: dict = {"machine": {"cpu": cpu, "threads": torch.get_num_threads(), "load": os.getloadavg()[0],
-                                 "torch": torch.__version__}}
+    cpu = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    results: dict = {
+        "machine": {
+            "cpu": cpu,
+            "threads": torch.get_num_threads(),
+            "load": os.getloadavg()[0],
+            "torch": torch.__version__,
+        }
+    }
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         parts = {"packing": packing, "disk": lambda: disk(Path(scratch)), "step": lambda: step(Path(scratch))}
         for name in options.only:

@@ -13,8 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # One colour a contender, the same in every figure (Okabe and Ito's palette, readable without red or green).
-COLOURS = {"eager": "#7F7F7F", "compile": "#E69F00", "diffusion-dpo": "#56B4E9", "triton": "#009E73",
-           "native": "#D55E00"}
+COLOURS = {
+    "eager": "#7F7F7F",
+    "compile": "#E69F00",
+    "diffusion-dpo": "#56B4E9",
+    "triton": "#009E73",
+    "native": "#D55E00",
+}
 
 
 def best_time(entry: dict) -> float | None:
@@ -49,13 +54,19 @@ def lines(result: dict) -> Iterator[dict]:
             continue
         times = {name: best_time(entry) for name, entry in case["contenders"].items() if entry["status"] == "ok"}
         for name, entry in case["contenders"].items():
-            line = {"case": case["key"], "contender": name, "status": entry["status"],
-                    "reason": entry.get("reason", "")}
+            line = {
+                "case": case["key"],
+                "contender": name,
+                "status": entry["status"],
+                "reason": entry.get("reason", ""),
+            }
             seconds = times.get(name)
             if seconds is not None:
                 timing = entry.get("graph") or entry["time"]
                 line |= {
-                    "time": seconds, "spread": timing["spread"], "fastest": timing["fastest"],
+                    "time": seconds,
+                    "spread": timing["spread"],
+                    "fastest": timing["fastest"],
                     "loss_error": entry["gate"]["loss_error"],
                     "vs_eager": times["eager"] / seconds if times.get("eager") else None,
                     "vs_compile": times["compile"] / seconds if times.get("compile") else None,
@@ -64,19 +75,31 @@ def lines(result: dict) -> Iterator[dict]:
                     "beyond_gradients": entry["peak_extra_bytes"] - case["gradient_bytes"],
                 }
                 if on_gpu:
-                    line |= {"launch_by_launch": entry["time"]["median"], "host": entry.get("host_s"),
-                             "launches": entry.get("launches")}
+                    line |= {
+                        "launch_by_launch": entry["time"]["median"],
+                        "host": entry.get("host_s"),
+                        "launches": entry.get("launches"),
+                    }
             yield line
 
 
 def columns(result: dict) -> list[tuple[str, str]]:
     """(key, heading) of the table's columns."""
     on_gpu = result["environment"]["device_type"] == "cuda"
-    first = [("contender", "contender"), ("time", "device time" if on_gpu else "time"), ("spread", "spread"),
-             ("fastest", "fastest")]
+    first = [
+        ("contender", "contender"),
+        ("time", "device time" if on_gpu else "time"),
+        ("spread", "spread"),
+        ("fastest", "fastest"),
+    ]
     device = [("launch_by_launch", "launch by launch"), ("host", "host"), ("launches", "launches")]
-    last = [("vs_eager", "vs eager"), ("vs_compile", "vs compile"), ("of_copy", "of copy"),
-            ("beyond_gradients", "temporaries"), ("loss_error", "loss error")]
+    last = [
+        ("vs_eager", "vs eager"),
+        ("vs_compile", "vs compile"),
+        ("of_copy", "of copy"),
+        ("beyond_gradients", "temporaries"),
+        ("loss_error", "loss error"),
+    ]
     return first + (device if on_gpu else []) + last
 
 
@@ -119,8 +142,10 @@ def notes(result: dict) -> list[str]:
         "rounding of its result, the others to 2e-3; temporaries is memory beyond the gradients at the call's peak",
     ]
     if facts["device_type"] == "cuda":
-        text.append("device time is one replay of a CUDA graph; launch by launch is what a loop without graphs sees; "
-                    "host is the CPU's time to issue one call")
+        text.append(
+            "device time is one replay of a CUDA graph; launch by launch is what a loop without graphs sees; "
+            "host is the CPU's time to issue one call"
+        )
     return text
 
 
@@ -129,8 +154,10 @@ def warning(result: dict) -> str | None:
     facts = result["environment"]
     load = facts["load_average"][0]
     if facts["device_type"] == "cpu" and load > 0.5 * facts["threads"]:
-        return (f"the machine was busy (load {load:.1f} before the first timing, {facts['threads']} threads): medians "
-                f"are those of a busy machine, fastest is nearer to a calm one")
+        return (
+            f"the machine was busy (load {load:.1f} before the first timing, {facts['threads']} threads): medians "
+            f"are those of a busy machine, fastest is nearer to a calm one"
+        )
     return None
 
 
@@ -145,18 +172,40 @@ def markdown(result: dict, changes: list[dict] | None = None) -> str:
         by_case.setdefault(line["case"], []).append(line)
     floors = {case["key"]: case["floor_bytes"] for case in result["cases"]}
     for key, entries in by_case.items():
-        out += [f"## {key}", "", f"Floor {size(floors[key])}.", "",
-                "| " + " | ".join(heading for _, heading in shown) + " |",
-                "| --- " + "| ---: " * (len(shown) - 1) + "|"]
-        out += ["| " + " | ".join(cell(column, line.get(column)) for column, _ in shown) + " |"
-                for line in entries if line["status"] == "ok"]
-        out += ["", *(f"* {line['contender']} {line['status']}: {line['reason']}" for line in entries
-                      if line["status"] != "ok"), ""]
+        out += [
+            f"## {key}",
+            "",
+            f"Floor {size(floors[key])}.",
+            "",
+            "| " + " | ".join(heading for _, heading in shown) + " |",
+            "| --- " + "| ---: " * (len(shown) - 1) + "|",
+        ]
+        out += [
+            "| " + " | ".join(cell(column, line.get(column)) for column, _ in shown) + " |"
+            for line in entries
+            if line["status"] == "ok"
+        ]
+        out += [
+            "",
+            *(
+                f"* {line['contender']} {line['status']}: {line['reason']}"
+                for line in entries
+                if line["status"] != "ok"
+            ),
+            "",
+        ]
     if changes is not None:
-        out += ["## Against the previous results", "", "| case | contender | before | now | change | |",
-                "| --- | --- | ---: | ---: | ---: | --- |"]
-        out += [f"| {c['case']} | {c['contender']} | {duration(c['before'])} | {duration(c['now'])} | "
-                f"{100 * c['change']:+.0f}% | {c['verdict']} |" for c in changes]
+        out += [
+            "## Against the previous results",
+            "",
+            "| case | contender | before | now | change | |",
+            "| --- | --- | ---: | ---: | ---: | --- |",
+        ]
+        out += [
+            f"| {c['case']} | {c['contender']} | {duration(c['before'])} | {duration(c['now'])} | "
+            f"{100 * c['change']:+.0f}% | {c['verdict']} |"
+            for c in changes
+        ]
     return "\n".join(out).rstrip() + "\n"
 
 
@@ -186,8 +235,9 @@ def show(result: dict, changes: list[dict] | None = None) -> None:
                 first = key == "contender"
                 table.add_column(heading, justify="left" if first else "right", min_width=13 if first else 9)
         fused = line["contender"] in ("triton", "native")
-        tables[line["case"]].add_row(*(escape(cell(key, line.get(key))) for key, _ in shown),
-                                     style="bold" if fused else "")
+        tables[line["case"]].add_row(
+            *(escape(cell(key, line.get(key))) for key, _ in shown), style="bold" if fused else ""
+        )
     for key, table in tables.items():
         console.print(f"\n[bold cyan]{escape(key)}[/]", soft_wrap=True)
         console.print(table)
@@ -197,8 +247,13 @@ def show(result: dict, changes: list[dict] | None = None) -> None:
         where = cases[0] if len(cases) == 1 else f"{len(cases)} cases"
         console.print(f"[{colour}]{escape(f'{contender} {status} on {where}: {reason}')}[/]", soft_wrap=True)
     for c in changes or ():
-        console.print(escape(f"{c['case']} {c['contender']}: {duration(c['before'])} → {duration(c['now'])} "
-                             f"({100 * c['change']:+.0f}%, {c['verdict']})"), soft_wrap=True)
+        console.print(
+            escape(
+                f"{c['case']} {c['contender']}: {duration(c['before'])} → {duration(c['now'])} "
+                f"({100 * c['change']:+.0f}%, {c['verdict']})"
+            ),
+            soft_wrap=True,
+        )
 
 
 def compare(previous: dict, result: dict) -> list[dict]:
@@ -212,16 +267,26 @@ def compare(previous: dict, result: dict) -> list[dict]:
         change = line["time"] / old["time"] - 1
         noise = max(0.05, line["spread"], old["spread"])
         verdict = "within noise" if abs(change) <= noise else "slower" if change > 0 else "faster"
-        changes.append({"case": line["case"], "contender": line["contender"], "before": old["time"],
-                        "now": line["time"], "change": change, "verdict": verdict})
+        changes.append(
+            {
+                "case": line["case"],
+                "contender": line["contender"],
+                "before": old["time"],
+                "now": line["time"],
+                "change": change,
+                "verdict": verdict,
+            }
+        )
     return changes
 
 
 def write(result: dict, folder: Path, name: str, changes: list[dict] | None = None) -> list[Path]:
     """Write `name`.json, `name`.md and the figures; each file appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = [replace(folder / f"{name}.json", json.dumps(result, indent=1) + "\n"),
-               replace(folder / f"{name}.md", markdown(result, changes))]
+    written = [
+        replace(folder / f"{name}.json", json.dumps(result, indent=1) + "\n"),
+        replace(folder / f"{name}.md", markdown(result, changes)),
+    ]
     if any(line["status"] == "ok" for line in lines(result)):
         written += [roofline(result, folder / f"{name}-roofline.png"), speedup(result, folder / f"{name}-speedup.png")]
     return written
@@ -263,17 +328,30 @@ def roofline(result: dict, path: Path) -> Path:
     for case in cases:
         rate = case["floor_bytes"] / case["copy"]["median"] / 1e9
         roof[case["floor_bytes"]] = max(rate, roof.get(case["floor_bytes"], 0.0))
-    axes.plot(*zip(*sorted(roof.items()), strict=True), color="black", linewidth=1 if len(roof) > 4 else 0, marker="_",
-              markersize=14, label="copy of as many bytes")
-    axes.axhline(result["copy"]["bytes_per_second"] / 1e9, color="black", linestyle="--", linewidth=1,
-                 label=f"large copy, {result['copy']['bytes_per_second'] / 1e9:.0f} GB/s")
+    axes.plot(
+        *zip(*sorted(roof.items()), strict=True),
+        color="black",
+        linewidth=1 if len(roof) > 4 else 0,
+        marker="_",
+        markersize=14,
+        label="copy of as many bytes",
+    )
+    axes.axhline(
+        result["copy"]["bytes_per_second"] / 1e9,
+        color="black",
+        linestyle="--",
+        linewidth=1,
+        label=f"large copy, {result['copy']['bytes_per_second'] / 1e9:.0f} GB/s",
+    )
     markers = {"sample": "o", "frame": "s", "element": "^"}
     used = set()
     for name, colour in COLOURS.items():
         for granularity, marker in markers.items():
-            points = [(case["floor_bytes"], case["floor_bytes"] / best_time(case["contenders"][name]) / 1e9)
-                      for case in cases if case["granularity"] == granularity
-                      and case["contenders"].get(name, {}).get("status") == "ok"]
+            points = [
+                (case["floor_bytes"], case["floor_bytes"] / best_time(case["contenders"][name]) / 1e9)
+                for case in cases
+                if case["granularity"] == granularity and case["contenders"].get(name, {}).get("status") == "ok"
+            ]
             if points:
                 used.add(granularity)
                 axes.scatter(*zip(*points, strict=True), color=colour, marker=marker, s=45, zorder=3, label=None)
@@ -282,9 +360,14 @@ def roofline(result: dict, path: Path) -> Path:
     for granularity in markers:
         if granularity in used:
             axes.scatter([], [], facecolor="none", edgecolor="black", marker=markers[granularity], label=granularity)
-    axes.set(xscale="log", yscale="log", xlim=(min(roof) / 2, 2 * max(roof)), ylabel="floor bytes over time [GB/s]",
-             xlabel="bytes of the floor: inputs read once, gradients written once",
-             title=title(result) + ": how close to a copy")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlim=(min(roof) / 2, 2 * max(roof)),
+        ylabel="floor bytes over time [GB/s]",
+        xlabel="bytes of the floor: inputs read once, gradients written once",
+        title=title(result) + ": how close to a copy",
+    )
     for which in ("major", "minor") if max(roof) < 20 * min(roof) else ("major",):
         getattr(axes.xaxis, f"set_{which}_formatter")(EngFormatter(unit="B"))
     axes.grid(alpha=0.3, which="both", linewidth=0.5)
@@ -305,8 +388,13 @@ def speedup(result: dict, path: Path) -> Path:
         ticks.append(position + (len(group) - 1) / 2)
         for line in group:
             axes.barh(position, line["vs_eager"], color=COLOURS[line["contender"]], height=0.85)
-            axes.text(line["vs_eager"], position, f" {line['vs_eager']:.1f}×  {duration(line['time'])}", va="center",
-                      fontsize=8)
+            axes.text(
+                line["vs_eager"],
+                position,
+                f" {line['vs_eager']:.1f}×  {duration(line['time'])}",
+                va="center",
+                fontsize=8,
+            )
             position += 1
         position += 0.7
     for name in names:

@@ -31,8 +31,9 @@ from .shapes import BATCHES, SHAPES, SMALL_SHAPES, Case
 class Run:
     """What a section knows: device, deadline, seed, which share of the work is its own, and where findings go."""
 
-    def __init__(self, records: Path, seconds: float, seed: int, shard: tuple[int, int], red: list[dict],
-                 dry_run: bool):
+    def __init__(
+        self, records: Path, seconds: float, seed: int, shard: tuple[int, int], red: list[dict], dry_run: bool
+    ):
         self.records, self.seed, self.shard, self.red, self.dry_run = records, seed, shard, red, dry_run
         self.deadline = time.monotonic() + seconds
         if not dry_run and not torch.cuda.is_available():
@@ -60,8 +61,11 @@ def describe(error: BaseException) -> str:
 def environment(run: Run) -> None:
     facts = harness.environment(run.device)
     if not run.dry_run:
-        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw",
-                 "--format=csv,noheader"]
+        query = [
+            "nvidia-smi",
+            "--query-gpu=driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw",
+            "--format=csv,noheader",
+        ]
         if shutil.which(query[0]):
             facts["nvidia_smi"] = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.strip()
     run.add(kind="environment", **facts)
@@ -72,6 +76,7 @@ def environment(run: Run) -> None:
 
 
 # -- correctness
+
 
 def parity(run: Run) -> None:
     index, shards = run.shard
@@ -86,8 +91,13 @@ def parity(run: Run) -> None:
         if run.left() < 0:
             run.add(kind="left_out", check="parity", count=len(range(place, len(work), shards)), of=len(work))
             return
-        record = {"check": "parity", "backend": name, "key": case.key, "granularity": case.granularity,
-                  "reference_form": case.reference_form}
+        record = {
+            "check": "parity",
+            "backend": name,
+            "key": case.key,
+            "granularity": case.granularity,
+            "reference_form": case.reference_form,
+        }
         run.add(kind="begin", **record)
         try:
             record |= correctness.parity(case, name, run.device, i, run.seed)
@@ -119,8 +129,13 @@ def small_kernels(run: Run) -> None:
     """Every kernel once on small shapes: what compute-sanitizer watches."""
     names, _ = correctness.usable_backends(run.device)
     for backend in names:
-        for granularity, form in (("sample", "errors"), ("sample", "predictions"), ("frame", "bf16"),
-                                  ("element", "fp8"), ("element", "predictions")):
+        for granularity, form in (
+            ("sample", "errors"),
+            ("sample", "predictions"),
+            ("frame", "bf16"),
+            ("element", "fp8"),
+            ("element", "predictions"),
+        ):
             x = make_inputs(Case(SMALL_SHAPES[1], 2, granularity, form), run.device, run.seed)
             _, gradient = correctness.loss_and_gradient(x, backend, granularity)
             run.add(kind="ran", backend=backend, case=f"{granularity}/{form}", sum=float(gradient.float().sum()))
@@ -135,8 +150,23 @@ def _sanitizer(run: Run, tool: str) -> None:
         run.add(**record, status="skipped", detail="dry run" if run.dry_run else "compute-sanitizer is not installed")
         return
     kept = run.records.with_suffix(f".{tool}")
-    command = [found, "--tool", tool, "--error-exitcode", "9", sys.executable, str(Path(__file__).with_name("gpu.py")),
-               "--section", "small_kernels", "--records", str(kept), "--seconds", "600", "--seed", str(run.seed)]
+    command = [
+        found,
+        "--tool",
+        tool,
+        "--error-exitcode",
+        "9",
+        sys.executable,
+        str(Path(__file__).with_name("gpu.py")),
+        "--section",
+        "small_kernels",
+        "--records",
+        str(kept),
+        "--seconds",
+        "600",
+        "--seed",
+        str(run.seed),
+    ]
     # Without torch's caching every tensor is its own allocation, so that one byte past it is out of bounds.
     variables = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
@@ -166,15 +196,20 @@ def racecheck(run: Run) -> None:
 
 # -- speed
 
+
 def withheld_by(red: list[dict]) -> Callable[[Contender, Case], str | None]:
     """Why a fused contender's speed must not be reported: a red check of its backend, or of its very form (parity)."""
+
     def reason(contender: Contender, case: Case) -> str | None:
         for record in red if contender.fused else ():
-            same_form = (record.get("granularity", case.granularity) == case.granularity
-                         and record.get("reference_form", case.reference_form) == case.reference_form)
+            same_form = (
+                record.get("granularity", case.granularity) == case.granularity
+                and record.get("reference_form", case.reference_form) == case.reference_form
+            )
             if record["backend"] in ("", contender.name) and record["check"] != "draws" and same_form:
                 return f"withheld: {record['check']} is red ({record['detail']})"
         return None
+
     return reason
 
 
@@ -182,15 +217,22 @@ def speed_cases(dry_run: bool) -> list[tuple[Case, bool]]:
     """(case, with torch.compile), most wanted first."""
     if dry_run:
         return [(Case(SMALL_SHAPES[0], 1, "sample", "errors"), False), (Case(SMALL_SHAPES[0], 2, "element"), False)]
-    main = [(Case(SHAPES[name], pairs, *form), True) for pairs in (1, 16, 4) for name in SHAPES
-            for form in (("sample", "errors"), ("element", "predictions"))]
+    main = [
+        (Case(SHAPES[name], pairs, *form), True)
+        for pairs in (1, 16, 4)
+        for name in SHAPES
+        for form in (("sample", "errors"), ("element", "predictions"))
+    ]
     wan = SHAPES["wan2.1-480p"]
     forms = [Case(wan, 4, g, r) for g in ("frame", "element", "sample") for r in ("errors", "bf16", "fp8")]
     forms += [Case(wan, 4, "sample", "predictions", t) for t in ("shared", "built")]
     whole = [Case(SHAPES[name], pairs, "sample", "predictions") for pairs in BATCHES for name in SHAPES]
     known = {case for case, _ in main}
-    return main + [(case, case.shape is wan and case in whole) for case in dict.fromkeys(forms + whole)
-                   if case.possible and case not in known]
+    return main + [
+        (case, case.shape is wan and case in whole)
+        for case in dict.fromkeys(forms + whole)
+        if case.possible and case not in known
+    ]
 
 
 def speed(run: Run) -> None:
@@ -202,9 +244,18 @@ def speed(run: Run) -> None:
             return
         contenders = [c for c in CONTENDERS if compiled or c.name != "compile"]
         budget = harness.Budget(0.05, (2, 3)) if run.dry_run else harness.DEFAULT_BUDGET
-        run.add(kind="case", **harness.measure(case, run.device, contenders=contenders, seed=run.seed + 1000 * place,
-                                               budget=budget, withheld=withheld,
-                                               count_launches=case.shape.name == "wan2.1-480p"))
+        run.add(
+            kind="case",
+            **harness.measure(
+                case,
+                run.device,
+                contenders=contenders,
+                seed=run.seed + 1000 * place,
+                budget=budget,
+                withheld=withheld,
+                count_launches=case.shape.name == "wan2.1-480p",
+            ),
+        )
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -214,9 +265,12 @@ def warm(run: Run) -> None:
     names, _ = correctness.usable_backends(run.device)
     compiled = next(c for c in CONTENDERS if c.name == "compile")
     work = [(nullcontext(), compiled, case) for case, with_compile in speed_cases(run.dry_run) if with_compile]
-    work += [(experiment.applied(), Contender(experiment.backend, "", fused=True), case)
-             for experiment in EXPERIMENTS if experiment.backend in names and not run.dry_run
-             for case in experiment.cases]
+    work += [
+        (experiment.applied(), Contender(experiment.backend, "", fused=True), case)
+        for experiment in EXPERIMENTS
+        if experiment.backend in names and not run.dry_run
+        for case in experiment.cases
+    ]
     index, shards = run.shard
     for context, contender, case in work[index::shards]:
         if run.left() < 0:
@@ -230,6 +284,7 @@ def warm(run: Run) -> None:
 
 
 # -- tuning
+
 
 def _median_seconds(inputs: list[Inputs], case: Case, backend: str) -> dict:
     contender = Contender(backend, "", fused=True)
@@ -270,9 +325,13 @@ def tuning(run: Run) -> None:
 
 
 def _experiment(run: Run, experiment: Experiment, inputs: dict, names: list[str], reasons: dict[str, str]) -> dict:
-    record = {"name": experiment.name, "backend": experiment.backend, "because": experiment.because,
-              "expected_ratio": experiment.expected_ratio,
-              "settings": {path: repr(value) for path, value in experiment.settings.items()}}
+    record = {
+        "name": experiment.name,
+        "backend": experiment.backend,
+        "because": experiment.because,
+        "expected_ratio": experiment.expected_ratio,
+        "settings": {path: repr(value) for path, value in experiment.settings.items()},
+    }
     if experiment.backend not in names:
         return record | {"verdict": "skipped", "detail": reasons[experiment.backend]}
     if run.left() < 0:
@@ -289,12 +348,17 @@ def _experiment(run: Run, experiment: Experiment, inputs: dict, names: list[str]
     except Exception as error:  # a setting that does not even run is an outcome
         return record | {"verdict": "failed", "detail": describe(error)}
     decision, ratio = verdict(pairs)
-    return record | {"verdict": decision, "ratio": ratio,
-                     "cases": {case.key: {"before": old, "after": new}
-                               for case, (old, new) in zip(experiment.cases, pairs, strict=True)}}
+    return record | {
+        "verdict": decision,
+        "ratio": ratio,
+        "cases": {
+            case.key: {"before": old, "after": new} for case, (old, new) in zip(experiment.cases, pairs, strict=True)
+        },
+    }
 
 
 # -- the reference cache
+
 
 def cache(run: Run) -> None:
     """Packing into pinned memory and gathering back, each against a pinned copy of the same bytes."""
@@ -339,19 +403,44 @@ def cache(run: Run) -> None:
             for value in rows.gather([table], places, out=host).values():
                 value.to(run.device, non_blocking=True)
 
-        run.add(kind="cache", form=form, bytes=nbytes, pairs=case.pairs, shape=case.shape.name,
-                pack_s=timed(lambda form=form, keep=keep: keep(rows.pack(x.reference, x.target, form))),
-                copy_out_s=timed(lambda keep=keep, packed=packed: keep(packed)), gather_s=timed(fetch),
-                copy_in_s=timed(lambda host=host: [v.to(run.device, non_blocking=True) for v in host.values()]))
+        run.add(
+            kind="cache",
+            form=form,
+            bytes=nbytes,
+            pairs=case.pairs,
+            shape=case.shape.name,
+            pack_s=timed(lambda form=form, keep=keep: keep(rows.pack(x.reference, x.target, form))),
+            copy_out_s=timed(lambda keep=keep, packed=packed: keep(packed)),
+            gather_s=timed(fetch),
+            copy_in_s=timed(lambda host=host: [v.to(run.device, non_blocking=True) for v in host.values()]),
+        )
 
 
 # -- a training step
 
-WAN_1_3B = {"num_attention_heads": 12, "attention_head_dim": 128, "in_channels": 16, "out_channels": 16,
-            "text_dim": 4096, "freq_dim": 256, "ffn_dim": 8960, "num_layers": 30, "cross_attn_norm": True,
-            "qk_norm": "rms_norm_across_heads", "eps": 1e-6, "rope_max_seq_len": 1024, "patch_size": [1, 2, 2]}
-WAN_TINY = WAN_1_3B | {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 16, "freq_dim": 32,
-                       "ffn_dim": 32, "num_layers": 2}
+WAN_1_3B = {
+    "num_attention_heads": 12,
+    "attention_head_dim": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 4096,
+    "freq_dim": 256,
+    "ffn_dim": 8960,
+    "num_layers": 30,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "eps": 1e-6,
+    "rope_max_seq_len": 1024,
+    "patch_size": [1, 2, 2],
+}
+WAN_TINY = WAN_1_3B | {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "text_dim": 16,
+    "freq_dim": 32,
+    "ffn_dim": 32,
+    "num_layers": 2,
+}
 
 
 def step(run: Run) -> None:
@@ -365,8 +454,13 @@ def step(run: Run) -> None:
         run.add(kind="step", status="skipped", detail=f"needs diffusers and peft: {error}")
         return
     on_gpu = run.device.type == "cuda"
-    config = ModelConfig(architecture=WAN_TINY if run.dry_run else WAN_1_3B, train="lora", lora=LoraConfig(),
-                         gradient_checkpointing=True, text_tokens=8 if run.dry_run else None)
+    config = ModelConfig(
+        architecture=WAN_TINY if run.dry_run else WAN_1_3B,
+        train="lora",
+        lora=LoraConfig(),
+        gradient_checkpointing=True,
+        text_tokens=8 if run.dry_run else None,
+    )
     adapter = adapter_from_config(config)
     with torch.device(run.device):
         model = adapter.make_trainable(adapter.load(run.device))
@@ -374,7 +468,7 @@ def step(run: Run) -> None:
     height, width = (8, 8) if run.dry_run else (60, 104)
     text = torch.randn(2, adapter.text_tokens, config.architecture["text_dim"], device=run.device)
     times = torch.full((2,), 500.0, device=run.device)
-    for frames in ((2,) if run.dry_run else (5, 21)):
+    for frames in (2,) if run.dry_run else (5, 21):
         noised, target = (torch.randn(2, 16, frames, height, width, device=run.device) for _ in range(2))
 
         def reference_now(noised=noised, target=target):
@@ -383,17 +477,31 @@ def step(run: Run) -> None:
 
         cached = reference_now()
         for reference, backend in (("cached", "auto"), ("cached", "eager"), ("adapter-off", "auto")):
-            record = {"kind": "step", "model": "wan2.1-1.3b" if not run.dry_run else "tiny", "frames": frames,
-                      "reference": reference, "backend": backend, "train": "lora", "checkpointing": True}
+            record = {
+                "kind": "step",
+                "model": "wan2.1-1.3b" if not run.dry_run else "tiny",
+                "frames": frames,
+                "reference": reference,
+                "backend": backend,
+                "train": "lora",
+                "checkpointing": True,
+            }
             if run.left() < 0:
                 run.add(**record, status="skipped", detail="no time left in this section")
                 continue
 
-            def one(reference=reference, backend=backend, noised=noised, target=target, cached=cached,
-                    reference_now=reference_now):
+            def one(
+                reference=reference,
+                backend=backend,
+                noised=noised,
+                target=target,
+                cached=cached,
+                reference_now=reference_now,
+            ):
                 given = cached if reference == "cached" else reference_now()
-                loss = pf.preference_loss(adapter.forward(model, noised, times, text), target, given,
-                                          objective=OBJECTIVE, backend=backend).loss
+                loss = pf.preference_loss(
+                    adapter.forward(model, noised, times, text), target, given, objective=OBJECTIVE, backend=backend
+                ).loss
                 torch.autograd.grad(loss, parameters)
 
             samples = []
@@ -409,9 +517,28 @@ def step(run: Run) -> None:
                     samples.append(time.perf_counter() - begin)
                 if run.left() < 0 and samples:
                     break
-            run.add(**record, status="ok", seconds=statistics.median(samples), samples=samples,
-                    peak_bytes=torch.cuda.max_memory_allocated() if on_gpu else None)
+            run.add(
+                **record,
+                status="ok",
+                seconds=statistics.median(samples),
+                samples=samples,
+                peak_bytes=torch.cuda.max_memory_allocated() if on_gpu else None,
+            )
 
 
-SECTIONS = {function.__name__: function for function in (
-    environment, parity, properties, memcheck, racecheck, warm, small_kernels, speed, tuning, cache, step)}
+SECTIONS = {
+    function.__name__: function
+    for function in (
+        environment,
+        parity,
+        properties,
+        memcheck,
+        racecheck,
+        warm,
+        small_kernels,
+        speed,
+        tuning,
+        cache,
+        step,
+    )
+}

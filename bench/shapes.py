@@ -28,13 +28,16 @@ class VideoShape:
         return math.prod(self.latents)
 
 
-SHAPES = {shape.name: shape for shape in (
-    VideoShape("videocrafter2", (4, 16, 40, 64)),
-    VideoShape("cogvideox-480p", (16, 13, 60, 90)),
-    VideoShape("wan2.1-480p", (16, 21, 60, 104)),
-    VideoShape("wan2.1-720p", (16, 21, 90, 160)),
-    VideoShape("hunyuanvideo-720p", (16, 33, 90, 160)),
-)}
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        VideoShape("videocrafter2", (4, 16, 40, 64)),
+        VideoShape("cogvideox-480p", (16, 13, 60, 90)),
+        VideoShape("wan2.1-480p", (16, 21, 60, 104)),
+        VideoShape("wan2.1-720p", (16, 21, 90, 160)),
+        VideoShape("hunyuanvideo-720p", (16, 33, 90, 160)),
+    )
+}
 # For checks alone: even, and odd in every dimension.
 SMALL_SHAPES = (VideoShape("small-even", (4, 3, 8, 16)), VideoShape("small-odd", (3, 5, 7, 9)))
 

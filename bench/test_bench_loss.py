@@ -13,9 +13,16 @@ from .harness import check, input_sets, peak_extra_bytes
 from .shapes import SHAPES, Case
 
 CPU = torch.device("cpu")
-CASES = tuple(Case(SHAPES[name], 1, granularity, form) for name in ("videocrafter2", "wan2.1-480p")
-              for granularity, form in
-              (("sample", "errors"), ("sample", "predictions"), ("frame", "errors"), ("element", "predictions")))
+CASES = tuple(
+    Case(SHAPES[name], 1, granularity, form)
+    for name in ("videocrafter2", "wan2.1-480p")
+    for granularity, form in (
+        ("sample", "errors"),
+        ("sample", "predictions"),
+        ("frame", "errors"),
+        ("element", "predictions"),
+    )
+)
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.key)
@@ -46,6 +53,7 @@ def test_loss_and_gradients(benchmark, contender, case, inputs):
     benchmark.group = case.key
     benchmark.pedantic(call, setup=next_set, rounds=15, warmup_rounds=2)
     benchmark.extra_info |= {
-        "floor_bytes": case.floor_bytes, "threads": torch.get_num_threads(),
+        "floor_bytes": case.floor_bytes,
+        "threads": torch.get_num_threads(),
         "temporaries_bytes": peak_extra_bytes(lambda i: call(inputs[i % len(inputs)]), CPU) - case.gradient_bytes,
     }

@@ -7,7 +7,9 @@ namespace pgdpo {
 inline namespace PGDPO_ISA {
 namespace {
 
-int size_of(int dtype) { return dtype == FLOAT8 ? 1 : dtype == BFLOAT16 || dtype == FLOAT16 ? 2 : dtype == FLOAT32 ? 4 : 8; }
+int size_of(int dtype) {
+  return dtype == FLOAT8 ? 1 : dtype == BFLOAT16 || dtype == FLOAT16 ? 2 : dtype == FLOAT32 ? 4 : 8;
+}
 
 // PACK_BLOCK values from element `start` of a row on, zeros past `count`.
 template <class S>

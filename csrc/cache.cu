@@ -1,5 +1,5 @@
-// The reference cache on the device: predictions to rows and errors in one pass, written where they are kept (pinned host
-// memory included), and the rows of a batch brought back in one launch.
+// The reference cache on the device: predictions to rows and errors in one pass, written where they are kept (pinned
+// host memory included), and the rows of a batch brought back in one launch.
 #include "cuda_block.cuh"
 #include "cuda_pack.h"
 #include "cuda_plan.h"
@@ -11,8 +11,9 @@ namespace {
 // One block a segment. Reads predictions and targets once, writes rows and scales once; partial sums are those of the
 // error pass, bit for bit.
 template <class S, int P, int ACCESS>
-__global__ void __launch_bounds__(THREADS) pack_kernel(const __grid_constant__ Pair x, const __grid_constant__ Call<S> call,
-                                                       const __grid_constant__ Packed out) {
+__global__ void __launch_bounds__(THREADS)
+    pack_kernel(const __grid_constant__ Pair x, const __grid_constant__ Call<S> call,
+                const __grid_constant__ Packed out) {
   constexpr int WIDTH = width_of(P), LANES = PACK_BLOCK / WIDTH;
   __shared__ S shared[STATISTICS * TEAM_WARPS];
   let_next_start();
@@ -56,8 +57,8 @@ __global__ void __launch_bounds__(THREADS) pack_kernel(const __grid_constant__ P
   if (t < STATISTICS) call.partial[t * x.pairs * x.segments + blockIdx.x] = team_total(shared, t);
 }
 
-// Row blockIdx.y of the batch, all tables: 16 bytes a thread and step where everything is aligned. Reads of pinned memory
-// take microseconds, so many are in flight.
+// Row blockIdx.y of the batch, all tables: 16 bytes a thread and step where everything is aligned. Reads of pinned
+// memory take microseconds, so many are in flight.
 __global__ void __launch_bounds__(256) gather_kernel(const __grid_constant__ Gather x) {
   const int64_t row = x.rows[blockIdx.y];
   const int64_t first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, step = int64_t(gridDim.x) * blockDim.x;
@@ -79,7 +80,8 @@ __global__ void __launch_bounds__(256) gather_kernel(const __grid_constant__ Gat
 }  // namespace
 
 template <class S>
-cudaError_t launch_pack(const Pair& x, const Call<S>& call, const Packed& out, const Device& device, cudaStream_t stream) {
+cudaError_t launch_pack(const Pair& x, const Call<S>& call, const Packed& out, const Device& device,
+                        cudaStream_t stream) {
   with_pack<S>(x, out, [&](auto policy, auto access) {
     pack_kernel<S, decltype(policy)::value, decltype(access)::value>
         <<<unsigned(x.pairs * x.segments), THREADS, 0, stream>>>(x, call, out);

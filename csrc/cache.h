@@ -1,8 +1,9 @@
-// The rows of the reference cache: residuals q - y as bfloat16, or as float8 (e4m3) with one float32 scale per PACK_BLOCK.
+// The rows of the reference cache: residuals q - y as bfloat16, or as float8 (e4m3) with one float32 scale per
+// PACK_BLOCK.
 //
 // Every implementation makes the same bytes: no operation here may be contracted, and sums add neighbours first. The
-// scale is chosen so that the largest residual of a block becomes 448, then corrected so that the block keeps its sum of
-// squares (pgdpo_fast/loss.py says why).
+// scale is chosen so that the largest residual of a block becomes 448, then corrected so that the block keeps its sum
+// of squares (pgdpo_fast/loss.py says why).
 #pragma once
 
 #include "epilogue.h"
@@ -15,7 +16,9 @@ struct Packed {
   MutableRows rows[2], scale[2];
 };
 
-inline int64_t pack_blocks_of(const Pair& x) { return (x.numel + PACK_BLOCK - 1) / PACK_BLOCK; }
+inline int64_t pack_blocks_of(const Pair& x) {
+  return (x.numel + PACK_BLOCK - 1) / PACK_BLOCK;
+}
 
 inline namespace PGDPO_ISA {
 
@@ -24,10 +27,14 @@ void pack_blocks(const Pair& x, const Packed& out, int64_t begin, int64_t end);
 
 #if defined(__CUDA_ARCH__)
 #define PGDPO_EXACT(name, rounded, plain) \
-  PGDPO_HD float name(float a, float b) { return rounded(a, b); }
+  PGDPO_HD float name(float a, float b) { \
+    return rounded(a, b);                 \
+  }
 #else
 #define PGDPO_EXACT(name, rounded, plain) \
-  PGDPO_HD float name(float a, float b) { return a plain b; }
+  PGDPO_HD float name(float a, float b) { \
+    return a plain b;                     \
+  }
 #endif
 PGDPO_EXACT(exact_add, __fadd_rn, +)
 PGDPO_EXACT(exact_product, __fmul_rn, *)
@@ -54,7 +61,9 @@ PGDPO_HD float bits_float(uint32_t bits) {
 }
 
 // |x| as an integer that is ordered as |x| is, with NaN above all.
-PGDPO_HD uint32_t size_bits(float x) { return float_bits(x) & 0x7fffffffu; }
+PGDPO_HD uint32_t size_bits(float x) {
+  return float_bits(x) & 0x7fffffffu;
+}
 
 PGDPO_HD float first_scale(float largest) {
   const float scale = exact_product(largest, 1.0f / 448.0f);
@@ -67,7 +76,8 @@ PGDPO_HD float scaled_residual(float residual, float scale) {
   return x > 448.0f ? 448.0f : x < -448.0f ? -448.0f : x;
 }
 
-// Nearest float8, ties to even, of |x| <= 448 or NaN. Below the normal range (2^-6) adding 2^14 rounds to its last place.
+// Nearest float8, ties to even, of |x| <= 448 or NaN. Below the normal range (2^-6) adding 2^14 rounds to its last
+// place.
 PGDPO_HD uint32_t encode_float8(float x) {
   const uint32_t bits = float_bits(x), size = bits & 0x7fffffffu, sign = bits >> 24 & 0x80u;
   const uint32_t tiny = float_bits(exact_add(bits_float(size), 16384.0f)) - 0x46800000u;

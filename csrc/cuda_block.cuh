@@ -8,12 +8,17 @@ namespace cuda {
 
 constexpr int TEAM_WARPS = THREADS / 32;
 
-// Blocks of THREADS a multiprocessor must hold at once, so at most 128 registers a thread for vectors of any dtype and 168
-// for single values; 0 leaves it to the compiler, which then uses fewest. float64 is not made for speed.
+// Blocks of THREADS a multiprocessor must hold at once, so at most 128 registers a thread for vectors of any dtype and
+// 168 for single values; 0 leaves it to the compiler, which then uses fewest. float64 is not made for speed.
 template <class S, int ACCESS>
-constexpr int BLOCKS = sizeof(S) == 8 ? 1 : ACCESS == SAME ? 0 : ACCESS == MIXED ? 4 : 3;
+constexpr int BLOCKS = sizeof(S) == 8    ? 1
+                       : ACCESS == SAME  ? 0
+                       : ACCESS == MIXED ? 4
+                                         : 3;
 
-__device__ inline void team_barrier(int team) { asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "r"(THREADS) : "memory"); }
+__device__ inline void team_barrier(int team) {
+  asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "r"(THREADS) : "memory");
+}
 
 // Adds PLANES values over the threads of a team. Afterwards team_total(k) is plane k's sum, in every thread, until the
 // team's next team_barrier.
@@ -88,7 +93,7 @@ __device__ inline void fold_rows(const Pair& x, const Call<S>& call, S* shared) 
 // A fold is one block, set up while the pass before it runs where the device can (sm_90 on).
 template <class S, class Kernel>
 inline cudaError_t launch_fold(Kernel kernel, int threads, const Pair& x, const Call<S>& call, const Device& device,
-                        cudaStream_t stream) {
+                               cudaStream_t stream) {
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;

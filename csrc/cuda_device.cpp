@@ -13,7 +13,9 @@ namespace {
 
 using torch::stable::accelerator::DeviceGuard;
 
-void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "CUDA device: ", cudaGetErrorString(error)); }
+void check(cudaError_t error) {
+  STD_TORCH_CHECK(error == cudaSuccess, "CUDA device: ", cudaGetErrorString(error));
+}
 
 const Device& properties(int index) {
   constexpr int DEVICES = 64;
@@ -45,7 +47,9 @@ void* device_address(const void* pointer) {
   return attributes.type == cudaMemoryTypeUnregistered ? nullptr : attributes.devicePointer;
 }
 
-Current::~Current() { delete static_cast<DeviceGuard*>(guard); }
+Current::~Current() {
+  delete static_cast<DeviceGuard*>(guard);
+}
 
 }  // namespace cuda
 }  // namespace pgdpo

@@ -37,7 +37,8 @@ cudaError_t launch_elements(const Pair& x, const Call<S>& call, cudaStream_t str
 template <class S>
 cudaError_t launch_fold_elements(const Pair& x, const Call<S>& call, const Device& device, cudaStream_t stream);
 template <class S>
-cudaError_t launch_pack(const Pair& x, const Call<S>& call, const Packed& out, const Device& device, cudaStream_t stream);
+cudaError_t launch_pack(const Pair& x, const Call<S>& call, const Packed& out, const Device& device,
+                        cudaStream_t stream);
 
 // Rows `rows` of up to TABLES tables, copied to consecutive rows; one launch.
 struct Gather {
@@ -50,7 +51,8 @@ struct Gather {
 };
 cudaError_t launch_gather(const Gather& x, const Device& device, cudaStream_t stream);
 
-// The address at which the current device reads `pointer`: its own memory, or pinned host memory. Null for anything else.
+// The address at which the current device reads `pointer`: its own memory, or pinned host memory. Null for anything
+// else.
 void* device_address(const void* pointer);
 
 cudaError_t launch_one_touch(const Pair& x, const Call<float>& call, const OneTouch& plan, cudaStream_t stream);

@@ -1,6 +1,6 @@
-// The CUDA operators as torch sees them, on LibTorch's stable ABI. A library of its own beside the CPU one, whose operators
-// it implements on CUDA; memory comes from torch's caching allocator, work goes to the current stream, nothing
-// synchronizes, so every operator can be captured into a CUDA graph.
+// The CUDA operators as torch sees them, on LibTorch's stable ABI. A library of its own beside the CPU one, whose
+// operators it implements on CUDA; memory comes from torch's caching allocator, work goes to the current stream,
+// nothing synchronizes, so every operator can be captured into a CUDA graph.
 #include "cuda_launch.h"
 #include "operands.h"
 
@@ -135,8 +135,8 @@ std::tuple<Tensor, Tensor, Tensor> pair_objective(PGDPO_OPERANDS, const MaybeTen
   return {out.loss, out.telemetry, out.coefficients};
 }
 
-std::tuple<Tensor, Tensor> pair_gradient(PGDPO_OPERANDS, const Tensor& coefficients, const Tensor& incoming, int64_t form,
-                                         int64_t groups, int64_t length, bool anchor) {
+std::tuple<Tensor, Tensor> pair_gradient(PGDPO_OPERANDS, const Tensor& coefficients, const Tensor& incoming,
+                                         int64_t form, int64_t groups, int64_t length, bool anchor) {
   const cuda::Current on(p_w.get_device_index());
   const Operands x(PGDPO_PASS_OPERANDS, form, groups, length);
   const Tensor chosen = x.chosen_gradient(), rejected = x.rejected_gradient();
@@ -170,9 +170,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, bool> loss_and_gradients(
     call.incoming = numbers<S>(incoming, "incoming", p_w, 1);
     x.set_gradients(call.gradient, chosen, rejected);
     if constexpr (sizeof(S) == 4) {
-      const cuda::OneTouch plan = on.device.major < 9 ? cuda::OneTouch{}
-                                                      : cuda::one_touch(x.pair, call.anchor, call.gradient,
-                                                                        on.device.multiprocessors, on.device.shared_limit);
+      const cuda::OneTouch plan =
+          on.device.major < 9
+              ? cuda::OneTouch{}
+              : cuda::one_touch(x.pair, call.anchor, call.gradient, on.device.multiprocessors, on.device.shared_limit);
       if (plan.fits) {
         check(cuda::launch_one_touch(x.pair, call, plan, on.stream), "loss_and_gradients");
         one = true;
@@ -209,8 +210,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pair_elements(PGDPO_OPERANDS,
   const cuda::Current on(p_w.get_device_index());
   const Operands x(PGDPO_PASS_OPERANDS, form, 1, length);
   const int64_t pairs = x.pair.pairs;
-  const Tensor loss = x.numbers({}), telemetry = x.numbers({TELEMETRY, pairs, 1}), means = x.numbers({ELEMENT_MEANS, pairs}),
-               partial = x.numbers({ELEMENT_SUMS, x.chunks()}),
+  const Tensor loss = x.numbers({}), telemetry = x.numbers({TELEMETRY, pairs, 1}),
+               means = x.numbers({ELEMENT_MEANS, pairs}), partial = x.numbers({ELEMENT_SUMS, x.chunks()}),
                chosen = with_gradients ? x.chosen_gradient() : x.nothing(),
                rejected = with_gradients ? x.rejected_gradient() : x.nothing();
   with_type(x, [&](auto zero) {
@@ -246,7 +247,8 @@ void pair_elements_gradient(PGDPO_OPERANDS, const MaybeTensor& weight, const May
 
 char* reachable(char* data, const char* name) {
   void* address = cuda::device_address(data);
-  STD_TORCH_CHECK(address != nullptr, name, ": expected CUDA tensors or pinned host memory, see torch.Tensor.pin_memory");
+  STD_TORCH_CHECK(address != nullptr, name,
+                  ": expected CUDA tensors or pinned host memory, see torch.Tensor.pin_memory");
   return static_cast<char*>(address);
 }
 
@@ -274,8 +276,7 @@ Tensor pack(PGDPO_OPERANDS, Tensor chosen, Tensor rejected, MaybeTensor chosen_s
 
 void gather_rows(std::vector<Tensor> tables, std::vector<int64_t> rows, std::vector<Tensor> out) {
   const std::vector<RowCopy> copies = row_copies(tables, rows, out);
-  for (const Tensor& x : out)
-    STD_TORCH_CHECK(same_device(x, out[0]), "out: expected tensors on one device");
+  for (const Tensor& x : out) STD_TORCH_CHECK(same_device(x, out[0]), "out: expected tensors on one device");
   const cuda::Current on(out[0].get_device_index());
   for (size_t table = 0; table < copies.size(); table += cuda::Gather::TABLES) {
     for (size_t row = 0; row < rows.size(); row += cuda::Gather::ROWS) {

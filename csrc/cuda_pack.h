@@ -1,5 +1,5 @@
-// What one CUDA thread computes of packing: a lane holds WIDTH residuals, PACK_BLOCK / WIDTH neighbouring lanes one block.
-// Between the steps lanes exchange the block's largest residual and its sums; no function here knows how.
+// What one CUDA thread computes of packing: a lane holds WIDTH residuals, PACK_BLOCK / WIDTH neighbouring lanes one
+// block. Between the steps lanes exchange the block's largest residual and its sums; no function here knows how.
 #pragma once
 
 #include "cache.h"
@@ -65,8 +65,8 @@ PGDPO_HD void lane_bytes(const float (&residual)[WIDTH], float scale, uint32_t (
 
 // Writes a lane's part of a row: bfloat16 residuals, or bytes.
 template <int WIDTH, int ACCESS>
-PGDPO_HD void put_row(const MutableRows& rows, const Pair& x, int64_t pair, int64_t position, const float (&residual)[WIDTH],
-                      const uint32_t (&bytes)[WIDTH / 4]) {
+PGDPO_HD void put_row(const MutableRows& rows, const Pair& x, int64_t pair, int64_t position,
+                      const float (&residual)[WIDTH], const uint32_t (&bytes)[WIDTH / 4]) {
   const bool halves = rows.dtype == BFLOAT16;
   char* to = rows.data + (pair * rows.stride + position) * (halves ? 2 : 1);
   if constexpr (ACCESS == SCALAR) {

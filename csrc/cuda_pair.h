@@ -40,7 +40,8 @@ struct Segment {
   S noise_scale, clean_scale;
 
   PGDPO_HD static View view(const Rows& rows, int64_t pair, int64_t start) {
-    return {rows.data == nullptr ? nullptr : rows.data + (pair * rows.stride + start) * size_of(rows.dtype), rows.dtype};
+    return {rows.data == nullptr ? nullptr : rows.data + (pair * rows.stride + start) * size_of(rows.dtype),
+            rows.dtype};
   }
 
   PGDPO_HD Segment(const Pair& x, int64_t pair_, int64_t index_) : pair(pair_), index(index_) {
@@ -79,8 +80,10 @@ template <class S, int P, int ACCESS, int FORM, int HELD, int REFERENCE_SPACE>
 struct Stretch {
   static constexpr int WIDTH = width_of(P);
   static constexpr int OTHER = ACCESS == SAME ? P : ANY;
-  static constexpr int REFERENCE_DTYPE =
-      FORM == REFERENCE_FLOAT8 ? FLOAT8 : FORM == REFERENCE_BFLOAT16 ? BFLOAT16 : FORM == ANY ? ANY : OTHER;
+  static constexpr int REFERENCE_DTYPE = FORM == REFERENCE_FLOAT8     ? FLOAT8
+                                         : FORM == REFERENCE_BFLOAT16 ? BFLOAT16
+                                         : FORM == ANY                ? ANY
+                                                                      : OTHER;
   Vector<S, WIDTH, P, ACCESS, HELD> p_w, p_l;
   Vector<S, WIDTH, OTHER, ACCESS, HELD> y_w, y_l, noise;
   Vector<S, WIDTH, REFERENCE_DTYPE, ACCESS, REFERENCE_SPACE> q_w, q_l;
@@ -231,7 +234,7 @@ PGDPO_HD void thread_gradients(const Segment<S>& s, int t, const Coefficients<S>
     block.each(s, at, false, [&](int i, const Differences<S>& d) {
       g_w[i] = FORM == REFERENCE_NONE ? c.chosen * d.u_w : fused(c.chosen, d.u_w, c.anchor * d.minus_w);
       g_l[i] = c.rejected == S(0) ? S(0) : c.rejected * d.u_l;  // no notice taken, no NaN taken
-      if (ACCESS == SCALAR) {  // at once: held back, they would cost registers
+      if (ACCESS == SCALAR) {                                   // at once: held back, they would cost registers
         put_one<S>(P, out[0], at + i, g_w[i]);
         put_one<S>(P, out[1], at + i, g_l[i]);
       }
@@ -246,8 +249,8 @@ PGDPO_HD void thread_gradients(const Segment<S>& s, int t, const Coefficients<S>
 // The second pass of PG-DPO with combine="outer", as a kind of its own: gradients from the video's means, no sums.
 constexpr int OUTER_GRADIENTS = 100;
 
-// Thread `t`'s part of an element pass: sums of the telemetry, gradients, or both. KIND is the objective's, ANY for those
-// other than DPO and PG-DPO, or OUTER_GRADIENTS.
+// Thread `t`'s part of an element pass: sums of the telemetry, gradients, or both. KIND is the objective's, ANY for
+// those other than DPO and PG-DPO, or OUTER_GRADIENTS.
 template <class S, int P, int ACCESS, int KIND>
 PGDPO_HD void thread_elements(const Pair& x, const Call<S>& call, const Segment<S>& s, int t, S incoming,
                               S (&sums)[ELEMENT_SUMS]) {
@@ -279,7 +282,8 @@ PGDPO_HD void thread_elements(const Pair& x, const Call<S>& call, const Segment<
                         d.minus_w * d.minus_w, d.u_w * d.u_l, posterior_scale};
       const Terms<S> terms = objective<S>(kind, call.flags, call.parameters, e, FROM_MEANS ? &outer : nullptr);
       // An objective must not take the NaN of what it takes no notice of.
-      g_w[i] = scale * (anchored ? fused(terms.by_chosen, d.u_w, terms.by_anchor * d.minus_w) : terms.by_chosen * d.u_w);
+      g_w[i] =
+          scale * (anchored ? fused(terms.by_chosen, d.u_w, terms.by_anchor * d.minus_w) : terms.by_chosen * d.u_w);
       g_l[i] = kind == KIND_SFT ? S(0) : scale * (terms.by_rejected * d.u_l);
       if (ACCESS == SCALAR && with_gradients) {
         put_one<S>(P, out[0], at + i, g_w[i]);
@@ -307,8 +311,8 @@ PGDPO_HD void thread_elements(const Pair& x, const Call<S>& call, const Segment<
 
 // Sums of `planes` planes of partials over the runs of one group: those of thread `t` of `step`.
 template <class S, int PLANES>
-PGDPO_HD void thread_fold(const S* partial, int64_t pairs, int64_t segments, int64_t groups, int64_t row, int t, int step,
-                          S (&sums)[PLANES]) {
+PGDPO_HD void thread_fold(const S* partial, int64_t pairs, int64_t segments, int64_t groups, int64_t row, int t,
+                          int step, S (&sums)[PLANES]) {
   const int64_t plane = pairs * segments;
   const S* from = partial + row / groups * segments + row % groups;
   const int parts = int(segments / groups);
@@ -349,9 +353,15 @@ PGDPO_HD Coefficients<S> finish_row(const Pair& x, const Call<S>& call, int64_t 
   const Coefficients<S> c = {scale * terms.by_chosen, scale * terms.by_rejected, scale * terms.by_anchor};
   if (!quiet) {
     const S nan = S(from_bits(0x7fc00000u));
-    const S values[TELEMETRY] = {terms.loss,       terms.logits,    terms.alpha,
-                                 terms.gamma,      terms.importance, e.policy_chosen,
-                                 e.policy_rejected, call.gaps ? e.gap_chosen : nan, call.gaps ? e.gap_rejected : nan};
+    const S values[TELEMETRY] = {terms.loss,
+                                 terms.logits,
+                                 terms.alpha,
+                                 terms.gamma,
+                                 terms.importance,
+                                 e.policy_chosen,
+                                 e.policy_rejected,
+                                 call.gaps ? e.gap_chosen : nan,
+                                 call.gaps ? e.gap_rejected : nan};
 #pragma unroll
     for (int k = 0; k < TELEMETRY; ++k) call.telemetry[k * rows + row] = values[k];
     call.coefficients[row] = c.chosen;

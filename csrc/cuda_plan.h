@@ -1,5 +1,5 @@
-// What the host decides before a launch, from shapes, strides and addresses alone: how operands can be read, and whether
-// a call fits on chip; and the choice of the kernel that follows. Plain C++, so tests need no GPU.
+// What the host decides before a launch, from shapes, strides and addresses alone: how operands can be read, and
+// whether a call fits on chip; and the choice of the kernel that follows. Plain C++, so tests need no GPU.
 #pragma once
 
 #include <type_traits>
@@ -67,11 +67,11 @@ struct OneTouch {
 };
 
 // `shared_limit`: what a block may have of shared memory after opting in (227 KB on sm_90).
-inline OneTouch one_touch(const Pair& x, bool anchor, const MutableRows* gradient, int multiprocessors, int shared_limit) {
+inline OneTouch one_touch(const Pair& x, bool anchor, const MutableRows* gradient, int multiprocessors,
+                          int shared_limit) {
   OneTouch plan;
   const int64_t items = x.pairs * x.segments;
-  if (multiprocessors < 1 || items > (int64_t(1) << 30) || x.length > (1 << 20) ||
-      access_of(x, true, gradient) != SAME)
+  if (multiprocessors < 1 || items > (int64_t(1) << 30) || x.length > (1 << 20) || access_of(x, true, gradient) != SAME)
     return plan;
   const int64_t slots = (items + multiprocessors - 1) / multiprocessors;
   const int64_t bytes = slots * Held(x, anchor).bytes();

@@ -1,4 +1,5 @@
-// How a CUDA thread reads and writes rows of latents: 128-bit accesses where alignment allows, one conversion per value.
+// How a CUDA thread reads and writes rows of latents: 128-bit accesses where alignment allows, one conversion per
+// value.
 //
 // Everything here compiles for the host too, where tests drive the very same code; only the load instructions and the
 // float16 conversions differ there.
@@ -32,10 +33,16 @@ PGDPO_HD constexpr int size_of(int dtype) {
 }
 
 // Consecutive elements a thread takes at a time: one 128-bit load of the policy.
-PGDPO_HD constexpr int width_of(int dtype) { return size_of(dtype) == 2 ? 8 : 4; }
+PGDPO_HD constexpr int width_of(int dtype) {
+  return size_of(dtype) == 2 ? 8 : 4;
+}
 
-PGDPO_HD float fused(float a, float b, float c) { return fmaf(a, b, c); }
-PGDPO_HD double fused(double a, double b, double c) { return fma(a, b, c); }
+PGDPO_HD float fused(float a, float b, float c) {
+  return fmaf(a, b, c);
+}
+PGDPO_HD double fused(double a, double b, double c) {
+  return fma(a, b, c);
+}
 
 // A product that is rounded on its own: built targets are those of torch, bit for bit.
 PGDPO_HD float product(float a, float b) {
@@ -101,8 +108,8 @@ PGDPO_HD uint32_t pack_halves(int dtype, float low, float high) {
 #endif
 }
 
-// Float8 e4m3: its exponent and mantissa as a float32 whose bias is off by 127 - 7. (The byte of NaN reads as 480: a row
-// that holds one has a NaN for its scale.)
+// Float8 e4m3: its exponent and mantissa as a float32 whose bias is off by 127 - 7. (The byte of NaN reads as 480: a
+// row that holds one has a NaN for its scale.)
 PGDPO_HD float unpack_float8(uint32_t byte) {
   return from_bits((byte & 0x80u) << 24 | (byte & 0x7fu) << 20) * 0x1p120f;
 }
@@ -170,8 +177,8 @@ struct View {
   int dtype;
 };
 
-// WIDTH consecutive values of one operand. In the vector modes `load` only issues the loads and `value` converts, so that
-// the loads of all operands are in flight together. DTYPE is the operand's, or ANY to read it from the view.
+// WIDTH consecutive values of one operand. In the vector modes `load` only issues the loads and `value` converts, so
+// that the loads of all operands are in flight together. DTYPE is the operand's, or ANY to read it from the view.
 template <class S, int WIDTH, int DTYPE, int ACCESS, int SPACE>
 struct Vector {
   static constexpr int WORDS = WIDTH * (DTYPE == ANY ? 4 : size_of(DTYPE)) / 4;
@@ -254,8 +261,8 @@ PGDPO_HD void put(char* data, int at, const S (&x)[WIDTH]) {
   uint32_t words[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i)
-    words[i] = WIDTH == 4 ? to_bits(float(x[i]))
-                          : pack_halves(DTYPE, float(x[2 * i % WIDTH]), float(x[(2 * i + 1) % WIDTH]));
+    words[i] =
+        WIDTH == 4 ? to_bits(float(x[i])) : pack_halves(DTYPE, float(x[2 * i % WIDTH]), float(x[(2 * i + 1) % WIDTH]));
 #if defined(__CUDA_ARCH__)
   *reinterpret_cast<uint4*>(data + int64_t(at) * size_of(DTYPE)) = make_uint4(words[0], words[1], words[2], words[3]);
 #else

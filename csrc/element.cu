@@ -1,9 +1,9 @@
 // Element granularity: every latent element is its own group, so the objective runs inside the pass over the latents.
 //
-// A pointwise objective needs one pass: each operand read once, each gradient written once for an incoming gradient of 1,
-// partial sums [ELEMENT_SUMS, B, segments] of the telemetry beside them. The backward launch returns at once when the
-// incoming gradient is 1 and writes the gradients again when it is not. With `outer` the gradients need the video's means,
-// hence a pass of their own.
+// A pointwise objective needs one pass: each operand read once, each gradient written once for an incoming gradient of
+// 1, partial sums [ELEMENT_SUMS, B, segments] of the telemetry beside them. The backward launch returns at once when
+// the incoming gradient is 1 and writes the gradients again when it is not. With `outer` the gradients need the video's
+// means, hence a pass of their own.
 #include "cuda_block.cuh"
 #include "cuda_launch.h"
 #include "cuda_plan.h"
@@ -13,7 +13,8 @@ namespace cuda {
 namespace {
 
 template <class S, int P, int ACCESS, int KIND>
-__global__ void __launch_bounds__(THREADS, BLOCKS<S, ACCESS>) elements_kernel(const __grid_constant__ Pair x, const __grid_constant__ Call<S> call) {
+__global__ void __launch_bounds__(THREADS, BLOCKS<S, ACCESS>)
+    elements_kernel(const __grid_constant__ Pair x, const __grid_constant__ Call<S> call) {
   __shared__ S shared[ELEMENT_SUMS * TEAM_WARPS];
   let_next_start();
   const S incoming = call.incoming == nullptr ? S(1) : *call.incoming;
@@ -32,7 +33,8 @@ constexpr int FOLD_BLOCK = 512;
 
 // One block, one team a pair.
 template <class S>
-__global__ void __launch_bounds__(FOLD_BLOCK) fold_elements_kernel(const __grid_constant__ Pair x, const __grid_constant__ Call<S> call) {
+__global__ void __launch_bounds__(FOLD_BLOCK)
+    fold_elements_kernel(const __grid_constant__ Pair x, const __grid_constant__ Call<S> call) {
   __shared__ S shared[FOLD_BLOCK / THREADS * ELEMENT_SUMS * TEAM_WARPS];
   wait_for_previous();
   const int team = threadIdx.x / THREADS, t = threadIdx.x % THREADS;

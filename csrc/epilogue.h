@@ -1,8 +1,8 @@
 // The scalar end of every objective: group errors in, loss, weights and derivatives out.
 //
 // The formulas are those of pgdpo_fast/objectives.py with their derivatives written out, torch's conventions at kinks
-// included. One template serves host scalars, CUDA threads and the CPU's vectors: T is float, double or a Vec (vector.h).
-// With kind and flags compile-time constants at the call, inlining leaves only the branches taken.
+// included. One template serves host scalars, CUDA threads and the CPU's vectors: T is float, double or a Vec
+// (vector.h). With kind and flags compile-time constants at the call, inlining leaves only the branches taken.
 #pragma once
 
 #include <math.h>
@@ -56,24 +56,52 @@ struct ScalarOf {
 template <class T>
 using scalar_of = typename ScalarOf<T>::type;
 
-PGDPO_HD float select(bool mask, float a, float b) { return mask ? a : b; }
-PGDPO_HD double select(bool mask, double a, double b) { return mask ? a : b; }
-PGDPO_HD float absolute(float x) { return fabsf(x); }
-PGDPO_HD double absolute(double x) { return fabs(x); }
-PGDPO_HD float exponential(float x) { return expf(x); }
-PGDPO_HD double exponential(double x) { return exp(x); }
+PGDPO_HD float select(bool mask, float a, float b) {
+  return mask ? a : b;
+}
+PGDPO_HD double select(bool mask, double a, double b) {
+  return mask ? a : b;
+}
+PGDPO_HD float absolute(float x) {
+  return fabsf(x);
+}
+PGDPO_HD double absolute(double x) {
+  return fabs(x);
+}
+PGDPO_HD float exponential(float x) {
+  return expf(x);
+}
+PGDPO_HD double exponential(double x) {
+  return exp(x);
+}
 // exp(-|x|); a form that is tiny instead of zero far out will do.
-PGDPO_HD float exp_minus_absolute(float x) { return expf(-fabsf(x)); }
-PGDPO_HD double exp_minus_absolute(double x) { return exp(-fabs(x)); }
+PGDPO_HD float exp_minus_absolute(float x) {
+  return expf(-fabsf(x));
+}
+PGDPO_HD double exp_minus_absolute(double x) {
+  return exp(-fabs(x));
+}
 // log(1 + t), 0 <= t <= 1.
-PGDPO_HD float log1p_unit(float t) { return log1pf(t); }
-PGDPO_HD double log1p_unit(double t) { return log1p(t); }
+PGDPO_HD float log1p_unit(float t) {
+  return log1pf(t);
+}
+PGDPO_HD double log1p_unit(double t) {
+  return log1p(t);
+}
 
 // The larger of the two; NaN in x stays NaN, as in torch.clamp.
-PGDPO_HD float at_least(float low, float x) { return low > x ? low : x; }
-PGDPO_HD double at_least(double low, double x) { return low > x ? low : x; }
-PGDPO_HD float at_most(float high, float x) { return high < x ? high : x; }
-PGDPO_HD double at_most(double high, double x) { return high < x ? high : x; }
+PGDPO_HD float at_least(float low, float x) {
+  return low > x ? low : x;
+}
+PGDPO_HD double at_least(double low, double x) {
+  return low > x ? low : x;
+}
+PGDPO_HD float at_most(float high, float x) {
+  return high < x ? high : x;
+}
+PGDPO_HD double at_most(double high, double x) {
+  return high < x ? high : x;
+}
 
 template <class T>
 PGDPO_HD T clamp(T x, T low, T high) {
@@ -81,8 +109,12 @@ PGDPO_HD T clamp(T x, T low, T high) {
 }
 
 // exp(x), x cut so that the result and its inverse are normal numbers.
-PGDPO_HD float exp_cut(float x) { return expf(clamp(x, -86.5f, 86.5f)); }
-PGDPO_HD double exp_cut(double x) { return exp(clamp(x, -707.0, 707.0)); }
+PGDPO_HD float exp_cut(float x) {
+  return expf(clamp(x, -86.5f, 86.5f));
+}
+PGDPO_HD double exp_cut(double x) {
+  return exp(clamp(x, -707.0, 707.0));
+}
 
 template <class T>
 PGDPO_HD T sign(T x) {
@@ -117,8 +149,8 @@ struct Logistic {
   PGDPO_HD T softplus_plus() const { return at_least(T(0), x) + log1p_unit(decay); }
 };
 
-// What the errors of one group (or one element) are: policy errors, gaps, mean (p_w - q_w)^2, mean (p_w - y_w)(p_l - y_l),
-// and c_t of the pair. Members an objective does not use may hold anything finite.
+// What the errors of one group (or one element) are: policy errors, gaps, mean (p_w - q_w)^2, mean (p_w - y_w)(p_l -
+// y_l), and c_t of the pair. Members an objective does not use may hold anything finite.
 template <class T>
 struct Errors {
   T policy_chosen, policy_rejected, gap_chosen, gap_rejected, anchor, cross, posterior_scale;
@@ -199,9 +231,9 @@ PGDPO_HD void pgdpo_weights(int flags, const scalar_of<T>* parameters, const Err
   const bool regularized = flags & (FLAG_IPR_REWARD | FLAG_IPR_ANCHOR);
   out.alpha = out.gamma = T(1);
   out.alpha_complement = out.complement = out.by_chosen = out.by_rejected = T(0);
-  const T ratio = ratio_and_slopes((flags >> FLAG_RATIO_SHIFT) & 3, flags & FLAG_ATTACHED, errors.gap_chosen,
-                                   errors.gap_rejected, T(parameters[0]), T(parameters[4]), out.by_chosen,
-                                   out.by_rejected);
+  const T ratio =
+      ratio_and_slopes((flags >> FLAG_RATIO_SHIFT) & 3, flags & FLAG_ATTACHED, errors.gap_chosen, errors.gap_rejected,
+                       T(parameters[0]), T(parameters[4]), out.by_chosen, out.by_rejected);
   if (regularized) {
     const Sigmoids<T> switched(T(parameters[2]) * ratio);
     out.complement = switched.up;

@@ -33,7 +33,9 @@ const Passes& passes(bool float64) {
 #endif
 }
 
-std::string instruction_set() { return passes(false).name; }
+std::string instruction_set() {
+  return passes(false).name;
+}
 
 double number_at(const Rows& from, int64_t i) {
   switch (from.dtype) {
@@ -133,7 +135,8 @@ std::tuple<Tensor, Tensor, Tensor> objective(const Operands& x, const Settings& 
   for (int64_t row = 0; row < rows; ++row) {
     double mean[STATISTICS];
     for (int k = 0; k < STATISTICS; ++k) mean[k] = mean_of(x, sums, k, row);
-    Errors<double> e{mean[0], mean[1], mean[2], mean[3], mean[4], mean[5], posterior.empty() ? 0.0 : posterior[row / groups]};
+    Errors<double> e{
+        mean[0], mean[1], mean[2], mean[3], mean[4], mean[5], posterior.empty() ? 0.0 : posterior[row / groups]};
     if (!reference.empty()) {
       // Cached reference errors were rounded like these: a policy that equals the reference has gaps of exactly zero.
       e.gap_chosen = telemetry_out.rounded(e.policy_chosen) - reference[row];
@@ -141,9 +144,15 @@ std::tuple<Tensor, Tensor, Tensor> objective(const Operands& x, const Settings& 
     }
     const Terms<double> t = pgdpo::objective<double>(int(call.kind), int(call.flags), parameters, e);
     const double w = weights.empty() ? 1.0 : weights[row], scale = w * 2.0 / (double(count) * double(rows));
-    const double values[TELEMETRY] = {t.loss,       t.logits,        t.alpha,
-                                      t.gamma,      t.importance,    e.policy_chosen,
-                                      e.policy_rejected, gaps ? e.gap_chosen : nan, gaps ? e.gap_rejected : nan};
+    const double values[TELEMETRY] = {t.loss,
+                                      t.logits,
+                                      t.alpha,
+                                      t.gamma,
+                                      t.importance,
+                                      e.policy_chosen,
+                                      e.policy_rejected,
+                                      gaps ? e.gap_chosen : nan,
+                                      gaps ? e.gap_rejected : nan};
     for (int k = 0; k < TELEMETRY; ++k) telemetry_out.set(k * rows + row, values[k]);
     coefficient_out.set(row, scale * t.by_chosen);
     coefficient_out.set(rows + row, scale * t.by_rejected);
@@ -175,8 +184,8 @@ std::tuple<Tensor, Tensor> gradients(const Operands& x, bool anchor, const Tenso
   return {chosen, rejected};
 }
 
-std::tuple<Tensor, Tensor> pair_gradient(PGDPO_OPERANDS, const Tensor& coefficients, const Tensor& incoming, int64_t form,
-                                         int64_t groups, int64_t length, bool anchor) {
+std::tuple<Tensor, Tensor> pair_gradient(PGDPO_OPERANDS, const Tensor& coefficients, const Tensor& incoming,
+                                         int64_t form, int64_t groups, int64_t length, bool anchor) {
   return gradients(Operands(PGDPO_PASS_OPERANDS, form, groups, length), anchor, coefficients, incoming);
 }
 
@@ -231,8 +240,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pair_elements(PGDPO_OPERANDS,
   ElementCall call(x, weight, posterior_scale, kind, flags, parameters, outer);
   STD_TORCH_CHECK(!(outer && with_gradients), "outer: gradients need the means first");
   const int64_t pairs = x.pair.pairs;
-  const Tensor loss = x.numbers({}), telemetry = x.numbers({TELEMETRY, pairs, 1}), means = x.numbers({ELEMENT_MEANS, pairs}),
-               chosen = with_gradients ? x.chosen_gradient() : x.nothing(),
+  const Tensor loss = x.numbers({}), telemetry = x.numbers({TELEMETRY, pairs, 1}),
+               means = x.numbers({ELEMENT_MEANS, pairs}), chosen = with_gradients ? x.chosen_gradient() : x.nothing(),
                rejected = with_gradients ? x.rejected_gradient() : x.nothing();
   const Output loss_out(loss), telemetry_out(telemetry), means_out(means);
   const std::vector<double> weights = call.row_scale;
@@ -286,7 +295,8 @@ Tensor pack(PGDPO_OPERANDS, Tensor chosen, Tensor rejected, MaybeTensor chosen_s
   torch::stable::parallel_for(0, x.pair.pairs * pack_blocks_of(x.pair), 256,
                               [&](int64_t begin, int64_t end) { run.pack(x.pair, out, begin, end); });
   for (int k = 0; k < 2; ++k)
-    for (int64_t pair = 0; pair < x.pair.pairs; ++pair) means_out.set(k * x.pair.pairs + pair, mean_of(x, sums, k, pair));
+    for (int64_t pair = 0; pair < x.pair.pairs; ++pair)
+      means_out.set(k * x.pair.pairs + pair, mean_of(x, sums, k, pair));
   return means;
 }
 
@@ -296,7 +306,8 @@ void gather_rows(std::vector<Tensor> tables, std::vector<int64_t> rows, std::vec
     STD_TORCH_CHECK(tables[k].is_cpu() && out[k].is_cpu(), "tables: expected CPU tensors");
   for (const RowCopy& copy : copies)
     torch::stable::parallel_for(0, int64_t(rows.size()), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) memcpy(copy.to + i * copy.bytes, copy.from + rows[i] * copy.bytes, copy.bytes);
+      for (int64_t i = begin; i < end; ++i)
+        memcpy(copy.to + i * copy.bytes, copy.from + rows[i] * copy.bytes, copy.bytes);
     });
 }
 

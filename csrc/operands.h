@@ -69,16 +69,16 @@ Out rows_of(const Tensor& x, const char* name, const Tensor& like, int64_t pairs
   return rows;
 }
 
-// The operands every operator takes, in the order of `gather` in pgdpo_fast/backends/operands.py: chosen and rejected in
-// two tensors, or in one whose rows hold the chosen half first. A target [pairs, ...] without rejected is shared.
+// The operands every operator takes, in the order of `gather` in pgdpo_fast/backends/operands.py: chosen and rejected
+// in two tensors, or in one whose rows hold the chosen half first. A target [pairs, ...] without rejected is shared.
 struct Operands {
   Pair pair;
   Tensor policy;
   bool stacked, float64;
 
-  Operands(const Tensor& p_w, const MaybeTensor& p_l, const Tensor& y_w, const MaybeTensor& y_l, const MaybeTensor& noise,
-           const MaybeTensor& target_scale, const MaybeTensor& q_w, const MaybeTensor& q_l, const MaybeTensor& s_w,
-           const MaybeTensor& s_l, int64_t form, int64_t groups, int64_t length)
+  Operands(const Tensor& p_w, const MaybeTensor& p_l, const Tensor& y_w, const MaybeTensor& y_l,
+           const MaybeTensor& noise, const MaybeTensor& target_scale, const MaybeTensor& q_w, const MaybeTensor& q_l,
+           const MaybeTensor& s_w, const MaybeTensor& s_l, int64_t form, int64_t groups, int64_t length)
       : policy(p_w), stacked(!p_l) {
     STD_TORCH_CHECK(p_w.dim() >= 2 && p_w.numel() > 0 && (p_l || p_w.size(0) % 2 == 0), "policy: expected pairs");
     pair.pairs = p_l ? p_w.size(0) : p_w.size(0) / 2;
@@ -89,8 +89,8 @@ struct Operands {
                     " elements do not cut ", n, " into ", groups, " groups");
     pair.length = length;
     pair.segments = (n + length - 1) / length;
-    STD_TORCH_CHECK(pair.segments % groups == 0, pair.segments, " segments of ", length, " elements do not make ", groups,
-                    " groups");
+    STD_TORCH_CHECK(pair.segments % groups == 0, pair.segments, " segments of ", length, " elements do not make ",
+                    groups, " groups");
     set_side(pair.policy, p_w, p_l, "policy", n);
     set_side(pair.target, y_w, y_l, "target", n);
     float64 = pair.policy[0].dtype == FLOAT64;
@@ -110,8 +110,9 @@ struct Operands {
       STD_TORCH_CHECK(q_w, "reference: expected tensors for form ", form);
       set_side(pair.reference, *q_w, q_l, "reference", n);
       const int dtype = pair.reference[0].dtype;
-      STD_TORCH_CHECK((form != REFERENCE_BFLOAT16 || dtype == BFLOAT16) && (form == REFERENCE_FLOAT8) == (dtype == FLOAT8),
-                      "reference: dtype does not fit form ", form);
+      STD_TORCH_CHECK(
+          (form != REFERENCE_BFLOAT16 || dtype == BFLOAT16) && (form == REFERENCE_FLOAT8) == (dtype == FLOAT8),
+          "reference: dtype does not fit form ", form);
     }
     if (form == REFERENCE_FLOAT8) {
       STD_TORCH_CHECK(s_w, "reference_scale: expected tensors for form ", form);
@@ -123,14 +124,16 @@ struct Operands {
   void set_gradients(MutableRows (&out)[2], const Tensor& chosen, const Tensor& rejected) const {
     const int64_t rows = stacked ? 2 * pair.pairs : pair.pairs;
     out[0] = rows_of<MutableRows>(chosen, "chosen", policy, rows, pair.numel);
-    out[1] = stacked ? second_half(out[0], chosen) : rows_of<MutableRows>(rejected, "rejected", policy, rows, pair.numel);
+    out[1] =
+        stacked ? second_half(out[0], chosen) : rows_of<MutableRows>(rejected, "rejected", policy, rows, pair.numel);
     STD_TORCH_CHECK(out[0].dtype == pair.policy[0].dtype && out[1].dtype == out[0].dtype,
                     "gradients: expected the prediction's dtype");
   }
 
   // Uninitialized contiguous tensors beside the predictions: of numbers in the accumulation type, and for gradients.
   Tensor numbers(std::initializer_list<int64_t> shape) const {
-    return torch::stable::new_empty(policy, {shape.begin(), shape.size()}, float64 ? ScalarType::Double : ScalarType::Float);
+    return torch::stable::new_empty(policy, {shape.begin(), shape.size()},
+                                    float64 ? ScalarType::Double : ScalarType::Float);
   }
   Tensor chosen_gradient() const { return torch::stable::new_empty(policy, policy.sizes(), policy.scalar_type()); }
   Tensor rejected_gradient() const { return stacked ? nothing() : chosen_gradient(); }
@@ -209,11 +212,13 @@ inline std::vector<RowCopy> row_copies(const std::vector<Tensor>& tables, const 
     STD_TORCH_CHECK(from.dim() >= 1 && from.is_contiguous() && to.is_contiguous() && from.dim() == to.dim() &&
                         from.scalar_type() == to.scalar_type() && to.size(0) == int64_t(rows.size()),
                     "out: expected contiguous [", rows.size(), ", ...] like the table");
-    for (int64_t d = 1; d < from.dim(); ++d) STD_TORCH_CHECK(from.size(d) == to.size(d), "out: expected the table's rows");
+    for (int64_t d = 1; d < from.dim(); ++d)
+      STD_TORCH_CHECK(from.size(d) == to.size(d), "out: expected the table's rows");
     for (int64_t row : rows)
       STD_TORCH_CHECK(row >= 0 && row < from.size(0), "rows: expected numbers below ", from.size(0), ", got ", row);
     const int64_t bytes = from.numel() / from.size(0) * int64_t(from.element_size());
-    copies.push_back({static_cast<const char*>(from.const_data_ptr()), static_cast<char*>(to.mutable_data_ptr()), bytes});
+    copies.push_back(
+        {static_cast<const char*>(from.const_data_ptr()), static_cast<char*>(to.mutable_data_ptr()), bytes});
   }
   return copies;
 }
@@ -227,9 +232,9 @@ struct Settings {
 };
 
 // The operands as every operator takes them, and the same passed on. Schemas are in pgdpo_fast/backends/operators.py.
-#define PGDPO_OPERANDS                                                                                                \
-  const Tensor &p_w, const MaybeTensor &p_l, const Tensor &y_w, const MaybeTensor &y_l, const MaybeTensor &noise,     \
-      const MaybeTensor &target_scale, const MaybeTensor &q_w, const MaybeTensor &q_l, const MaybeTensor &s_w,        \
+#define PGDPO_OPERANDS                                                                                            \
+  const Tensor &p_w, const MaybeTensor &p_l, const Tensor &y_w, const MaybeTensor &y_l, const MaybeTensor &noise, \
+      const MaybeTensor &target_scale, const MaybeTensor &q_w, const MaybeTensor &q_l, const MaybeTensor &s_w,    \
       const MaybeTensor &s_l
 #define PGDPO_PASS_OPERANDS p_w, p_l, y_w, y_l, noise, target_scale, q_w, q_l, s_w, s_l
 

@@ -11,11 +11,12 @@ namespace pgdpo {
 inline namespace PGDPO_ISA {
 namespace {
 
-constexpr int MIXED = -1;  // storage types differ between operands: decided per load instead of per pass
+constexpr int MIXED = -1;    // storage types differ between operands: decided per load instead of per pass
 constexpr int FLUSH = 2048;  // elements added up in the working precision before the sums move on to double
 constexpr int BLOCK = 128;   // elements between two prefetches, and held between the stages of an element pass
 constexpr int AHEAD = 2048;  // bytes of every operand a prefetch runs ahead
-constexpr int64_t SECOND_LEVEL = int64_t(3) << 19;  // bytes of operands that a second-level cache keeps for the next pass
+constexpr int64_t SECOND_LEVEL = int64_t(3)
+                                 << 19;  // bytes of operands that a second-level cache keeps for the next pass
 constexpr int64_t BEYOND_CACHE = int64_t(4) << 20;  // bytes of gradients from which on they are written past the caches
 
 template <class I>
@@ -84,8 +85,8 @@ struct Chunk {
   }
 };
 
-// Differences of one vector of elements: p - y, and with a reference p - q and p + q - 2y. The gap is the product of the
-// last two, which keeps its relative accuracy where policy and reference nearly agree.
+// Differences of one vector of elements: p - y, and with a reference p - q and p + q - 2y. The gap is the product of
+// the last two, which keeps its relative accuracy where policy and reference nearly agree.
 template <class V>
 struct Differences {
   V u_w, u_l, minus_w, minus_l, plus_w, plus_l;
@@ -139,7 +140,8 @@ struct Reader {
   static PGDPO_INLINE int known(int dtype) { return D == MIXED ? dtype : D; }
 
   // Asks for the BLOCK elements AHEAD bytes after element i of every operand: the hardware follows too few streams at
-  // once and stops at every page. Past the end of a chunk lies the next one; past the end of the memory nothing happens.
+  // once and stops at every page. Past the end of a chunk lies the next one; past the end of the memory nothing
+  // happens.
   PGDPO_INLINE void prefetch(int i) const {
     for (int side = 0; side < 2; ++side) {
       prefetch(known(policy_dtype), policy[side], i);
@@ -210,8 +212,8 @@ struct Reader {
     odd = differences(y);
   }
 
-  // two(even, odd, i) over pairs of vectors from element i on where bfloat16 can be read so, then one(whole, differences,
-  // i, lanes) over the vectors left, zeros past the end. Returns where the second took over.
+  // two(even, odd, i) over pairs of vectors from element i on where bfloat16 can be read so, then one(whole,
+  // differences, i, lanes) over the vectors left, zeros past the end. Returns where the second took over.
   template <class Two, class One>
   PGDPO_INLINE int over(int begin, int end, const Two& two, const One& one) const {
     int i = begin;
@@ -330,9 +332,8 @@ void gradients(const Pair& x, bool anchor, const double* coefficients, const Mut
     const V c_w = S(row[0]), c_l = S(row[rows]), c_anchor = S(row[2 * rows]);
     char* out[2] = {row_start(gradient[0], at.pair, at.start), row_start(gradient[1], at.pair, at.start)};
     const bool past = large && uintptr_t(out[0]) % 16 == 0 && uintptr_t(out[1]) % 16 == 0;
-    const auto by_chosen = [&](const Differences<V>& d) PGDPO_LAMBDA {
-      return anchor ? c_w * d.u_w + c_anchor * d.minus_w : c_w * d.u_w;
-    };
+    const auto by_chosen = [&](const Differences<V>& d)
+                               PGDPO_LAMBDA { return anchor ? c_w * d.u_w + c_anchor * d.minus_w : c_w * d.u_w; };
     // An objective that takes no notice of the rejected video must not take its NaN.
     const bool unnoticed = row[rows] == 0;
     const auto by_rejected = [&](const Differences<V>& d) PGDPO_LAMBDA { return unnoticed ? V(S(0)) : c_l * d.u_l; };
@@ -369,7 +370,8 @@ enum Wanted { SUMS_AND_GRADIENTS, SUMS, GRADIENTS };
 constexpr int ANY = -1;
 constexpr int OBJECTIVE_SUMS = 7;
 
-// What the objective's stage knows besides the block. The sums: loss (or P), logits, alpha, gamma, importance, 1 - gamma, I.
+// What the objective's stage knows besides the block. The sums: loss (or P), logits, alpha, gamma, importance, 1 -
+// gamma, I.
 template <class S>
 struct Stage {
   int kind, flags;
@@ -378,9 +380,9 @@ struct Stage {
   S means[ELEMENT_MEANS];
 };
 
-// An objective with a logistic is a long chain of dependent arithmetic, of which a processor overlaps few at a time. Cut
-// into a loop for PG-DPO's weights (unless they are differentiated), one for the logits and one for the rest, it takes
-// two thirds of the time.
+// An objective with a logistic is a long chain of dependent arithmetic, of which a processor overlaps few at a time.
+// Cut into a loop for PG-DPO's weights (unless they are differentiated), one for the logits and one for the rest, it
+// takes two thirds of the time.
 template <class S, int KIND, int FLAGS, bool OUTER, Wanted WANTED>
 void run_objective(const Stage<S>& stage, Block<S>& block, int count, Vec<S> (&sums)[OBJECTIVE_SUMS]) {
   using V = Vec<S>;
@@ -415,7 +417,8 @@ void run_objective(const Stage<S>& stage, Block<S>& block, int count, Vec<S> (&s
     Halfway<V> start;
     if (cut)
       start = {{V::at(block.alpha + i), V(S(0)), V::at(block.gamma + i), V::at(block.complement + i), V(S(0)), V(S(0))},
-               V::at(block.logits + i), V::at(block.decay + i)};
+               V::at(block.logits + i),
+               V::at(block.decay + i)};
     const Terms<V> t = objective<V>(kind, flags, stage.parameters, errors_at(i),
                                     OUTER && WANTED == GRADIENTS ? &outer : nullptr, cut ? &start : nullptr);
     if (WANTED != SUMS) {
@@ -454,8 +457,8 @@ constexpr bool HAS_VERSIONS = sizeof(S) == 4;
 // Objectives with a version of their own in float, pointwise; everything else takes the version that branches.
 template <class S>
 RunObjective<S> pointwise_objective(int kind, int flags) {
-#define PGDPO_VERSION(KIND, FLAGS)                \
-  if constexpr (HAS_VERSIONS<S>)                  \
+#define PGDPO_VERSION(KIND, FLAGS) \
+  if constexpr (HAS_VERSIONS<S>)   \
     if (kind == (KIND) && flags == (FLAGS)) return run_objective<S, KIND, FLAGS, false, SUMS_AND_GRADIENTS>;
   PGDPO_VERSION(KIND_DPO, 0)
   PGDPO_VERSION(KIND_DPO, FLAG_IMPORTANCE)
@@ -477,7 +480,8 @@ RunObjective<S> pointwise_objective(int kind, int flags) {
 
 template <class S>
 RunObjective<S> outer_objective(int flags, bool with_gradients) {
-  constexpr int listing = FLAG_ARS | FLAG_IPR_ANCHOR | FLAG_ATTACHED | FLAG_ONE_SIGMOID | RATIO_SIGNED << FLAG_RATIO_SHIFT;
+  constexpr int listing =
+      FLAG_ARS | FLAG_IPR_ANCHOR | FLAG_ATTACHED | FLAG_ONE_SIGMOID | RATIO_SIGNED << FLAG_RATIO_SHIFT;
   if constexpr (HAS_VERSIONS<S>)
     if (flags == listing)
       return with_gradients ? run_objective<S, KIND_PGDPO, listing, true, GRADIENTS>
@@ -539,8 +543,7 @@ void elements(const Pair& x, const Elements& call, int64_t begin, int64_t end) {
         const S* gradient[2] = {block.gradient_w, block.gradient_l};
         for (int side = 0; side < 2; ++side) {
           const auto held = [&](int i) PGDPO_LAMBDA { return V::at(gradient[side] + i - first); };
-          for (int i = first; i < split; i += 2 * V::width)
-            put_split(out[side], i, held(i), held(i + V::width));
+          for (int i = first; i < split; i += 2 * V::width) put_split(out[side], i, held(i), held(i + V::width));
           over_vectors<V>(split, first + count, [&](auto whole, int i, int lanes) PGDPO_LAMBDA {
             put<decltype(whole)::value>(dtype, out[side], i, lanes, held(i));
           });
@@ -579,9 +582,8 @@ void specialised(int storage, const Run& run) {
 
 template <class S>
 void run_errors(const Pair& x, bool anchor, bool cross, double* sums, int64_t begin, int64_t end) {
-  specialised<S>(common_storage(x, true, nullptr), [&](auto storage) {
-    errors<S, decltype(storage)::value>(x, anchor, cross, sums, begin, end);
-  });
+  specialised<S>(common_storage(x, true, nullptr),
+                 [&](auto storage) { errors<S, decltype(storage)::value>(x, anchor, cross, sums, begin, end); });
 }
 
 template <class S>
@@ -594,21 +596,21 @@ void run_gradients(const Pair& x, bool anchor, const double* coefficients, const
 
 template <class S>
 void run_elements(const Pair& x, const Elements& call, int64_t begin, int64_t end) {
-  specialised<S>(common_storage(x, true, call.gradient), [&](auto storage) {
-    elements<S, decltype(storage)::value>(x, call, begin, end);
-  });
+  specialised<S>(common_storage(x, true, call.gradient),
+                 [&](auto storage) { elements<S, decltype(storage)::value>(x, call, begin, end); });
 }
 
 #define PGDPO_STRING(x) #x
 #define PGDPO_NAME(x) PGDPO_STRING(x)
 
 template <class S>
-constexpr Passes PASSES = {PGDPO_NAME(PGDPO_ISA), run_errors<S>, run_gradients<S>, run_elements<S>,
-                              pack_blocks};
+constexpr Passes PASSES = {PGDPO_NAME(PGDPO_ISA), run_errors<S>, run_gradients<S>, run_elements<S>, pack_blocks};
 
 }  // namespace
 
-const Passes& passes(bool float64) { return float64 ? PASSES<double> : PASSES<float>; }
+const Passes& passes(bool float64) {
+  return float64 ? PASSES<double> : PASSES<float>;
+}
 
 }  // namespace PGDPO_ISA
 }  // namespace pgdpo

@@ -1,5 +1,5 @@
-// The passes over video latents for sample and frame groups: errors, fold and objective, gradients, and all three in one
-// launch where a call fits on chip. Partial sums are [STATISTICS, B, segments]; no atomics anywhere.
+// The passes over video latents for sample and frame groups: errors, fold and objective, gradients, and all three in
+// one launch where a call fits on chip. Partial sums are [STATISTICS, B, segments]; no atomics anywhere.
 #include <cooperative_groups.h>
 
 #include "cuda_block.cuh"
@@ -12,7 +12,8 @@ namespace {
 
 // One block a segment. Reads predictions, targets and references once, writes 24 bytes a segment.
 template <class S, int P, int ACCESS, int FORM>
-__global__ void __launch_bounds__(THREADS, BLOCKS<S, ACCESS>) errors_kernel(const __grid_constant__ Pair x, const __grid_constant__ Call<S> call) {
+__global__ void __launch_bounds__(THREADS, BLOCKS<S, ACCESS>)
+    errors_kernel(const __grid_constant__ Pair x, const __grid_constant__ Call<S> call) {
   __shared__ S shared[STATISTICS * TEAM_WARPS];
   let_next_start();
   const int t = threadIdx.x;
@@ -28,7 +29,8 @@ template <class S>
 constexpr int FOLD_BLOCK = sizeof(S) == 4 ? 1024 : 512;
 
 template <class S>
-__global__ void __launch_bounds__(FOLD_BLOCK<S>) fold_kernel(const __grid_constant__ Pair x, const __grid_constant__ Call<S> call) {
+__global__ void __launch_bounds__(FOLD_BLOCK<S>)
+    fold_kernel(const __grid_constant__ Pair x, const __grid_constant__ Call<S> call) {
   __shared__ S shared[FOLD_BLOCK<S> / THREADS * STATISTICS * TEAM_WARPS];
   wait_for_previous();
   fold_rows<FOLD_BLOCK<S>>(x, call, shared);
@@ -37,7 +39,8 @@ __global__ void __launch_bounds__(FOLD_BLOCK<S>) fold_kernel(const __grid_consta
 // One block a segment, from the last to the first: the error pass ended on the last, so those are still in the L2.
 // Reads predictions and targets once (and the chosen reference for the anchor), writes each gradient once.
 template <class S, int P, int ACCESS, int FORM>
-__global__ void __launch_bounds__(THREADS, BLOCKS<S, ACCESS>) gradient_kernel(const __grid_constant__ Pair x, const __grid_constant__ Call<S> call) {
+__global__ void __launch_bounds__(THREADS, BLOCKS<S, ACCESS>)
+    gradient_kernel(const __grid_constant__ Pair x, const __grid_constant__ Call<S> call) {
   const uint32_t segments = uint32_t(x.segments), item = gridDim.x - 1 - blockIdx.x;
   const Segment<S> s(x, item / segments, item % segments);
   const int64_t rows = x.pairs * x.groups, row = s.pair * x.groups + item % segments % uint32_t(x.groups);
@@ -47,8 +50,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<S, ACCESS>) gradient_kernel(co
   thread_gradients<S, P, ACCESS, FORM>(s, threadIdx.x, c, call.gradient);
 }
 
-// Copies `bytes` of a segment into shared memory without passing through registers; WIDTH elements a thread and step, the
-// ones it will read itself, so waiting for its own copies is enough.
+// Copies `bytes` of a segment into shared memory without passing through registers; WIDTH elements a thread and step,
+// the ones it will read itself, so waiting for its own copies is enough.
 template <int WIDTH>
 __device__ inline char* hold(char* to, View& from, int count, int t, int region) {
   if (region == 0) return to;
@@ -60,7 +63,8 @@ __device__ inline char* hold(char* to, View& from, int count, int t, int region)
     if (bytes >= 16) {
       asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(from.data + offset) : "memory");
       if (bytes == 32)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target + 16), "l"(from.data + offset + 16) : "memory");
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target + 16), "l"(from.data + offset + 16)
+                     : "memory");
     } else if (bytes == 8) {
       asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(target), "l"(from.data + offset) : "memory");
     } else {
@@ -92,8 +96,8 @@ __device__ inline void move_to_held(const Held& held, Segment<float>& s, char* t
 // once into shared memory, the sums of all are awaited at a grid barrier, and the gradients come from shared memory.
 // Sums are those of errors_kernel, bit for bit.
 template <int P, int FORM>
-__global__ void __launch_bounds__(ONE_TOUCH_THREADS) one_touch_kernel(
-    const __grid_constant__ Pair x, const __grid_constant__ Call<float> call, int slots) {
+__global__ void __launch_bounds__(ONE_TOUCH_THREADS)
+    one_touch_kernel(const __grid_constant__ Pair x, const __grid_constant__ Call<float> call, int slots) {
   constexpr int TEAMS = ONE_TOUCH_THREADS / THREADS, WIDTH = width_of(P);
   extern __shared__ __align__(16) char latents[];
   __shared__ float shared[TEAMS * STATISTICS * TEAM_WARPS];
@@ -166,7 +170,9 @@ __global__ void __launch_bounds__(ONE_TOUCH_THREADS) one_touch_kernel(
   }
 }
 
-unsigned blocks(const Pair& x) { return unsigned(x.pairs * x.segments); }
+unsigned blocks(const Pair& x) {
+  return unsigned(x.pairs * x.segments);
+}
 
 }  // namespace
 

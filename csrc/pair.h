@@ -1,9 +1,9 @@
 // The passes over video latents that every preference loss is made of, as plain C++: no torch, no allocation, no
 // threads. pair.cpp is compiled once per instruction set; native.cpp picks one and spreads the chunks over threads.
 //
-// A video is a row of numel elements cut into `segments` runs of `length` (the last may be short); run s belongs to group
-// s % groups. Chunk c is run c % segments of pair c / segments. Every chunk is summed in one fixed order, so results
-// depend on neither the thread count nor the number of pairs.
+// A video is a row of numel elements cut into `segments` runs of `length` (the last may be short); run s belongs to
+// group s % groups. Chunk c is run c % segments of pair c / segments. Every chunk is summed in one fixed order, so
+// results depend on neither the thread count nor the number of pairs.
 #pragma once
 
 #include <stdint.h>
@@ -25,8 +25,9 @@ struct MutableRows {
   int dtype = FLOAT32;
 };
 
-// Index 0 is the chosen, 1 the rejected video. With noise, the target is noise_scale * noise + clean_scale * target, the
-// two scales rows 0 and 1 of target_scale. reference_scale holds one number per PACK_BLOCK elements of FLOAT8 residuals.
+// Index 0 is the chosen, 1 the rejected video. With noise, the target is noise_scale * noise + clean_scale * target,
+// the two scales rows 0 and 1 of target_scale. reference_scale holds one number per PACK_BLOCK elements of FLOAT8
+// residuals.
 constexpr int PACK_BLOCK = 128;
 struct Pair {
   Rows policy[2], target[2], reference[2], reference_scale[2], noise, target_scale;
@@ -35,8 +36,8 @@ struct Pair {
   int64_t pairs = 0, numel = 0, segments = 0, length = 0, groups = 1;
 };
 
-// Planes of errors: policy errors, gaps, anchor, cross. Planes of element sums: the nine of the telemetry (the first is P
-// instead of the loss with `outer`), 1 - gamma, and the regularizer I. Planes of means: gamma, P, 1 - gamma, I.
+// Planes of errors: policy errors, gaps, anchor, cross. Planes of element sums: the nine of the telemetry (the first is
+// P instead of the loss with `outer`), 1 - gamma, and the regularizer I. Planes of means: gamma, P, 1 - gamma, I.
 constexpr int STATISTICS = 6, TELEMETRY = 9, ELEMENT_SUMS = 11, ELEMENT_MEANS = 4;
 
 // What an element pass computes besides its operands; numbers are in double and rounded to the pass's type on use.

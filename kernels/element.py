@@ -26,18 +26,51 @@ ELEMENT_MEANS = 4
 
 
 @triton.jit
-def element_block(sums, gw_ptr, gl_ptr, pw_ptr, pl_ptr, yw_ptr, yl_ptr, noise_ptr, qw_ptr, ql_ptr, sw_ptr, sl_ptr,
-                  params_ptr, noise_scale, clean_scale, posterior_scale, scale,
-                  mean_gamma, mean_preference, mean_complement, mean_implicit, phase, offsets, mask,
-                  KIND: tl.constexpr, FLAGS: tl.constexpr, OUTER: tl.constexpr, SUMS: tl.constexpr, GRADS: tl.constexpr,
-                  REFERENCE: tl.constexpr, SHARED_TARGET: tl.constexpr, TARGET_BUILT: tl.constexpr,
-                  PACK_BLOCK: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr,
-                  BLOCK: tl.constexpr, LANES: tl.constexpr):
+def element_block(
+    sums,
+    gw_ptr,
+    gl_ptr,
+    pw_ptr,
+    pl_ptr,
+    yw_ptr,
+    yl_ptr,
+    noise_ptr,
+    qw_ptr,
+    ql_ptr,
+    sw_ptr,
+    sl_ptr,
+    params_ptr,
+    noise_scale,
+    clean_scale,
+    posterior_scale,
+    scale,
+    mean_gamma,
+    mean_preference,
+    mean_complement,
+    mean_implicit,
+    phase,
+    offsets,
+    mask,
+    KIND: tl.constexpr,
+    FLAGS: tl.constexpr,
+    OUTER: tl.constexpr,
+    SUMS: tl.constexpr,
+    GRADS: tl.constexpr,
+    REFERENCE: tl.constexpr,
+    SHARED_TARGET: tl.constexpr,
+    TARGET_BUILT: tl.constexpr,
+    PACK_BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+):
     """One block of elements through the objective: telemetry into the running sums, gradients to memory."""
     p_w = load(pw_ptr, offsets, mask, MASKED, COMPUTE)
     p_l = load(pl_ptr, offsets, mask, MASKED, COMPUTE)
-    y_w, y_l = load_targets(yw_ptr, yl_ptr, noise_ptr, noise_scale, clean_scale, offsets, mask,
-                            SHARED_TARGET, TARGET_BUILT, MASKED, COMPUTE)
+    y_w, y_l = load_targets(
+        yw_ptr, yl_ptr, noise_ptr, noise_scale, clean_scale, offsets, mask, SHARED_TARGET, TARGET_BUILT, MASKED, COMPUTE
+    )
     u_w = p_w - y_w
     u_l = p_l - y_l
     e_w = u_w * u_w
@@ -46,10 +79,12 @@ def element_block(sums, gw_ptr, gl_ptr, pw_ptr, pl_ptr, yw_ptr, yl_ptr, noise_pt
     d_w = minus_w
     d_l = minus_w
     if REFERENCE != 0:
-        minus_w, plus_w = reference_terms(p_w, y_w, qw_ptr, sw_ptr, phase, offsets, mask,
-                                          REFERENCE, PACK_BLOCK, MASKED, COMPUTE)
-        minus_l, plus_l = reference_terms(p_l, y_l, ql_ptr, sl_ptr, phase, offsets, mask,
-                                          REFERENCE, PACK_BLOCK, MASKED, COMPUTE)
+        minus_w, plus_w = reference_terms(
+            p_w, y_w, qw_ptr, sw_ptr, phase, offsets, mask, REFERENCE, PACK_BLOCK, MASKED, COMPUTE
+        )
+        minus_l, plus_l = reference_terms(
+            p_l, y_l, ql_ptr, sl_ptr, phase, offsets, mask, REFERENCE, PACK_BLOCK, MASKED, COMPUTE
+        )
         d_w = minus_w * plus_w
         d_l = minus_l * plus_l
     anchor = minus_w * minus_w
@@ -57,16 +92,30 @@ def element_block(sums, gw_ptr, gl_ptr, pw_ptr, pl_ptr, yw_ptr, yl_ptr, noise_pt
     implicit = complement
     if OUTER:
         logits, loss, implicit, alpha, gamma, complement, ratio, by_chosen, by_rejected = pgdpo_terms(
-            e_w, d_w, d_l, anchor, params_ptr, FLAGS, COMPUTE)
+            e_w, d_w, d_l, anchor, params_ptr, FLAGS, COMPUTE
+        )
         importance = 0.0 * u_w + 1.0
         ipr_scale = tl.load(params_ptr + 3)
         g_w, g_l, g_anchor = pgdpo_slopes(
-            d_l, logits, alpha, gamma, complement, ratio, by_chosen, by_rejected, mean_gamma,
-            ipr_scale * mean_complement, mean_preference - ipr_scale * mean_implicit, params_ptr, FLAGS)
+            d_l,
+            logits,
+            alpha,
+            gamma,
+            complement,
+            ratio,
+            by_chosen,
+            by_rejected,
+            mean_gamma,
+            ipr_scale * mean_complement,
+            mean_preference - ipr_scale * mean_implicit,
+            params_ptr,
+            FLAGS,
+        )
         g_l = safeguarded(g_l, e_w, u_w * u_l, params_ptr, FLAGS)
     else:
         loss, logits, alpha, gamma, importance, g_w, g_l, g_anchor = objective(
-            e_w, e_l, d_w, d_l, anchor, u_w * u_l, posterior_scale, params_ptr, KIND, FLAGS, COMPUTE)
+            e_w, e_l, d_w, d_l, anchor, u_w * u_l, posterior_scale, params_ptr, KIND, FLAGS, COMPUTE
+        )
     if GRADS:
         slope_w = g_w * u_w
         slope_l = g_l * u_l
@@ -90,26 +139,72 @@ def element_block(sums, gw_ptr, gl_ptr, pw_ptr, pl_ptr, yw_ptr, yl_ptr, noise_pt
             gamma = tl.where(mask, gamma, 0.0)
             importance = tl.where(mask, importance, 0.0)
             complement = tl.where(mask, complement, 0.0)
-        sums = (sums[0] + thread_sums(loss, BLOCK, LANES), sums[1] + thread_sums(logits, BLOCK, LANES),
-                sums[2] + thread_sums(alpha, BLOCK, LANES), sums[3] + thread_sums(gamma, BLOCK, LANES),
-                sums[4] + thread_sums(importance, BLOCK, LANES), sums[5] + thread_sums(e_w, BLOCK, LANES),
-                sums[6] + thread_sums(e_l, BLOCK, LANES), sums[7] + thread_sums(d_w, BLOCK, LANES),
-                sums[8] + thread_sums(d_l, BLOCK, LANES), sums[9] + thread_sums(complement, BLOCK, LANES),
-                sums[10] + thread_sums(implicit, BLOCK, LANES))
+        sums = (
+            sums[0] + thread_sums(loss, BLOCK, LANES),
+            sums[1] + thread_sums(logits, BLOCK, LANES),
+            sums[2] + thread_sums(alpha, BLOCK, LANES),
+            sums[3] + thread_sums(gamma, BLOCK, LANES),
+            sums[4] + thread_sums(importance, BLOCK, LANES),
+            sums[5] + thread_sums(e_w, BLOCK, LANES),
+            sums[6] + thread_sums(e_l, BLOCK, LANES),
+            sums[7] + thread_sums(d_w, BLOCK, LANES),
+            sums[8] + thread_sums(d_l, BLOCK, LANES),
+            sums[9] + thread_sums(complement, BLOCK, LANES),
+            sums[10] + thread_sums(implicit, BLOCK, LANES),
+        )
     return sums
 
 
 @triton.jit
 def pair_elements_kernel(
-    gw_ptr, gl_ptr, pw_ptr, pl_ptr, yw_ptr, yl_ptr, noise_ptr, qw_ptr, ql_ptr, sw_ptr, sl_ptr,
-    target_scale_ptr, weight_ptr, posterior_scale_ptr, params_ptr, mean_ptr, incoming_ptr, partial_ptr,
-    gw_stride, gl_stride, pw_stride, pl_stride, yw_stride, yl_stride, noise_stride,
-    qw_stride, ql_stride, sw_stride, sl_stride,
-    pairs, n, seg_len,
-    KIND: tl.constexpr, FLAGS: tl.constexpr, OUTER: tl.constexpr, SUMS: tl.constexpr, GRADS: tl.constexpr,
-    INCOMING: tl.constexpr, SPECULATIVE: tl.constexpr, WEIGHTED: tl.constexpr,
-    REFERENCE: tl.constexpr, SHARED_TARGET: tl.constexpr, TARGET_BUILT: tl.constexpr,
-    PACK_BLOCK: tl.constexpr, ALIGN: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+    gw_ptr,
+    gl_ptr,
+    pw_ptr,
+    pl_ptr,
+    yw_ptr,
+    yl_ptr,
+    noise_ptr,
+    qw_ptr,
+    ql_ptr,
+    sw_ptr,
+    sl_ptr,
+    target_scale_ptr,
+    weight_ptr,
+    posterior_scale_ptr,
+    params_ptr,
+    mean_ptr,
+    incoming_ptr,
+    partial_ptr,
+    gw_stride,
+    gl_stride,
+    pw_stride,
+    pl_stride,
+    yw_stride,
+    yl_stride,
+    noise_stride,
+    qw_stride,
+    ql_stride,
+    sw_stride,
+    sl_stride,
+    pairs,
+    n,
+    seg_len,
+    KIND: tl.constexpr,
+    FLAGS: tl.constexpr,
+    OUTER: tl.constexpr,
+    SUMS: tl.constexpr,
+    GRADS: tl.constexpr,
+    INCOMING: tl.constexpr,
+    SPECULATIVE: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    REFERENCE: tl.constexpr,
+    SHARED_TARGET: tl.constexpr,
+    TARGET_BUILT: tl.constexpr,
+    PACK_BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     """Grid (segments, pairs). Writes gradients `[B, ...]` (GRADS) and partial sums `[11, B, segments]` (SUMS).
 
@@ -165,17 +260,85 @@ def pair_elements_kernel(
     whole = length // BLOCK * BLOCK
     for begin in range(0, whole, BLOCK):
         sums = element_block(
-            sums, gw_ptr, gl_ptr, pw_ptr, pl_ptr, yw_ptr, yl_ptr, noise_ptr, qw_ptr, ql_ptr, sw_ptr, sl_ptr,
-            params_ptr, noise_scale, clean_scale, posterior_scale, scale, mean_gamma, mean_preference, mean_complement,
-            mean_implicit, phase, begin + lanes, None, KIND, FLAGS, OUTER, SUMS, GRADS,
-            REFERENCE, SHARED_TARGET, TARGET_BUILT, PACK_BLOCK, False, COMPUTE, BLOCK, LANES)
+            sums,
+            gw_ptr,
+            gl_ptr,
+            pw_ptr,
+            pl_ptr,
+            yw_ptr,
+            yl_ptr,
+            noise_ptr,
+            qw_ptr,
+            ql_ptr,
+            sw_ptr,
+            sl_ptr,
+            params_ptr,
+            noise_scale,
+            clean_scale,
+            posterior_scale,
+            scale,
+            mean_gamma,
+            mean_preference,
+            mean_complement,
+            mean_implicit,
+            phase,
+            begin + lanes,
+            None,
+            KIND,
+            FLAGS,
+            OUTER,
+            SUMS,
+            GRADS,
+            REFERENCE,
+            SHARED_TARGET,
+            TARGET_BUILT,
+            PACK_BLOCK,
+            False,
+            COMPUTE,
+            BLOCK,
+            LANES,
+        )
     if whole < length:
         offsets = whole + lanes
         sums = element_block(
-            sums, gw_ptr, gl_ptr, pw_ptr, pl_ptr, yw_ptr, yl_ptr, noise_ptr, qw_ptr, ql_ptr, sw_ptr, sl_ptr,
-            params_ptr, noise_scale, clean_scale, posterior_scale, scale, mean_gamma, mean_preference, mean_complement,
-            mean_implicit, phase, offsets, offsets < length, KIND, FLAGS, OUTER, SUMS, GRADS,
-            REFERENCE, SHARED_TARGET, TARGET_BUILT, PACK_BLOCK, True, COMPUTE, BLOCK, LANES)
+            sums,
+            gw_ptr,
+            gl_ptr,
+            pw_ptr,
+            pl_ptr,
+            yw_ptr,
+            yl_ptr,
+            noise_ptr,
+            qw_ptr,
+            ql_ptr,
+            sw_ptr,
+            sl_ptr,
+            params_ptr,
+            noise_scale,
+            clean_scale,
+            posterior_scale,
+            scale,
+            mean_gamma,
+            mean_preference,
+            mean_complement,
+            mean_implicit,
+            phase,
+            offsets,
+            offsets < length,
+            KIND,
+            FLAGS,
+            OUTER,
+            SUMS,
+            GRADS,
+            REFERENCE,
+            SHARED_TARGET,
+            TARGET_BUILT,
+            PACK_BLOCK,
+            True,
+            COMPUTE,
+            BLOCK,
+            LANES,
+        )
     if SUMS:
         segments = tl.num_programs(0)
         plane = tl.cast(pairs, tl.int64) * segments
@@ -186,9 +349,21 @@ def pair_elements_kernel(
 
 @triton.jit
 def fold_elements_kernel(
-    partial_ptr, weight_ptr, params_ptr, loss_ptr, telemetry_ptr, mean_ptr, pairs, segments, n,
-    OUTER: tl.constexpr, GAPS: tl.constexpr, WEIGHTED: tl.constexpr, COMPUTE: tl.constexpr,
-    ROWS: tl.constexpr, FOLD: tl.constexpr,
+    partial_ptr,
+    weight_ptr,
+    params_ptr,
+    loss_ptr,
+    telemetry_ptr,
+    mean_ptr,
+    pairs,
+    segments,
+    n,
+    OUTER: tl.constexpr,
+    GAPS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr,
+    FOLD: tl.constexpr,
 ):
     """Partial sums `[11, B, segments]` to loss `[]`, telemetry `[9, B]` and means `[4, B]`. One program."""
     plane = tl.cast(pairs, tl.int64) * segments
@@ -206,8 +381,9 @@ def fold_elements_kernel(
             for begin in range(0, segments, FOLD):
                 step = begin + tl.arange(0, FOLD)
                 where = row.to(tl.int64)[:, None] * segments + step[None, :]
-                sums += tl.load(partial_ptr + k * plane + where,
-                                mask=inside[:, None] & (step[None, :] < segments), other=0.0)
+                sums += tl.load(
+                    partial_ptr + k * plane + where, mask=inside[:, None] & (step[None, :] < segments), other=0.0
+                )
             value = tl.sum(sums, 1) * mean
             if k == 0:
                 preference = value

@@ -95,7 +95,8 @@ def pgdpo_terms(e_w, d_w, d_l, anchor, params_ptr, FLAGS: tl.constexpr, COMPUTE:
     chosen = -d_w
     rejected = -d_l
     ratio, by_chosen, by_rejected = ratio_and_slopes(
-        chosen, rejected, half_beta, tl.load(params_ptr + 4), (FLAGS >> 4) & 3)
+        chosen, rejected, half_beta, tl.load(params_ptr + 4), (FLAGS >> 4) & 3
+    )
     alpha = 0.0 * e_w + 1.0
     gamma = alpha
     complement = 0.0 * e_w
@@ -115,8 +116,21 @@ def pgdpo_terms(e_w, d_w, d_l, anchor, params_ptr, FLAGS: tl.constexpr, COMPUTE:
 
 
 @triton.jit
-def pgdpo_slopes(d_l, logits, alpha, gamma, complement, ratio, by_chosen, by_rejected,
-                 by_preference, by_implicit, by_gamma, params_ptr, FLAGS: tl.constexpr):
+def pgdpo_slopes(
+    d_l,
+    logits,
+    alpha,
+    gamma,
+    complement,
+    ratio,
+    by_chosen,
+    by_rejected,
+    by_preference,
+    by_implicit,
+    by_gamma,
+    params_ptr,
+    FLAGS: tl.constexpr,
+):
     """Derivatives of the loss by the chosen error, the rejected error and the anchor, from those by P, I and gamma."""
     half_beta = tl.load(params_ptr)
     slope = by_preference * sigmoid(-logits) * half_beta
@@ -150,8 +164,19 @@ def safeguarded(g_l, e_w, cross, params_ptr, FLAGS: tl.constexpr):
 
 
 @triton.jit
-def objective(e_w, e_l, d_w, d_l, anchor, cross, posterior_scale, params_ptr,
-              KIND: tl.constexpr, FLAGS: tl.constexpr, COMPUTE: tl.constexpr):
+def objective(
+    e_w,
+    e_l,
+    d_w,
+    d_l,
+    anchor,
+    cross,
+    posterior_scale,
+    params_ptr,
+    KIND: tl.constexpr,
+    FLAGS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
     """One block of groups through the objective.
 
     Returns loss, logits, alpha, gamma, importance, and the derivatives of the loss by the chosen error, the rejected
@@ -190,14 +215,27 @@ def objective(e_w, e_l, d_w, d_l, anchor, cross, posterior_scale, params_ptr,
         g_l = off_target
     elif KIND == KIND_PGDPO:
         logits, preference, implicit, alpha, gamma, complement, ratio, by_chosen, by_rejected = pgdpo_terms(
-            e_w, d_w, d_l, anchor, params_ptr, FLAGS, COMPUTE)
+            e_w, d_w, d_l, anchor, params_ptr, FLAGS, COMPUTE
+        )
         ipr_scale = tl.load(params_ptr + 3)
         loss = gamma * preference
         if (FLAG_IPR_REWARD | FLAG_IPR_ANCHOR) & FLAGS:
             loss += complement * (ipr_scale * implicit)
         g_w, g_l, g_anchor = pgdpo_slopes(
-            d_l, logits, alpha, gamma, complement, ratio, by_chosen, by_rejected,
-            gamma, complement * ipr_scale, preference - ipr_scale * implicit, params_ptr, FLAGS)
+            d_l,
+            logits,
+            alpha,
+            gamma,
+            complement,
+            ratio,
+            by_chosen,
+            by_rejected,
+            gamma,
+            complement * ipr_scale,
+            preference - ipr_scale * implicit,
+            params_ptr,
+            FLAGS,
+        )
     elif KIND == KIND_DPOP:
         chosen = -d_w
         penalty = tl.load(params_ptr + 1)

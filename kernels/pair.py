@@ -33,8 +33,9 @@ def thread_sums(x, BLOCK: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def load_float8(ptr, scale_ptr, phase, offsets, mask,
-                PACK_BLOCK: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr):
+def load_float8(
+    ptr, scale_ptr, phase, offsets, mask, PACK_BLOCK: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr
+):
     """e4m3 bytes times their block's scale; `phase` is where in its block the segment starts.
 
     Decoded by bit moves, so every architecture and the interpreter agree.
@@ -51,8 +52,19 @@ def load_float8(ptr, scale_ptr, phase, offsets, mask,
 
 
 @triton.jit
-def reference_terms(p, y, q_ptr, scale_ptr, phase, offsets, mask, REFERENCE: tl.constexpr, PACK_BLOCK: tl.constexpr,
-                    MASKED: tl.constexpr, COMPUTE: tl.constexpr):
+def reference_terms(
+    p,
+    y,
+    q_ptr,
+    scale_ptr,
+    phase,
+    offsets,
+    mask,
+    REFERENCE: tl.constexpr,
+    PACK_BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
     """p - q and p + q - 2y; their product is the gap, exact to full relative accuracy where p is close to q."""
     if REFERENCE == 1:
         q = load(q_ptr, offsets, mask, MASKED, COMPUTE)
@@ -65,8 +77,19 @@ def reference_terms(p, y, q_ptr, scale_ptr, phase, offsets, mask, REFERENCE: tl.
 
 
 @triton.jit
-def load_targets(yw_ptr, yl_ptr, noise_ptr, noise_scale, clean_scale, offsets, mask, SHARED_TARGET: tl.constexpr,
-                 TARGET_BUILT: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr):
+def load_targets(
+    yw_ptr,
+    yl_ptr,
+    noise_ptr,
+    noise_scale,
+    clean_scale,
+    offsets,
+    mask,
+    SHARED_TARGET: tl.constexpr,
+    TARGET_BUILT: tl.constexpr,
+    MASKED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
     """Targets of the chosen and the rejected video; what the pair shares is read once."""
     y_w = load(yw_ptr, offsets, mask, MASKED, COMPUTE)
     y_l = y_w
@@ -80,17 +103,40 @@ def load_targets(yw_ptr, yl_ptr, noise_ptr, noise_scale, clean_scale, offsets, m
 
 
 @triton.jit
-def accumulate(sums, pw_ptr, pl_ptr, yw_ptr, yl_ptr, noise_ptr, qw_ptr, ql_ptr, sw_ptr, sl_ptr,
-               noise_scale, clean_scale, phase, offsets, mask,
-               REFERENCE: tl.constexpr, SHARED_TARGET: tl.constexpr, TARGET_BUILT: tl.constexpr,
-               ANCHOR: tl.constexpr, CROSS: tl.constexpr, PACK_BLOCK: tl.constexpr,
-               MASKED: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
+def accumulate(
+    sums,
+    pw_ptr,
+    pl_ptr,
+    yw_ptr,
+    yl_ptr,
+    noise_ptr,
+    qw_ptr,
+    ql_ptr,
+    sw_ptr,
+    sl_ptr,
+    noise_scale,
+    clean_scale,
+    phase,
+    offsets,
+    mask,
+    REFERENCE: tl.constexpr,
+    SHARED_TARGET: tl.constexpr,
+    TARGET_BUILT: tl.constexpr,
+    ANCHOR: tl.constexpr,
+    CROSS: tl.constexpr,
+    PACK_BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+):
     """One block into the six running sums. Masked lanes load zeros everywhere, hence add zero."""
     e_w, e_l, d_w, d_l, anchor, cross = sums
     p_w = load(pw_ptr, offsets, mask, MASKED, COMPUTE)
     p_l = load(pl_ptr, offsets, mask, MASKED, COMPUTE)
-    y_w, y_l = load_targets(yw_ptr, yl_ptr, noise_ptr, noise_scale, clean_scale, offsets, mask,
-                            SHARED_TARGET, TARGET_BUILT, MASKED, COMPUTE)
+    y_w, y_l = load_targets(
+        yw_ptr, yl_ptr, noise_ptr, noise_scale, clean_scale, offsets, mask, SHARED_TARGET, TARGET_BUILT, MASKED, COMPUTE
+    )
     u_w = p_w - y_w
     u_l = p_l - y_l
     e_w += thread_sums(u_w * u_w, BLOCK, LANES)
@@ -98,10 +144,12 @@ def accumulate(sums, pw_ptr, pl_ptr, yw_ptr, yl_ptr, noise_ptr, qw_ptr, ql_ptr, 
     if CROSS:
         cross += thread_sums(u_w * u_l, BLOCK, LANES)
     if REFERENCE != 0:
-        minus_w, plus_w = reference_terms(p_w, y_w, qw_ptr, sw_ptr, phase, offsets, mask,
-                                          REFERENCE, PACK_BLOCK, MASKED, COMPUTE)
-        minus_l, plus_l = reference_terms(p_l, y_l, ql_ptr, sl_ptr, phase, offsets, mask,
-                                          REFERENCE, PACK_BLOCK, MASKED, COMPUTE)
+        minus_w, plus_w = reference_terms(
+            p_w, y_w, qw_ptr, sw_ptr, phase, offsets, mask, REFERENCE, PACK_BLOCK, MASKED, COMPUTE
+        )
+        minus_l, plus_l = reference_terms(
+            p_l, y_l, ql_ptr, sl_ptr, phase, offsets, mask, REFERENCE, PACK_BLOCK, MASKED, COMPUTE
+        )
         d_w += thread_sums(minus_w * plus_w, BLOCK, LANES)
         d_l += thread_sums(minus_l * plus_l, BLOCK, LANES)
         if ANCHOR:
@@ -111,11 +159,38 @@ def accumulate(sums, pw_ptr, pl_ptr, yw_ptr, yl_ptr, noise_ptr, qw_ptr, ql_ptr, 
 
 @triton.jit
 def pair_errors_kernel(
-    pw_ptr, pl_ptr, yw_ptr, yl_ptr, noise_ptr, qw_ptr, ql_ptr, sw_ptr, sl_ptr, target_scale_ptr, partial_ptr,
-    pw_stride, pl_stride, yw_stride, yl_stride, noise_stride, qw_stride, ql_stride, sw_stride, sl_stride,
-    pairs, n, seg_len,
-    REFERENCE: tl.constexpr, SHARED_TARGET: tl.constexpr, TARGET_BUILT: tl.constexpr, ANCHOR: tl.constexpr,
-    CROSS: tl.constexpr, PACK_BLOCK: tl.constexpr, ALIGN: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    pw_ptr,
+    pl_ptr,
+    yw_ptr,
+    yl_ptr,
+    noise_ptr,
+    qw_ptr,
+    ql_ptr,
+    sw_ptr,
+    sl_ptr,
+    target_scale_ptr,
+    partial_ptr,
+    pw_stride,
+    pl_stride,
+    yw_stride,
+    yl_stride,
+    noise_stride,
+    qw_stride,
+    ql_stride,
+    sw_stride,
+    sl_stride,
+    pairs,
+    n,
+    seg_len,
+    REFERENCE: tl.constexpr,
+    SHARED_TARGET: tl.constexpr,
+    TARGET_BUILT: tl.constexpr,
+    ANCHOR: tl.constexpr,
+    CROSS: tl.constexpr,
+    PACK_BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """Partial sums of every segment: grid (segments, pairs), output `[STATISTICS, pairs, segments]`.
@@ -148,16 +223,62 @@ def pair_errors_kernel(
     lanes = tl.arange(0, BLOCK)
     whole = length // BLOCK * BLOCK
     for begin in range(0, whole, BLOCK):
-        sums = accumulate(sums, pw_ptr, pl_ptr, yw_ptr, yl_ptr, noise_ptr, qw_ptr, ql_ptr, sw_ptr, sl_ptr,
-                          noise_scale, clean_scale, phase, begin + lanes, None,
-                          REFERENCE, SHARED_TARGET, TARGET_BUILT, ANCHOR, CROSS, PACK_BLOCK, False, COMPUTE, BLOCK,
-                          LANES)
+        sums = accumulate(
+            sums,
+            pw_ptr,
+            pl_ptr,
+            yw_ptr,
+            yl_ptr,
+            noise_ptr,
+            qw_ptr,
+            ql_ptr,
+            sw_ptr,
+            sl_ptr,
+            noise_scale,
+            clean_scale,
+            phase,
+            begin + lanes,
+            None,
+            REFERENCE,
+            SHARED_TARGET,
+            TARGET_BUILT,
+            ANCHOR,
+            CROSS,
+            PACK_BLOCK,
+            False,
+            COMPUTE,
+            BLOCK,
+            LANES,
+        )
     if whole < length:
         offsets = whole + lanes
-        sums = accumulate(sums, pw_ptr, pl_ptr, yw_ptr, yl_ptr, noise_ptr, qw_ptr, ql_ptr, sw_ptr, sl_ptr,
-                          noise_scale, clean_scale, phase, offsets, offsets < length,
-                          REFERENCE, SHARED_TARGET, TARGET_BUILT, ANCHOR, CROSS, PACK_BLOCK, True, COMPUTE, BLOCK,
-                          LANES)
+        sums = accumulate(
+            sums,
+            pw_ptr,
+            pl_ptr,
+            yw_ptr,
+            yl_ptr,
+            noise_ptr,
+            qw_ptr,
+            ql_ptr,
+            sw_ptr,
+            sl_ptr,
+            noise_scale,
+            clean_scale,
+            phase,
+            offsets,
+            offsets < length,
+            REFERENCE,
+            SHARED_TARGET,
+            TARGET_BUILT,
+            ANCHOR,
+            CROSS,
+            PACK_BLOCK,
+            True,
+            COMPUTE,
+            BLOCK,
+            LANES,
+        )
     plane = tl.cast(pairs, tl.int64) * segments
     partial_ptr += pair * segments + segment
     for k in tl.static_range(6):
@@ -166,11 +287,26 @@ def pair_errors_kernel(
 
 @triton.jit
 def fold_kernel(
-    partial_ptr, reference_error_ptr, weight_ptr, posterior_scale_ptr, params_ptr,
-    loss_ptr, telemetry_ptr, coefficient_ptr,
-    rows, segments, groups, count,
-    KIND: tl.constexpr, FLAGS: tl.constexpr, GAPS: tl.constexpr, REFERENCE_ERRORS: tl.constexpr,
-    WEIGHTED: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, FOLD: tl.constexpr,
+    partial_ptr,
+    reference_error_ptr,
+    weight_ptr,
+    posterior_scale_ptr,
+    params_ptr,
+    loss_ptr,
+    telemetry_ptr,
+    coefficient_ptr,
+    rows,
+    segments,
+    groups,
+    count,
+    KIND: tl.constexpr,
+    FLAGS: tl.constexpr,
+    GAPS: tl.constexpr,
+    REFERENCE_ERRORS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr,
+    FOLD: tl.constexpr,
 ):
     """Fold the partial sums of every group and, unless KIND < 0, run the objective on them. One program.
 
@@ -223,7 +359,8 @@ def fold_kernel(
             if FLAG_IMPORTANCE & FLAGS:
                 posterior_scale = tl.load(posterior_scale_ptr + pair, mask=inside, other=0.0).to(COMPUTE)
             loss, logits, alpha, gamma, importance, g_w, g_l, g_anchor = objective(
-                e_w, e_l, d_w, d_l, anchor, cross, posterior_scale, params_ptr, KIND, FLAGS, COMPUTE)
+                e_w, e_l, d_w, d_l, anchor, cross, posterior_scale, params_ptr, KIND, FLAGS, COMPUTE
+            )
             weight = tl.full([ROWS], 1.0, COMPUTE)
             if WEIGHTED:
                 weight = tl.load(weight_ptr + row, mask=inside, other=0.0).to(COMPUTE)
@@ -250,19 +387,45 @@ def fold_kernel(
 
 
 @triton.jit
-def scaled_gradients(gw_ptr, gl_ptr, pw_ptr, pl_ptr, yw_ptr, yl_ptr, noise_ptr, qw_ptr, ql_ptr, sw_ptr, sl_ptr,
-                     noise_scale, clean_scale, c_w, c_l, c_anchor, phase, offsets, mask,
-                     REFERENCE: tl.constexpr, SHARED_TARGET: tl.constexpr, TARGET_BUILT: tl.constexpr,
-                     ANCHOR: tl.constexpr, PACK_BLOCK: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr):
+def scaled_gradients(
+    gw_ptr,
+    gl_ptr,
+    pw_ptr,
+    pl_ptr,
+    yw_ptr,
+    yl_ptr,
+    noise_ptr,
+    qw_ptr,
+    ql_ptr,
+    sw_ptr,
+    sl_ptr,
+    noise_scale,
+    clean_scale,
+    c_w,
+    c_l,
+    c_anchor,
+    phase,
+    offsets,
+    mask,
+    REFERENCE: tl.constexpr,
+    SHARED_TARGET: tl.constexpr,
+    TARGET_BUILT: tl.constexpr,
+    ANCHOR: tl.constexpr,
+    PACK_BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
     """One block of c_w (p_w - y_w) + c_anchor (p_w - q_w) and c_l (p_l - y_l)."""
     p_w = load(pw_ptr, offsets, mask, MASKED, COMPUTE)
     p_l = load(pl_ptr, offsets, mask, MASKED, COMPUTE)
-    y_w, y_l = load_targets(yw_ptr, yl_ptr, noise_ptr, noise_scale, clean_scale, offsets, mask,
-                            SHARED_TARGET, TARGET_BUILT, MASKED, COMPUTE)
+    y_w, y_l = load_targets(
+        yw_ptr, yl_ptr, noise_ptr, noise_scale, clean_scale, offsets, mask, SHARED_TARGET, TARGET_BUILT, MASKED, COMPUTE
+    )
     g_w = c_w * (p_w - y_w)
     if ANCHOR:
-        minus_w, _ = reference_terms(p_w, y_w, qw_ptr, sw_ptr, phase, offsets, mask,
-                                     REFERENCE, PACK_BLOCK, MASKED, COMPUTE)
+        minus_w, _ = reference_terms(
+            p_w, y_w, qw_ptr, sw_ptr, phase, offsets, mask, REFERENCE, PACK_BLOCK, MASKED, COMPUTE
+        )
         g_w += c_anchor * minus_w
     # An objective that takes no notice of the rejected video must not take its NaN.
     g_l = tl.where(c_l == 0.0, 0.0, c_l * (p_l - y_l))
@@ -276,13 +439,43 @@ def scaled_gradients(gw_ptr, gl_ptr, pw_ptr, pl_ptr, yw_ptr, yl_ptr, noise_ptr, 
 
 @triton.jit
 def pair_gradient_kernel(
-    gw_ptr, gl_ptr, pw_ptr, pl_ptr, yw_ptr, yl_ptr, noise_ptr, qw_ptr, ql_ptr, sw_ptr, sl_ptr,
-    target_scale_ptr, coefficient_ptr, incoming_ptr,
-    gw_stride, gl_stride, pw_stride, pl_stride, yw_stride, yl_stride, noise_stride,
-    qw_stride, ql_stride, sw_stride, sl_stride,
-    pairs, groups, n, seg_len,
-    REFERENCE: tl.constexpr, SHARED_TARGET: tl.constexpr, TARGET_BUILT: tl.constexpr, ANCHOR: tl.constexpr,
-    PACK_BLOCK: tl.constexpr, ALIGN: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    gw_ptr,
+    gl_ptr,
+    pw_ptr,
+    pl_ptr,
+    yw_ptr,
+    yl_ptr,
+    noise_ptr,
+    qw_ptr,
+    ql_ptr,
+    sw_ptr,
+    sl_ptr,
+    target_scale_ptr,
+    coefficient_ptr,
+    incoming_ptr,
+    gw_stride,
+    gl_stride,
+    pw_stride,
+    pl_stride,
+    yw_stride,
+    yl_stride,
+    noise_stride,
+    qw_stride,
+    ql_stride,
+    sw_stride,
+    sl_stride,
+    pairs,
+    groups,
+    n,
+    seg_len,
+    REFERENCE: tl.constexpr,
+    SHARED_TARGET: tl.constexpr,
+    TARGET_BUILT: tl.constexpr,
+    ANCHOR: tl.constexpr,
+    PACK_BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Gradients by both predictions from the coefficients `[3, B, G]` and the incoming gradient `[]`.
 
@@ -320,11 +513,61 @@ def pair_gradient_kernel(
     lanes = tl.arange(0, BLOCK)
     whole = length // BLOCK * BLOCK
     for begin in range(0, whole, BLOCK):
-        scaled_gradients(gw_ptr, gl_ptr, pw_ptr, pl_ptr, yw_ptr, yl_ptr, noise_ptr, qw_ptr, ql_ptr, sw_ptr, sl_ptr,
-                         noise_scale, clean_scale, c_w, c_l, c_anchor, phase, begin + lanes, None,
-                         REFERENCE, SHARED_TARGET, TARGET_BUILT, ANCHOR, PACK_BLOCK, False, COMPUTE)
+        scaled_gradients(
+            gw_ptr,
+            gl_ptr,
+            pw_ptr,
+            pl_ptr,
+            yw_ptr,
+            yl_ptr,
+            noise_ptr,
+            qw_ptr,
+            ql_ptr,
+            sw_ptr,
+            sl_ptr,
+            noise_scale,
+            clean_scale,
+            c_w,
+            c_l,
+            c_anchor,
+            phase,
+            begin + lanes,
+            None,
+            REFERENCE,
+            SHARED_TARGET,
+            TARGET_BUILT,
+            ANCHOR,
+            PACK_BLOCK,
+            False,
+            COMPUTE,
+        )
     if whole < length:
         offsets = whole + lanes
-        scaled_gradients(gw_ptr, gl_ptr, pw_ptr, pl_ptr, yw_ptr, yl_ptr, noise_ptr, qw_ptr, ql_ptr, sw_ptr, sl_ptr,
-                         noise_scale, clean_scale, c_w, c_l, c_anchor, phase, offsets, offsets < length,
-                         REFERENCE, SHARED_TARGET, TARGET_BUILT, ANCHOR, PACK_BLOCK, True, COMPUTE)
+        scaled_gradients(
+            gw_ptr,
+            gl_ptr,
+            pw_ptr,
+            pl_ptr,
+            yw_ptr,
+            yl_ptr,
+            noise_ptr,
+            qw_ptr,
+            ql_ptr,
+            sw_ptr,
+            sl_ptr,
+            noise_scale,
+            clean_scale,
+            c_w,
+            c_l,
+            c_anchor,
+            phase,
+            offsets,
+            offsets < length,
+            REFERENCE,
+            SHARED_TARGET,
+            TARGET_BUILT,
+            ANCHOR,
+            PACK_BLOCK,
+            True,
+            COMPUTE,
+        )

@@ -9,11 +9,39 @@ __version__ = "0.1.0"
 
 # Public name -> the module that defines it. Resolved on first use, so importing the package stays cheap.
 _PUBLIC = {
-    **dict.fromkeys(("PreferenceLoss", "PreferenceLossOutput", "paired_errors", "preference_loss", "reference_errors",
-                     "NoisedTarget", "PackedReference", "ReferenceErrors"), "loss"),
-    **dict.fromkeys(("DPO", "DPOClipMask", "DPOP", "DPOShift", "IPO", "Objective", "PGDPO", "Safeguarded", "SDPO",
-                     "SFT", "SLiC", "GroupErrors", "videodpo_pair_weight", "beta_from_sum", "beta_without_half"),
-                    "objectives"),
+    **dict.fromkeys(
+        (
+            "PreferenceLoss",
+            "PreferenceLossOutput",
+            "paired_errors",
+            "preference_loss",
+            "reference_errors",
+            "NoisedTarget",
+            "PackedReference",
+            "ReferenceErrors",
+        ),
+        "loss",
+    ),
+    **dict.fromkeys(
+        (
+            "DPO",
+            "DPOClipMask",
+            "DPOP",
+            "DPOShift",
+            "IPO",
+            "Objective",
+            "PGDPO",
+            "Safeguarded",
+            "SDPO",
+            "SFT",
+            "SLiC",
+            "GroupErrors",
+            "videodpo_pair_weight",
+            "beta_from_sum",
+            "beta_without_half",
+        ),
+        "objectives",
+    ),
 }
 _MODULES = ("diffusion", "errors", "objectives")
 __all__ = sorted(_PUBLIC)

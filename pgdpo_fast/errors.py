@@ -4,7 +4,13 @@ A message says what was given, what was expected and what to do next, in one lin
 """
 
 __all__ = [
-    "BackendUnavailable", "ConfigError", "DataError", "NonFiniteError", "OutOfMemoryError", "PgdpoError", "Preempted",
+    "BackendUnavailable",
+    "ConfigError",
+    "DataError",
+    "NonFiniteError",
+    "OutOfMemoryError",
+    "PgdpoError",
+    "Preempted",
 ]
 
 

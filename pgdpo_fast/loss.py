@@ -163,12 +163,17 @@ class PreferenceLossOutput:
         """Means over the batch as 0-d tensors, under TRL's names where those exist. No device sync."""
         nan = torch.full_like(self.margin, float("nan"))
         values = {
-            "rewards/chosen": self.chosen_reward, "rewards/rejected": self.rejected_reward,
+            "rewards/chosen": self.chosen_reward,
+            "rewards/rejected": self.rejected_reward,
             "rewards/margins": self.margin,
             "rewards/accuracies": torch.where(self.margin.isnan(), nan, self.margin > 0),
-            "logits": self.logits, "gradient_factor": self.gradient_factor,
-            "weights/alpha": self.alpha, "weights/gamma": self.gamma, "weights/importance": self.importance,
-            "errors/policy_chosen": self.policy_chosen_error, "errors/policy_rejected": self.policy_rejected_error,
+            "logits": self.logits,
+            "gradient_factor": self.gradient_factor,
+            "weights/alpha": self.alpha,
+            "weights/gamma": self.gamma,
+            "weights/importance": self.importance,
+            "errors/policy_chosen": self.policy_chosen_error,
+            "errors/policy_rejected": self.policy_rejected_error,
             "errors/reference_chosen": self.reference_chosen_error,
             "errors/reference_rejected": self.reference_rejected_error,
         }
@@ -180,8 +185,10 @@ class PreferenceLossOutput:
         bad = (bad.any(1) if bad.ndim > 1 else bad).nonzero().flatten().tolist()
         if bad:
             names = [pair_ids[i] for i in bad] if pair_ids is not None else bad
-            raise NonFiniteError(f"loss is NaN or infinite for pair(s) {', '.join(map(str, names))} of "
-                                 f"{len(self.per_pair_loss)}; their predictions, targets or reference are not finite")
+            raise NonFiniteError(
+                f"loss is NaN or infinite for pair(s) {', '.join(map(str, names))} of "
+                f"{len(self.per_pair_loss)}; their predictions, targets or reference are not finite"
+            )
         if not bool(torch.isfinite(self.loss)):
             raise NonFiniteError("loss is NaN or infinite, that of every pair is finite; the weights are not finite")
 
@@ -199,10 +206,13 @@ def _pair(x, name: str) -> tuple[Tensor, Tensor | None]:
     for t in items:
         if t is not None and (t.ndim < 2 or t.numel() == 0):
             raise ValueError(f"{name}: expected a non-empty batch of latents [B, C, F, H, W], got {_describe(t)}")
-    if second is not None and (first.shape != second.shape or first.dtype != second.dtype
-                               or first.device != second.device):
-        raise ValueError(f"{name}: expected chosen and rejected of one shape, dtype and device, "
-                         f"got {_describe(first)} and {_describe(second)}")
+    if second is not None and (
+        first.shape != second.shape or first.dtype != second.dtype or first.device != second.device
+    ):
+        raise ValueError(
+            f"{name}: expected chosen and rejected of one shape, dtype and device, "
+            f"got {_describe(first)} and {_describe(second)}"
+        )
     return first, second
 
 
@@ -256,8 +266,12 @@ def _check(prediction, target, reference, name: str = "prediction") -> _Call:
         first, second = _pair(x, name)
         for t in (first, second):
             if t is not None:
-                _expect(t, name, (single,) if second is not None else (stacked, single) if allow_shared else (stacked,),
-                        device)
+                _expect(
+                    t,
+                    name,
+                    (single,) if second is not None else (stacked, single) if allow_shared else (stacked,),
+                    device,
+                )
                 if t.dtype not in dtypes:
                     raise ValueError(f"{name}: expected {', '.join(str(d) for d in dtypes)}, got {t.dtype}")
         return _detached(first), None if second is None else _detached(second)
@@ -280,8 +294,11 @@ def _check(prediction, target, reference, name: str = "prediction") -> _Call:
         errors = reference
     elif isinstance(reference, PackedReference):
         form = 2 if reference.chosen_scale is None else 3
-        rows = operand((reference.chosen, reference.rejected), "reference",
-                       dtypes=(torch.bfloat16,) if form == 2 else (torch.uint8,))
+        rows = operand(
+            (reference.chosen, reference.rejected),
+            "reference",
+            dtypes=(torch.bfloat16,) if form == 2 else (torch.uint8,),
+        )
         if form == 3:
             blocks = -(-torch.Size(video).numel() // PACK_BLOCK)
             row_scales = (reference.chosen_scale, reference.rejected_scale)
@@ -302,11 +319,15 @@ def _check_objective(objective, call: _Call, granularity: str, posterior_scale) 
     if objective.needs_reference and call.reference_form == 0 and call.reference_errors is None:
         raise ValueError(f"reference: {name} needs the reference's predictions or errors, got None")
     if objective.needs_anchor and call.reference_form == 0:
-        raise ValueError(f"reference: {name} with ipr='anchor' needs the reference's predictions or a PackedReference, "
-                         f"got ReferenceErrors; use ipr='reward' or pass predictions")
+        raise ValueError(
+            f"reference: {name} with ipr='anchor' needs the reference's predictions or a PackedReference, "
+            f"got ReferenceErrors; use ipr='reward' or pass predictions"
+        )
     if granularity == "element" and call.reference_errors is not None:
-        raise ValueError("reference: granularity='element' needs the reference's predictions or a PackedReference, "
-                         "got ReferenceErrors")
+        raise ValueError(
+            "reference: granularity='element' needs the reference's predictions or a PackedReference, "
+            "got ReferenceErrors"
+        )
     if objective.needs_posterior_scale and posterior_scale is None:
         raise ValueError(f"posterior_scale: {name} needs [B] values, see process.posterior_scale(timestep)")
 
@@ -316,12 +337,15 @@ def _group_errors(call: _Call, granularity: str, anchor: bool, cross: bool, back
     if backend == "eager" or granularity == "element":
         errors = eager.group_errors(gather(*call.tensors), call.reference_form, granularity, anchor, cross)
     else:
-        errors = fused.group_errors(call.tensors, fused.plan(call.tensors, call.reference_form,
-                                                             call.groups(granularity), anchor, cross, backend))
+        errors = fused.group_errors(
+            call.tensors,
+            fused.plan(call.tensors, call.reference_form, call.groups(granularity), anchor, cross, backend),
+        )
     if call.reference_errors is not None:
         chosen, rejected = _reference_errors(call, call.groups(granularity), errors.policy_chosen.dtype)
-        errors = errors._replace(gap_chosen=errors.policy_chosen - chosen,
-                                 gap_rejected=errors.policy_rejected - rejected)
+        errors = errors._replace(
+            gap_chosen=errors.policy_chosen - chosen, gap_rejected=errors.policy_rejected - rejected
+        )
     return errors
 
 
@@ -334,8 +358,16 @@ def _reference_errors(call: _Call, groups: int, dtype: torch.dtype) -> Tensor:
     return torch.stack([x.detach().to(dtype).view(call.pairs, groups) for x in pair])
 
 
-def paired_errors(prediction, target, reference=None, *, granularity: str = "sample", anchor: bool = False,
-                  cross: bool = False, backend: str = "auto") -> GroupErrors:
+def paired_errors(
+    prediction,
+    target,
+    reference=None,
+    *,
+    granularity: str = "sample",
+    anchor: bool = False,
+    cross: bool = False,
+    backend: str = "auto",
+) -> GroupErrors:
     """Errors and gaps of every group, differentiable by the predictions: the block to build new objectives on.
 
     One fused pass computes all statistics and one fused pass, in backward, both gradients; what happens between on
@@ -369,10 +401,20 @@ def reference_errors(prediction, target, *, granularity: str = "sample", backend
     return ReferenceErrors(*(x.squeeze(1) if granularity == "sample" else x for x in values))
 
 
-def preference_loss(prediction, target, reference=None, *, objective: Objective, granularity: str = "sample",
-                    pair_weight: Tensor | None = None, frame_weight: Tensor | None = None,
-                    frame_label: Tensor | None = None, posterior_scale: Tensor | None = None, backend: str = "auto",
-                    process_group=None) -> PreferenceLossOutput:
+def preference_loss(
+    prediction,
+    target,
+    reference=None,
+    *,
+    objective: Objective,
+    granularity: str = "sample",
+    pair_weight: Tensor | None = None,
+    frame_weight: Tensor | None = None,
+    frame_label: Tensor | None = None,
+    posterior_scale: Tensor | None = None,
+    backend: str = "auto",
+    process_group=None,
+) -> PreferenceLossOutput:
     """Any diffusion preference objective on a batch of pairs; `out.loss.backward()` gives the fused gradients.
 
     Args:
@@ -421,8 +463,14 @@ def preference_loss(prediction, target, reference=None, *, objective: Objective,
     outer = groups > 1 and objective.outer
     scalar_epilogue = epilogue is not None and process_group is None and frame_label is None
     if backend != "eager" and scalar_epilogue and (granularity == "element" or not outer):
-        plan = fused.plan(call.tensors, call.reference_form, 1 if granularity == "element" else groups,
-                          objective.needs_anchor, objective.needs_cross, backend)
+        plan = fused.plan(
+            call.tensors,
+            call.reference_form,
+            1 if granularity == "element" else groups,
+            objective.needs_anchor,
+            objective.needs_cross,
+            backend,
+        )
         if granularity == "element":
             row_weight = None if weight is None else weight[:, 0]
             loss, telemetry = fused.elements(call.tensors, plan, epilogue, outer, row_weight, posterior_scale)
@@ -442,10 +490,19 @@ def preference_loss(prediction, target, reference=None, *, objective: Objective,
     loss = (terms.loss if weight is None else weight * terms.loss).mean()
     nan = torch.full_like(terms.loss, float("nan"))
     with torch.no_grad():
-        telemetry = torch.stack([
-            terms.loss, terms.logits, terms.alpha, terms.gamma, terms.importance, errors.policy_chosen,
-            errors.policy_rejected, nan if errors.gap_chosen is None else errors.gap_chosen,
-            nan if errors.gap_rejected is None else errors.gap_rejected])
+        telemetry = torch.stack(
+            [
+                terms.loss,
+                terms.logits,
+                terms.alpha,
+                terms.gamma,
+                terms.importance,
+                errors.policy_chosen,
+                errors.policy_rejected,
+                nan if errors.gap_chosen is None else errors.gap_chosen,
+                nan if errors.gap_rejected is None else errors.gap_rejected,
+            ]
+        )
         if granularity == "element":
             telemetry = telemetry.mean(-1, keepdim=True)
     return PreferenceLossOutput(loss, telemetry, granularity == "frame")
@@ -478,8 +535,12 @@ def _relabel(errors: GroupErrors, label: Tensor) -> GroupErrors:
             return None, None
         return torch.where(flip, rejected, chosen), torch.where(flip, chosen, rejected)
 
-    return GroupErrors(*exchanged(errors.policy_chosen, errors.policy_rejected),
-                       *exchanged(errors.gap_chosen, errors.gap_rejected), errors.anchor, errors.cross)
+    return GroupErrors(
+        *exchanged(errors.policy_chosen, errors.policy_rejected),
+        *exchanged(errors.gap_chosen, errors.gap_rejected),
+        errors.anchor,
+        errors.cross,
+    )
 
 
 class _MeanOverRanks(torch.autograd.Function):
@@ -499,8 +560,10 @@ class _MeanOverRanks(torch.autograd.Function):
 
 def _all_reduce_mean(errors: GroupErrors, granularity: str, group) -> GroupErrors:
     if granularity == "element":
-        raise ValueError("process_group: needs granularity 'sample' or 'frame', got 'element', which has no sums to "
-                         "reduce over ranks; average the losses of the shards instead")
+        raise ValueError(
+            "process_group: needs granularity 'sample' or 'frame', got 'element', which has no sums to "
+            "reduce over ranks; average the losses of the shards instead"
+        )
     present = [x for x in errors if x is not None]
     reduced = iter(_MeanOverRanks.apply(torch.stack(present), group))
     return GroupErrors(*(None if x is None else next(reduced) for x in errors))
@@ -524,11 +587,30 @@ class PreferenceLoss(nn.Module):
         self.objective, self.granularity, self.backend = objective, granularity, backend
         self.process_group = process_group
 
-    def forward(self, prediction, target, reference=None, *, pair_weight=None, frame_weight=None, frame_label=None,
-                posterior_scale=None):
-        return preference_loss(prediction, target, reference, objective=self.objective, granularity=self.granularity,
-                               pair_weight=pair_weight, frame_weight=frame_weight, frame_label=frame_label,
-                               posterior_scale=posterior_scale, backend=self.backend, process_group=self.process_group)
+    def forward(
+        self,
+        prediction,
+        target,
+        reference=None,
+        *,
+        pair_weight=None,
+        frame_weight=None,
+        frame_label=None,
+        posterior_scale=None,
+    ):
+        return preference_loss(
+            prediction,
+            target,
+            reference,
+            objective=self.objective,
+            granularity=self.granularity,
+            pair_weight=pair_weight,
+            frame_weight=frame_weight,
+            frame_label=frame_label,
+            posterior_scale=posterior_scale,
+            backend=self.backend,
+            process_group=self.process_group,
+        )
 
     def extra_repr(self) -> str:
         return f"{self.objective}, granularity={self.granularity!r}, backend={self.backend!r}"

@@ -118,12 +118,22 @@ class Objective:
         return None
 
     @staticmethod
-    def result(loss: Tensor, logits: Tensor, alpha: Tensor | None = None, gamma: Tensor | None = None,
-               importance: Tensor | None = None) -> Terms:
+    def result(
+        loss: Tensor,
+        logits: Tensor,
+        alpha: Tensor | None = None,
+        gamma: Tensor | None = None,
+        importance: Tensor | None = None,
+    ) -> Terms:
         """`Terms` with weights of one where none are given; what `terms` returns."""
         one = torch.ones_like(logits)
-        return Terms(loss, logits, one if alpha is None else alpha, one if gamma is None else gamma,
-                     one if importance is None else importance)
+        return Terms(
+            loss,
+            logits,
+            one if alpha is None else alpha,
+            one if gamma is None else gamma,
+            one if importance is None else importance,
+        )
 
 
 @dataclass(frozen=True)
@@ -189,8 +199,10 @@ class PGDPO(Objective):
         _number(self, "ipr_weight", 0.0)
         _number(self, "eps")
         if abs(self.eps) < MIN_EPS and self.ratio in ("signed", "abs"):
-            raise ConfigError(f"PGDPO(eps={self.eps!r}, ratio={self.ratio!r}): expected |eps| >= {MIN_EPS:g}, "
-                              "the ratio divides by it where training starts")
+            raise ConfigError(
+                f"PGDPO(eps={self.eps!r}, ratio={self.ratio!r}): expected |eps| >= {MIN_EPS:g}, "
+                "the ratio divides by it where training starts"
+            )
         _choice(self, "ratio", RATIOS)
         _choice(self, "ipr", ("reward", "anchor", "none"))
         _choice(self, "ipr_scale", ("beta", "one"))
@@ -209,8 +221,17 @@ class PGDPO(Objective):
 
         The listing adds eps to the rejected *gap*, so eps is subtracted from the reward here.
         """
-        return cls(beta=beta, k1=k1, k2=k2, ratio="signed", ipr="anchor", ipr_scale="one", detach_weights=False,
-                   combine="outer", eps=-1e-8)
+        return cls(
+            beta=beta,
+            k1=k1,
+            k2=k2,
+            ratio="signed",
+            ipr="anchor",
+            ipr_scale="one",
+            detach_weights=False,
+            combine="outer",
+            eps=-1e-8,
+        )
 
     @classmethod
     def ars_only(cls, **options) -> PGDPO:
@@ -270,8 +291,13 @@ class PGDPO(Objective):
 
     def epilogue(self):
         half_beta = 0.5 * self.beta
-        flags = (FLAG_ARS * self.ars | FLAG_IPR_REWARD * (self.ipr == "reward") | FLAG_IPR_ANCHOR * self.needs_anchor
-                 | FLAG_ATTACHED * (not self.detach_weights) | RATIOS.index(self.ratio) << FLAG_RATIO_SHIFT)
+        flags = (
+            FLAG_ARS * self.ars
+            | FLAG_IPR_REWARD * (self.ipr == "reward")
+            | FLAG_IPR_ANCHOR * self.needs_anchor
+            | FLAG_ATTACHED * (not self.detach_weights)
+            | RATIOS.index(self.ratio) << FLAG_RATIO_SHIFT
+        )
         scale = self.ipr_weight * (half_beta if self.ipr_scale == "beta" else 1.0)
         return Epilogue(KIND_PGDPO, flags, (half_beta, self.k1, self.k2, scale, self.eps))
 
@@ -407,8 +433,7 @@ class SDPO(Objective):
         return self.result(-importance * logsigmoid(logits), logits, importance=importance)
 
     def epilogue(self):
-        return Epilogue(KIND_DPO, FLAG_IMPORTANCE,
-                        (0.5 * self.beta, 0.0, 0.0, 0.0, 0.0, self.threshold, self.clip))
+        return Epilogue(KIND_DPO, FLAG_IMPORTANCE, (0.5 * self.beta, 0.0, 0.0, 0.0, 0.0, self.threshold, self.clip))
 
 
 @dataclass(frozen=True)
@@ -463,8 +488,9 @@ class Safeguarded(Objective):
         def scaled(x):
             return None if x is None else x.detach() + scale * (x - x.detach())
 
-        errors = errors._replace(policy_rejected=scaled(errors.policy_rejected),
-                                 gap_rejected=scaled(errors.gap_rejected))
+        errors = errors._replace(
+            policy_rejected=scaled(errors.policy_rejected), gap_rejected=scaled(errors.gap_rejected)
+        )
         return self.base.terms(errors, posterior_scale)
 
     def epilogue(self):
@@ -476,8 +502,15 @@ class Safeguarded(Objective):
 
 
 _BY_NAME = {
-    "pgdpo": PGDPO, "dpo": DPO, "ipo": IPO, "slic": SLiC, "sft": SFT, "dpop": DPOP, "dpo-shift": DPOShift,
-    "sdpo": SDPO, "dpo-clip-mask": DPOClipMask,
+    "pgdpo": PGDPO,
+    "dpo": DPO,
+    "ipo": IPO,
+    "slic": SLiC,
+    "sft": SFT,
+    "dpop": DPOP,
+    "dpo-shift": DPOShift,
+    "sdpo": SDPO,
+    "dpo-clip-mask": DPOClipMask,
 }
 NAMES = tuple(_BY_NAME)
 
@@ -493,8 +526,9 @@ def from_name(name: str, **hyperparameters) -> Objective:
     known = [field.name for field in fields(_BY_NAME[name])]
     for key in hyperparameters:
         if key not in known:
-            raise ConfigError(f"objective.{key}: {name} takes {', '.join(known) or 'no hyper-parameters'}"
-                              f"{_did_you_mean(key, known)}")
+            raise ConfigError(
+                f"objective.{key}: {name} takes {', '.join(known) or 'no hyper-parameters'}{_did_you_mean(key, known)}"
+            )
     return _BY_NAME[name](**hyperparameters)
 
 
@@ -513,8 +547,9 @@ def beta_without_half(beta: float) -> float:
     return beta / 2
 
 
-def videodpo_pair_weight(chosen_score: Tensor, rejected_score: Tensor, exponent: float = 0.72, bin_width: float = 0.01,
-                         form: str = "paper") -> Tensor:
+def videodpo_pair_weight(
+    chosen_score: Tensor, rejected_score: Tensor, exponent: float = 0.72, bin_width: float = 0.01, form: str = "paper"
+) -> Tensor:
     """VideoDPO's re-weighting of pairs by how rare their scores are (arXiv 2412.14167).
 
     Args:
@@ -529,8 +564,10 @@ def videodpo_pair_weight(chosen_score: Tensor, rejected_score: Tensor, exponent:
     """
     chosen, rejected = torch.as_tensor(chosen_score).double(), torch.as_tensor(rejected_score).double()
     if chosen.ndim != 1 or chosen.shape != rejected.shape or not len(chosen):
-        raise ValueError(f"chosen_score and rejected_score: expected two [P] tensors of one length, "
-                         f"got {tuple(chosen.shape)} and {tuple(rejected.shape)}")
+        raise ValueError(
+            f"chosen_score and rejected_score: expected two [P] tensors of one length, "
+            f"got {tuple(chosen.shape)} and {tuple(rejected.shape)}"
+        )
     for scores, name in ((chosen, "chosen_score"), (rejected, "rejected_score")):
         if not bool(torch.isfinite(scores).all()):
             raise ValueError(f"{name}: expected finite scores, got NaN or infinity")

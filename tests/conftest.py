@@ -30,7 +30,7 @@ def quick_interpreter():
         nonlocal launch
         language = interpreter.tl, interpreter.tl.core
         modules = frozenset(v for v in function.__globals__.values() if any(v is module for module in language))
-        if not launch._changes:                      # the last launch has taken its patches back
+        if not launch._changes:  # the last launch has taken its patches back
             done.clear()
             launch = patch(function)
         elif modules in done:
@@ -43,6 +43,7 @@ def quick_interpreter():
     interpreter._patch_lang = patch_once
     yield
     interpreter._patch_lang = patch
+
 
 TINY_WAN = dict(
     patch_size=[1, 2, 2],

@@ -1,5 +1,5 @@
-// The CUDA operators with their launches run by the host: the same plans, the same per-thread code, the same trees of sums,
-// one thread after the other. What only a GPU can show (memory order, barriers, speed) is not in here.
+// The CUDA operators with their launches run by the host: the same plans, the same per-thread code, the same trees of
+// sums, one thread after the other. What only a GPU can show (memory order, barriers, speed) is not in here.
 #include <algorithm>
 #include <stdexcept>
 
@@ -8,7 +8,9 @@
 #include "operands.h"
 
 // The little of the CUDA runtime that operators call themselves.
-extern "C" const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
+extern "C" const char* cudaGetErrorString(cudaError_t) {
+  return "emulated";
+}
 
 namespace pgdpo {
 namespace cuda {
@@ -52,7 +54,8 @@ void fold(const Pair& x, const Call<S>& call) {
 
 template <class S, class Each>
 void each_segment(const Pair& x, const Each& each) {
-  for (int64_t item = 0; item < x.pairs * x.segments; ++item) each(item, Segment<S>(x, item / x.segments, item % x.segments));
+  for (int64_t item = 0; item < x.pairs * x.segments; ++item)
+    each(item, Segment<S>(x, item / x.segments, item % x.segments));
 }
 
 }  // namespace
@@ -90,7 +93,8 @@ cudaError_t launch_gradients(const Pair& x, const Call<S>& call, cudaStream_t) {
       const Coefficients<S> c = {incoming * call.coefficients[row], incoming * call.coefficients[rows + row],
                                  incoming * call.coefficients[2 * rows + row]};
       for (int t = 0; t < THREADS; ++t)
-        thread_gradients<S, decltype(policy)::value, decltype(access)::value, decltype(form)::value>(s, t, c, call.gradient);
+        thread_gradients<S, decltype(policy)::value, decltype(access)::value, decltype(form)::value>(s, t, c,
+                                                                                                     call.gradient);
     });
   });
   return cudaSuccess;
@@ -104,8 +108,8 @@ cudaError_t launch_elements(const Pair& x, const Call<S>& call, cudaStream_t) {
     each_segment<S>(x, [&](int64_t item, const Segment<S>& s) {
       S threads[THREADS][ELEMENT_SUMS], totals[ELEMENT_SUMS];
       for (int t = 0; t < THREADS; ++t)
-        thread_elements<S, decltype(policy)::value, decltype(access)::value, decltype(kind)::value>(x, call, s, t, incoming,
-                                                                                                    threads[t]);
+        thread_elements<S, decltype(policy)::value, decltype(access)::value, decltype(kind)::value>(
+            x, call, s, t, incoming, threads[t]);
       if (call.partial == nullptr) return;
       team_totals(threads, totals);
       for (int k = 0; k < ELEMENT_SUMS; ++k) call.partial[k * x.pairs * x.segments + item] = totals[k];
@@ -128,7 +132,9 @@ cudaError_t launch_fold_elements(const Pair& x, const Call<S>& call, const Devic
   return cudaSuccess;
 }
 
-void* device_address(const void* pointer) { return const_cast<void*>(pointer); }
+void* device_address(const void* pointer) {
+  return const_cast<void*>(pointer);
+}
 
 // Lanes in step: each exchange of the kernel is a loop over the offsets of its shuffles.
 template <class S>
@@ -140,8 +146,7 @@ cudaError_t launch_pack(const Pair& x, const Call<S>& call, const Packed& out, c
       S threads[THREADS][STATISTICS] = {}, totals[STATISTICS];
       for (int base = 0; base < s.count; base += THREADS * WIDTH) {
         float residual[THREADS][2][WIDTH];
-        for (int t = 0; t < THREADS; ++t)
-          lane_residuals<S, P, ACCESS>(s, base + t * WIDTH, residual[t], threads[t]);
+        for (int t = 0; t < THREADS; ++t) lane_residuals<S, P, ACCESS>(s, base + t * WIDTH, residual[t], threads[t]);
         for (int side = 0; side < 2; ++side) {
           uint32_t words[THREADS][WIDTH / 4] = {};
           for (int first = 0; out.rows[side].dtype == FLOAT8 && first < THREADS; first += LANES) {
@@ -158,12 +163,14 @@ cudaError_t launch_pack(const Pair& x, const Call<S>& call, const Packed& out, c
               }
             const int at = base + first * WIDTH;
             if (at < s.count)
-              reinterpret_cast<float*>(out.scale[side].data)[s.pair * out.scale[side].stride + (s.start + at) / PACK_BLOCK] =
+              reinterpret_cast<float*>(
+                  out.scale[side].data)[s.pair * out.scale[side].stride + (s.start + at) / PACK_BLOCK] =
                   corrected_scale(scale, wanted[0], kept[0]);
           }
           for (int t = 0; t < THREADS; ++t)
             if (base + t * WIDTH < s.count)
-              put_row<WIDTH, ACCESS>(out.rows[side], x, s.pair, s.start + base + t * WIDTH, residual[t][side], words[t]);
+              put_row<WIDTH, ACCESS>(out.rows[side], x, s.pair, s.start + base + t * WIDTH, residual[t][side],
+                                     words[t]);
         }
       }
       team_totals(threads, totals);
@@ -211,7 +218,9 @@ std::vector<int64_t> one_touch_plan(PGDPO_OPERANDS, int64_t form, int64_t length
   return {plan.blocks, plan.slots, plan.shared_bytes};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(pgdpo_fast_emulated, CPU, m) { m.impl("one_touch_plan", TORCH_BOX(&one_touch_plan)); }
+STABLE_TORCH_LIBRARY_IMPL(pgdpo_fast_emulated, CPU, m) {
+  m.impl("one_touch_plan", TORCH_BOX(&one_touch_plan));
+}
 
 }  // namespace
 }  // namespace pgdpo

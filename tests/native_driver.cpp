@@ -201,9 +201,10 @@ int main() {
   functions<double>("double");
   printf("conversions %d\n", conversions());
   int bad = 0, calls = 0;
-  const int objectives[][2] = {{KIND_DPO, 0}, {KIND_DPO, FLAG_IMPORTANCE}, {KIND_PGDPO, 3}, {KIND_PGDPO, 2},
-                               {KIND_PGDPO, 3 | 16}, {KIND_PGDPO, 11 | 32}, {KIND_PGDPO, 5 | 8 | 48}, {KIND_IPO, 0},
-                               {KIND_SLIC, 0}, {KIND_SFT, 64}, {KIND_DPOP, 64}, {KIND_DPO_SHIFT, 0}, {KIND_HINGE, 0}};
+  const int objectives[][2] = {
+      {KIND_DPO, 0},         {KIND_DPO, FLAG_IMPORTANCE}, {KIND_PGDPO, 3}, {KIND_PGDPO, 2}, {KIND_PGDPO, 3 | 16},
+      {KIND_PGDPO, 11 | 32}, {KIND_PGDPO, 5 | 8 | 48},    {KIND_IPO, 0},   {KIND_SLIC, 0},  {KIND_SFT, 64},
+      {KIND_DPOP, 64},       {KIND_DPO_SHIFT, 0},         {KIND_HINGE, 0}};
   const int64_t sizes[][3] = {{1, 1, 1}, {7, 7, 1}, {129, 128, 1}, {1037, 512, 1}, {2080, 4096, 1}, {150, 25, 3}};
   for (int policy : {BFLOAT16, FLOAT16, FLOAT32, FLOAT64})
     for (int target : {policy, int(FLOAT32)})

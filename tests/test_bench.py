@@ -29,8 +29,12 @@ FAST = harness.Budget(0.01, (2, 3))
 
 
 def grid():
-    return [replace(SMALL, granularity=g, reference_form=r, target_form=t) for g in shapes.GRANULARITIES
-            for r in shapes.REFERENCE_FORMS for t in shapes.TARGET_FORMS]
+    return [
+        replace(SMALL, granularity=g, reference_form=r, target_form=t)
+        for g in shapes.GRANULARITIES
+        for r in shapes.REFERENCE_FORMS
+        for t in shapes.TARGET_FORMS
+    ]
 
 
 def test_floor_bytes_are_those_of_the_tensors_a_call_takes():
@@ -131,8 +135,9 @@ def test_peak_memory_is_what_was_allocated():
 
 def test_contenders_take_turns_and_every_sample_counts():
     order = []
-    timings = harness.time_in_turns({name: lambda i, n=name: (order.append(n), torch.rand(2000).sum())
-                                     for name in "ab"}, 0.0, (3, 3))
+    timings = harness.time_in_turns(
+        {name: lambda i, n=name: (order.append(n), torch.rand(2000).sum()) for name in "ab"}, 0.0, (3, 3)
+    )
     assert set(timings) == {"a", "b"} and all(t.repeats == 3 and t.fastest <= t.median for t in timings.values())
     runs = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
     assert runs == ["a", "b"] * 4  # one warm-up, three rounds
@@ -187,8 +192,11 @@ def test_default_cases_cover_the_shapes_and_batches():
 
 def test_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench.table, "QUICK", (SMALL,))
-    monkeypatch.setattr(bench.table, "measure", lambda case, device, **options: harness.measure(
-        case, device, contenders=(EAGER, RECIPE), **options))
+    monkeypatch.setattr(
+        bench.table,
+        "measure",
+        lambda case, device, **options: harness.measure(case, device, contenders=(EAGER, RECIPE), **options),
+    )
     Bench(quick=True, seconds=0.01, seed=1, out=tmp_path).run()
     Bench(quick=True, seconds=0.01, seed=1, out=tmp_path, compare=tmp_path / "quick.json").run()
     assert "Against the previous results" in (tmp_path / "quick.md").read_text()
@@ -206,12 +214,14 @@ def test_command_refuses_impossible_requests(tmp_path):
 
 # -- the GPU command
 
+
 def test_every_experiment_names_a_setting_that_exists_and_restores_it():
     for experiment in experiments.EXPERIMENTS:
         before = [getattr(*experiments._resolve(path)) for path in experiment.settings]
         with experiment.applied():
             assert [getattr(*experiments._resolve(path)) for path in experiment.settings] == list(
-                experiment.settings.values())
+                experiment.settings.values()
+            )
         assert [getattr(*experiments._resolve(path)) for path in experiment.settings] == before
         assert experiment.expected_ratio > 0 and experiment.because and all(case.possible for case in experiment.cases)
 
@@ -220,20 +230,29 @@ def timing(median, spread=0.01):
     return {"status": "ok", "median": median, "spread": spread}
 
 
-@pytest.mark.parametrize("pairs, expected", [
-    ([(timing(1.0), timing(0.9)), (timing(1.0), timing(0.99))], "keep"),
-    ([(timing(1.0), timing(0.98)), (timing(1.0), timing(1.01))], "no difference"),
-    ([(timing(1.0), timing(0.5)), (timing(1.0), timing(1.1))], "no difference"),  # much faster, but not everywhere
-    ([(timing(1.0), timing(1.2))], "drop"),
-    ([(timing(1.0), {"status": "red"})], "red"),
-])
+@pytest.mark.parametrize(
+    "pairs, expected",
+    [
+        ([(timing(1.0), timing(0.9)), (timing(1.0), timing(0.99))], "keep"),
+        ([(timing(1.0), timing(0.98)), (timing(1.0), timing(1.01))], "no difference"),
+        ([(timing(1.0), timing(0.5)), (timing(1.0), timing(1.1))], "no difference"),  # much faster, but not everywhere
+        ([(timing(1.0), timing(1.2))], "drop"),
+        ([(timing(1.0), {"status": "red"})], "red"),
+    ],
+)
 def test_a_setting_is_kept_only_when_it_wins_clearly_and_everywhere(pairs, expected):
     assert sections.verdict(pairs)[0] == expected
 
 
 def test_parity_covers_the_whole_grid_at_an_odd_and_at_a_true_size():
-    forms = {(g, r, t, d) for g in shapes.GRANULARITIES for r in shapes.REFERENCE_FORMS for t in shapes.TARGET_FORMS
-             for d in shapes.BYTES if (g, r) != ("element", "errors")}
+    forms = {
+        (g, r, t, d)
+        for g in shapes.GRANULARITIES
+        for r in shapes.REFERENCE_FORMS
+        for t in shapes.TARGET_FORMS
+        for d in shapes.BYTES
+        if (g, r) != ("element", "errors")
+    }
     cases = correctness.parity_cases(dry_run=False)
     for name in ("small-odd", "wan2.1-480p"):
         found = [c for c in cases if c.shape.name == name]
@@ -242,15 +261,22 @@ def test_parity_covers_the_whole_grid_at_an_odd_and_at_a_true_size():
 
 
 def test_the_speed_table_has_every_shape_and_batch_with_compile():
-    with_compile = {(case.shape.name, case.pairs, case.granularity) for case, compiled in sections.speed_cases(False)
-                    if compiled}
+    with_compile = {
+        (case.shape.name, case.pairs, case.granularity) for case, compiled in sections.speed_cases(False) if compiled
+    }
     assert with_compile >= {(s, b, g) for s in shapes.SHAPES for b in (1, 4, 16) for g in ("sample", "element")}
 
 
 def test_red_forms_and_red_backends_get_no_speed_figure():
     native, triton = (SimpleNamespace(name=name, fused=True) for name in ("native", "triton"))
-    parity = {"check": "parity", "backend": "native", "granularity": "sample", "reference_form": "predictions",
-              "status": "red", "detail": "loss 1"}
+    parity = {
+        "check": "parity",
+        "backend": "native",
+        "granularity": "sample",
+        "reference_form": "predictions",
+        "status": "red",
+        "detail": "loss 1",
+    }
     reason = sections.withheld_by([parity])
     assert "parity is red" in reason(native, SMALL)
     assert reason(native, replace(SMALL, granularity="frame")) is None and reason(triton, SMALL) is None
@@ -267,8 +293,12 @@ def fake_sections(tmp_path, monkeypatch, bodies):
     def start(section, shard, folder, seconds, options, red):
         records, log = folder / f"{section.name}.jsonl", folder / f"{section.name}.log"
         script = "import json, os, sys, time\nout = open(sys.argv[1], 'a', buffering=1)\n" + bodies[section.name]
-        process = subprocess.Popen([sys.executable, "-c", script, str(records)], stdout=log.open("w"),
-                                   stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, str(records)],
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         return process, records, log
 
     monkeypatch.setattr(gpu, "SECTIONS", sections_)
@@ -285,12 +315,16 @@ ENVIRONMENT = "out.write(json.dumps({'kind': 'environment', 'device': 'x'}) + '\
 
 def test_a_section_that_crashes_or_hangs_is_recorded_and_the_rest_goes_on(tmp_path, monkeypatch):
     begin = "out.write(json.dumps({'kind': 'begin', 'check': 'streams', 'backend': 'native'}) + '\\n')\n"
-    result, saved = fake_sections(tmp_path, monkeypatch, {
-        "environment": ENVIRONMENT,
-        "crash": begin + "print('illegal address'); os.abort()",
-        "cut": "out.write(json.dumps({'kind': 'case', 'key': 'a'}) + '\\n{\"kind\": \"ca'); sys.exit(0)",
-        "hang": begin + "time.sleep(60)",
-    })
+    result, saved = fake_sections(
+        tmp_path,
+        monkeypatch,
+        {
+            "environment": ENVIRONMENT,
+            "crash": begin + "print('illegal address'); os.abort()",
+            "cut": "out.write(json.dumps({'kind': 'case', 'key': 'a'}) + '\\n{\"kind\": \"ca'); sys.exit(0)",
+            "hang": begin + "time.sleep(60)",
+        },
+    )
     assert len(saved) == 4
     crash = result["sections"]["crash"]["ended"]
     assert crash.startswith("exit code -6") and "illegal address" in crash
@@ -307,8 +341,13 @@ def test_without_a_device_nothing_else_is_started(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_dry_run_goes_through_every_section(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "bench" / "gpu.py"), "--dry-run", "--out", str(tmp_path)],
-                          capture_output=True, text=True, cwd=tmp_path, timeout=600)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "bench" / "gpu.py"), "--dry-run", "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     result = json.loads((tmp_path / "dry-run.json").read_text())
     assert {name: entry["ended"] for name, entry in result["sections"].items()} == {s.name: "ok" for s in gpu.SECTIONS}
@@ -330,8 +369,14 @@ def test_the_gpu_command_needs_no_package_of_the_trainer(tmp_path):
         package.mkdir(parents=True)
         (package / "__init__.py").write_text(f"raise ModuleNotFoundError('No module named {name}')")
     command = [sys.executable, str(ROOT / "bench" / "gpu.py"), "--dry-run", "--out", str(tmp_path)]
-    done = subprocess.run([*command, "--only", "speed", "cache", "step"], capture_output=True, text=True, cwd=tmp_path,
-                          env={**os.environ, "PYTHONPATH": str(tmp_path / "absent")}, timeout=600)
+    done = subprocess.run(
+        [*command, "--only", "speed", "cache", "step"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "absent")},
+        timeout=600,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     result = json.loads((tmp_path / "dry-run.json").read_text())
     assert {entry["ended"] for entry in result["sections"].values()} == {"ok"}
@@ -341,11 +386,13 @@ def test_the_gpu_command_needs_no_package_of_the_trainer(tmp_path):
 
 def test_the_command_leaves_the_clone_off_the_path(tmp_path):
     """`kernels/` and `bench/` next to pgdpo_fast must not shadow packages of those names."""
-    script = (f"import sys; sys.argv = ['gpu.py']; sys.path.insert(0, {str(ROOT / 'bench')!r}); "
-              f"import runpy; names = runpy.run_path({str(ROOT / 'bench' / 'gpu.py')!r}, run_name='x'); "
-              "names['load_all'](); "
-              "import pgdpo_fast.kernels, bench, importlib.util as u; "
-              "print(u.find_spec('kernels'), u.find_spec('harness'), pgdpo_fast.kernels.__file__)")
+    script = (
+        f"import sys; sys.argv = ['gpu.py']; sys.path.insert(0, {str(ROOT / 'bench')!r}); "
+        f"import runpy; names = runpy.run_path({str(ROOT / 'bench' / 'gpu.py')!r}, run_name='x'); "
+        "names['load_all'](); "
+        "import pgdpo_fast.kernels, bench, importlib.util as u; "
+        "print(u.find_spec('kernels'), u.find_spec('harness'), pgdpo_fast.kernels.__file__)"
+    )
     out = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, cwd=tmp_path, check=True)
     kernels, harness_, where = out.stdout.split()
     assert where == str(ROOT / "kernels" / "__init__.py") and harness_ == "None"

@@ -13,12 +13,12 @@ SCRIPT = Path(__file__).resolve().parent.parent / "bench" / "codegen.py"
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")]
 
 
-WIDE = {                                         # (call, kernel): 128-bit loads and stores of the main loop
-    ("predictions", "pair_errors_kernel"): (6, 0),          # predictions, targets and references, 8 bf16 each
+WIDE = {  # (call, kernel): 128-bit loads and stores of the main loop
+    ("predictions", "pair_errors_kernel"): (6, 0),  # predictions, targets and references, 8 bf16 each
     ("predictions", "pair_gradient_kernel"): (4, 2),
     ("predictions, fp32", "pair_errors_kernel"): (12, 0),
     ("cached errors, built target", "pair_errors_kernel"): (5, 0),
-    ("frames of 60x90", "pair_errors_kernel"): (6, 0),      # frames start on multiples of 8 elements, not of 16
+    ("frames of 60x90", "pair_errors_kernel"): (6, 0),  # frames start on multiples of 8 elements, not of 16
     ("frames of 60x90", "pair_gradient_kernel"): (4, 2),
     ("elements", "pair_elements_kernel"): (6, 2),
 }
@@ -30,8 +30,9 @@ def compile_for(architectures, folder):
     processes = {}
     for arch in architectures:
         command = [sys.executable, SCRIPT, "--arch", arch, "--json", folder / arch, "--output", folder / f"{arch}.md"]
-        processes[arch] = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                           text=True)
+        processes[arch] = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
     rows = []
     for arch, process in processes.items():
         output, _ = process.communicate(timeout=600)
@@ -43,8 +44,13 @@ def compile_for(architectures, folder):
 def test_every_kernel_passes_every_gate_on_every_target(tmp_path):
     """No local memory, few registers, no float64 in float32 builds, no atomics, no flushed denormals, wide loads."""
     rows = compile_for(("80", "90", "100"), tmp_path)
-    kernels = {"pair_errors_kernel", "fold_kernel", "pair_gradient_kernel", "pair_elements_kernel",
-               "fold_elements_kernel"}
+    kernels = {
+        "pair_errors_kernel",
+        "fold_kernel",
+        "pair_gradient_kernel",
+        "pair_elements_kernel",
+        "fold_elements_kernel",
+    }
     for arch in (80, 90, 100):
         assert {row["kernel"] for row in rows if row["arch"] == arch} == kernels
     failed = [f"{row['kernel']} ({row['case']}) sm_{row['arch']}: {row['failures']}" for row in rows if row["failures"]]

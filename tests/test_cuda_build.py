@@ -41,13 +41,26 @@ def emulated(tmp_path_factory):
     """The CUDA operators over host memory, as `torch.ops.pgdpo_fast_emulated`."""
     folder, root = tmp_path_factory.mktemp("emulated"), build.sources()
     library = operators.define("pgdpo_fast_emulated", operators.FUSED | operators.NATIVE)
-    library.define(f"one_touch_plan({operators.OPERANDS}, int reference_form, int length, bool anchor, "
-                   "int multiprocessors, int shared_limit) -> int[]")
-    command = [build.nvcc(), "-std=c++17", "-O1", "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off",
-               *build._torch_flags(), f"-I{root}", "-DPGDPO_NAMESPACE=pgdpo_fast_emulated", "-DPGDPO_CUDA=CPU"]
+    library.define(
+        f"one_touch_plan({operators.OPERANDS}, int reference_form, int length, bool anchor, "
+        "int multiprocessors, int shared_limit) -> int[]"
+    )
+    command = [
+        build.nvcc(),
+        "-std=c++17",
+        "-O1",
+        "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off",
+        *build._torch_flags(),
+        f"-I{root}",
+        "-DPGDPO_NAMESPACE=pgdpo_fast_emulated",
+        "-DPGDPO_CUDA=CPU",
+    ]
     calls = {"kernels": Path(__file__).with_name("cuda_emulation.cpp"), "operators": root / "cuda_ops.cpp"}
-    build._compile_and_link(folder / "emulated.so", {n: [*command, "-c", str(p)] for n, p in calls.items()},
-                            [*build.compiler(), *build.FLAGS])
+    build._compile_and_link(
+        folder / "emulated.so",
+        {n: [*command, "-c", str(p)] for n, p in calls.items()},
+        [*build.compiler(), *build.FLAGS],
+    )
     torch.ops.load_library(folder / "emulated.so")
     yield torch.ops.pgdpo_fast_emulated
     del library
@@ -70,8 +83,9 @@ def poisoned_memory():
 class Case:
     """A call of the loss with the tensors an operator takes, and the oracle's answer in float64."""
 
-    def __init__(self, prediction, target, reference, objective, granularity="sample", weight=None,
-                 posterior_scale=None):
+    def __init__(
+        self, prediction, target, reference, objective, granularity="sample", weight=None, posterior_scale=None
+    ):
         call = loss._check(prediction, target, reference)
         self.objective, self.granularity, self.call = objective, granularity, call
         self.x = operands.gather(*call.tensors)
@@ -83,8 +97,11 @@ class Case:
         self.length = operands.segment_length(self.x.policy.chosen.shape[1:], self.groups)
         self.epilogue = objective.epilogue()
         errors = call.reference_errors
-        self.reference_errors = None if errors is None else torch.stack(
-            [e.to(self.dtype).view(self.pairs, self.groups) for e in (errors.chosen, errors.rejected)])
+        self.reference_errors = (
+            None
+            if errors is None
+            else torch.stack([e.to(self.dtype).view(self.pairs, self.groups) for e in (errors.chosen, errors.rejected)])
+        )
 
     def number(self, x):
         return None if x is None else x.to(self.dtype)
@@ -106,7 +123,8 @@ class Case:
     def run(self, ops, incoming=None):
         """Loss, telemetry and gradients of the operators."""
         loss_, telemetry, coefficients = ops.pair_objective(
-            *self.tensors, *self.numbers(), *self.plan(), *self.settings())
+            *self.tensors, *self.numbers(), *self.plan(), *self.settings()
+        )
         one = torch.ones((), dtype=self.dtype) if incoming is None else incoming
         gradients = ops.pair_gradient(*self.tensors, coefficients, one, *self.plan()[:-1])
         return loss_, telemetry, *self.halves(*gradients)
@@ -134,8 +152,14 @@ class Case:
         x, wide = self.call.tensors, lambda t: None if t is None else t.double()
         policy = [t.double().requires_grad_() for t in self.x.policy]
         packed = self.call.reference_form > 1
-        tensors = (*policy, *self.x.target, wide(x[4]), wide(x[5]), *(self.x.reference or (None, None)),
-                   *(self.x.reference_scale or (None, None)))
+        tensors = (
+            *policy,
+            *self.x.target,
+            wide(x[4]),
+            wide(x[5]),
+            *(self.x.reference or (None, None)),
+            *(self.x.reference_scale or (None, None)),
+        )
         target = tuple(t.double() for t in self.x.target)
         if x[4] is not None:
             target = pf.NoisedTarget(target, tensors[4], *tensors[5])
@@ -147,8 +171,15 @@ class Case:
         elif self.call.reference_errors is not None:
             reference = self.call.reference_errors
         out = pf.preference_loss(
-            tuple(policy), target, reference, objective=self.objective, granularity=self.granularity,
-            pair_weight=wide(self.weight), posterior_scale=wide(self.posterior_scale), backend="eager")
+            tuple(policy),
+            target,
+            reference,
+            objective=self.objective,
+            granularity=self.granularity,
+            pair_weight=wide(self.weight),
+            posterior_scale=wide(self.posterior_scale),
+            backend="eager",
+        )
         return out.loss.detach(), out, *torch.autograd.grad(out.loss, policy, materialize_grads=True)
 
 
@@ -160,10 +191,22 @@ def check(case: Case, result, gradient_scale: float = 1.0):
     tolerance = 1e-12 if case.dtype == torch.float64 else 1e-5
     assert relative(result[0], expected_loss) < tolerance
     telemetry = result[1] if case.granularity == "frame" else result[1][..., 0]
-    for k, name in enumerate(("per_pair_loss", "logits", "alpha", "gamma", "importance", "policy_chosen_error",
-                              "policy_rejected_error", "chosen_gap", "rejected_gap")):
-        torch.testing.assert_close(telemetry[k].double(), getattr(out, name).double(), rtol=1e-4, atol=1e-6,
-                                   equal_nan=True)
+    for k, name in enumerate(
+        (
+            "per_pair_loss",
+            "logits",
+            "alpha",
+            "gamma",
+            "importance",
+            "policy_chosen_error",
+            "policy_rejected_error",
+            "chosen_gap",
+            "rejected_gap",
+        )
+    ):
+        torch.testing.assert_close(
+            telemetry[k].double(), getattr(out, name).double(), rtol=1e-4, atol=1e-6, equal_nan=True
+        )
     for value, want in zip(result[2:], expected, strict=True):
         assert relative(value, gradient_scale * want) < LIMITS[value.dtype]
 
@@ -200,10 +243,17 @@ def test_sample_and_frame_passes_equal_the_oracle(emulated, dtype, shape, form):
 
 
 OBJECTIVES = {
-    "dpo": pf.DPO(beta=20.0, label_smoothing=0.1), "ipo": pf.IPO(beta=20.0), "slic": pf.SLiC(hinge=True, beta=20.0),
-    "sft": pf.SFT(), "dpop": pf.DPOP(beta=20.0), "shift": pf.DPOShift(beta=20.0), "sdpo": pf.SDPO(beta=20.0, clip=0.5),
-    "safeguarded": pf.Safeguarded(pf.DPO(beta=20.0)), "anchor": pf.PGDPO(ipr="anchor", ratio="symmetric"),
-    "attached": pf.PGDPO(detach_weights=False, ratio="abs"), "equation": pf.PGDPO.equation(),
+    "dpo": pf.DPO(beta=20.0, label_smoothing=0.1),
+    "ipo": pf.IPO(beta=20.0),
+    "slic": pf.SLiC(hinge=True, beta=20.0),
+    "sft": pf.SFT(),
+    "dpop": pf.DPOP(beta=20.0),
+    "shift": pf.DPOShift(beta=20.0),
+    "sdpo": pf.SDPO(beta=20.0, clip=0.5),
+    "safeguarded": pf.Safeguarded(pf.DPO(beta=20.0)),
+    "anchor": pf.PGDPO(ipr="anchor", ratio="symmetric"),
+    "attached": pf.PGDPO(detach_weights=False, ratio="abs"),
+    "equation": pf.PGDPO.equation(),
 }
 
 
@@ -213,8 +263,15 @@ OBJECTIVES = {
 def test_every_objective_with_weights_and_a_scaled_gradient(emulated, objective, granularity):
     p, y, q = latents(EVEN, pairs=3, seed=1)
     incoming = torch.tensor(2.5)
-    case = Case(p, y, q, objective, granularity, weight=torch.tensor([0.5, 2.0, 1.0]),
-                posterior_scale=torch.tensor([0.1, 0.3, 0.2]))
+    case = Case(
+        p,
+        y,
+        q,
+        objective,
+        granularity,
+        weight=torch.tensor([0.5, 2.0, 1.0]),
+        posterior_scale=torch.tensor([0.1, 0.3, 0.2]),
+    )
     check(case, (case.run_elements if granularity == "element" else case.run)(emulated, incoming=incoming), 2.5)
 
 
@@ -291,8 +348,9 @@ def test_a_policy_that_equals_the_reference_has_gaps_of_zero(emulated):
 def test_statistics_equal_the_oracle(emulated):
     p, y, q = latents(EVEN)
     means = Case(p, y, q, pf.PGDPO(), "frame").errors(emulated, anchor=True, cross=True)
-    expected = pf.paired_errors(p.double(), y.double(), q.double(), granularity="frame", anchor=True, cross=True,
-                                backend="eager")
+    expected = pf.paired_errors(
+        p.double(), y.double(), q.double(), granularity="frame", anchor=True, cross=True, backend="eager"
+    )
     assert relative(means, torch.stack(expected)) < 1e-6
 
 
@@ -302,10 +360,12 @@ def test_one_call_for_loss_and_gradients_equals_two(emulated, dtype):
     p, y, q = latents(EVEN, dtype=dtype)
     case = Case(p, y, q, pf.PGDPO())
     loss_, telemetry, *gradients, one = emulated.loss_and_gradients(
-        *case.tensors, *case.numbers(), None, *case.plan(), *case.settings())
+        *case.tensors, *case.numbers(), None, *case.plan(), *case.settings()
+    )
     assert one == (dtype == torch.bfloat16)
-    assert all(torch.equal(a, b) for a, b in zip((loss_, telemetry, *case.halves(*gradients)), case.run(emulated),
-                                                 strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip((loss_, telemetry, *case.halves(*gradients)), case.run(emulated), strict=True)
+    )
 
 
 @pytest.mark.parametrize("granularity", ["sample", "frame"])
@@ -315,7 +375,8 @@ def test_one_call_for_loss_and_gradients_on_the_cpu(granularity):
     p, y, q = latents(EVEN)
     case = Case(p, y, q, pf.PGDPO(), granularity)
     loss_, telemetry, *gradients = native.loss_and_gradients(
-        case.tensors, *case.plan(), *case.numbers(), *case.settings())
+        case.tensors, *case.plan(), *case.numbers(), *case.settings()
+    )
     check(case, (loss_, telemetry, *case.halves(*gradients)))
 
 
@@ -369,8 +430,11 @@ def test_packed_rows_have_the_bytes_of_the_plain_ones(emulated, dtype, shape, fo
 @needs_nvcc
 def test_rows_of_a_batch_are_gathered(emulated):
     generator = torch.Generator().manual_seed(0)
-    tables = [torch.randn(9, 4, 5, generator=generator), torch.arange(9 * 3, dtype=torch.uint8).view(9, 3),
-              *(torch.randn(9, 2 + k, generator=generator) for k in range(4))]
+    tables = [
+        torch.randn(9, 4, 5, generator=generator),
+        torch.arange(9 * 3, dtype=torch.uint8).view(9, 3),
+        *(torch.randn(9, 2 + k, generator=generator) for k in range(4)),
+    ]
     rows = [int(i) for i in torch.randint(0, 9, (70,), generator=generator)]  # more than one launch takes of either
     implementations = [emulated] if backends.unavailable("native", CPU) else [emulated, torch.ops.pgdpo_fast_native]
     for ops in implementations:
@@ -391,8 +455,20 @@ def test_operators_name_the_argument_that_is_wrong(emulated):
     with pytest.raises(RuntimeError, match=r"coefficients: expected 6 contiguous"):
         emulated.pair_gradient(*case.tensors, coefficients[:2], one, *case.plan()[:-1])
     with pytest.raises(RuntimeError, match=r"gradients: expected the prediction's dtype"):
-        emulated.pair_elements_gradient(*case.tensors, None, None, torch.zeros(4, 2), one, p.half(), p.half(), 1,
-                                        case.length, *case.settings(), False, False)
+        emulated.pair_elements_gradient(
+            *case.tensors,
+            None,
+            None,
+            torch.zeros(4, 2),
+            one,
+            p.half(),
+            p.half(),
+            1,
+            case.length,
+            *case.settings(),
+            False,
+            False,
+        )
     with pytest.raises(RuntimeError, match=r"posterior_scale: the objective needs it"):
         emulated.pair_objective(*sdpo.tensors, None, None, None, *sdpo.plan(), *sdpo.settings())
 

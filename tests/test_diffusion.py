@@ -50,11 +50,19 @@ def column(values):
 
 # Against the schedulers the models are sampled with.
 
+
 def cog_options(name):
     process = process_from_name(name)
-    return process, dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
-                         prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing",
-                         snr_shift_scale=process.snr_shift_scale)
+    return process, dict(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        snr_shift_scale=process.snr_shift_scale,
+    )
 
 
 @pytest.mark.parametrize("name", ["cogvideox-2b", "cogvideox-5b"])
@@ -79,16 +87,28 @@ def test_cogvideox_scheduler_recovers_the_clean_latents_from_the_exact_v(name, s
         torch.testing.assert_close(found, clean, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("schedule, prediction, zero_snr", [
-    ("scaled_linear", "epsilon", False), ("linear", "epsilon", False), ("scaled_linear", "v", False),
-    ("linear", "v", True), ("scaled_linear", "v", True),
-])
+@pytest.mark.parametrize(
+    "schedule, prediction, zero_snr",
+    [
+        ("scaled_linear", "epsilon", False),
+        ("linear", "epsilon", False),
+        ("scaled_linear", "v", False),
+        ("linear", "v", True),
+        ("scaled_linear", "v", True),
+    ],
+)
 def test_ddim_scheduler_recovers_the_clean_latents(schedule, prediction, zero_snr):
     diffusers = pytest.importorskip("diffusers")
     process = DDPM(prediction=prediction, beta_schedule=schedule, zero_terminal_snr=zero_snr)
     scheduler = diffusers.DDIMScheduler(
-        beta_schedule=schedule, beta_start=0.00085, beta_end=0.012, clip_sample=False, set_alpha_to_one=True,
-        prediction_type={"v": "v_prediction"}.get(prediction, prediction), rescale_betas_zero_snr=zero_snr)
+        beta_schedule=schedule,
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        set_alpha_to_one=True,
+        prediction_type={"v": "v_prediction"}.get(prediction, prediction),
+        rescale_betas_zero_snr=zero_snr,
+    )
     scheduler.set_timesteps(1000)
     torch.testing.assert_close(process.alphas_cumprod.float(), scheduler.alphas_cumprod, rtol=2e-4, atol=1e-8)
     clean, noise = latents(1)
@@ -124,9 +144,13 @@ def test_flow_match_euler_walks_from_any_of_its_sigmas_to_the_clean_latents(shif
         torch.testing.assert_close(sample, clean, rtol=0, atol=5e-6)
 
 
-@pytest.mark.parametrize("name, expected", [
-    ("cogvideox-2b", [0.9975, 0.389, 0.0953, 0.0108, 0]), ("cogvideox-5b", [0.9991, 0.6525, 0.241, 0.0328, 0]),
-])
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("cogvideox-2b", [0.9975, 0.389, 0.0953, 0.0108, 0]),
+        ("cogvideox-5b", [0.9991, 0.6525, 0.241, 0.0328, 0]),
+    ],
+)
 def test_cogvideox_signal_levels(name, expected):
     found = process_from_name(name).alphas_cumprod[[0, 250, 500, 750, 999]]
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=6e-5)
@@ -134,6 +158,7 @@ def test_cogvideox_signal_levels(name, expected):
 
 
 # Against definitions in float64.
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_flow_matching_equals_its_definition(dtype):
@@ -150,10 +175,15 @@ def test_flow_matching_equals_its_definition(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rescale", [None, 0.7])
-@pytest.mark.parametrize("options", [
-    dict(prediction="epsilon"), dict(prediction="v"), dict(prediction="v", zero_terminal_snr=True, snr_shift_scale=3.0),
-    dict(prediction="epsilon", beta_schedule="linear", beta_start=1e-4, beta_end=0.02, num_timesteps=600),
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(prediction="epsilon"),
+        dict(prediction="v"),
+        dict(prediction="v", zero_terminal_snr=True, snr_shift_scale=3.0),
+        dict(prediction="epsilon", beta_schedule="linear", beta_start=1e-4, beta_end=0.02, num_timesteps=600),
+    ],
+)
 def test_ddpm_equals_its_definition(options, rescale, dtype):
     process = DDPM(**options, dynamic_rescale=rescale)
     steps = process.num_timesteps
@@ -170,8 +200,12 @@ def test_ddpm_equals_its_definition(options, rescale, dtype):
     clean, noise = latents(9, dtype=dtype)
     t = times_of(process)
     signal = column(torch.tensor([signal[i] for i in t.tolist()], dtype=torch.float64))
-    scale = column(torch.tensor([1.0 if rescale is None else max(1 - (1 - rescale) * i / 399, rescale)
-                                 for i in t.tolist()], dtype=torch.float64))
+    scale = column(
+        torch.tensor(
+            [1.0 if rescale is None else max(1 - (1 - rescale) * i / 399, rescale) for i in t.tolist()],
+            dtype=torch.float64,
+        )
+    )
     x0, spread = clean.double() * scale, (1 - signal**2).sqrt()
     target = noise.double() if process.prediction == "epsilon" else signal * noise.double() - spread * x0
     noised, found = process.add_noise(clean, noise, t), process.target(clean, noise, t)
@@ -237,13 +271,20 @@ def test_noising_and_inversion_are_differentiable_even_after_a_first_use_in_infe
 
 # Posterior scales: the divergence between two denoising steps, worked out from their means.
 
+
 def gaussian_divergence(left_mean, right_mean, variance):
     """Kullback-Leibler divergence a dimension of Gaussians of equal variance."""
     return (left_mean - right_mean) ** 2 / (2 * variance)
 
 
-@pytest.mark.parametrize("options", [dict(prediction="epsilon"), dict(prediction="v"),
-                                     dict(prediction="v", zero_terminal_snr=True, snr_shift_scale=3.0)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(prediction="epsilon"),
+        dict(prediction="v"),
+        dict(prediction="v", zero_terminal_snr=True, snr_shift_scale=3.0),
+    ],
+)
 def test_posterior_scale_of_ddpm_is_the_divergence_of_a_denoising_step(options):
     process = DDPM(**options)
     abar = [1.0, *process.alphas_cumprod.tolist()]
@@ -285,8 +326,11 @@ def test_posterior_scale_of_flow_matching_is_the_divergence_of_a_stochastic_step
 @pytest.mark.parametrize("name", EVERY_PROCESS)
 def test_posterior_scale_is_finite_and_not_negative_everywhere(name):
     process = process_from_name(name)
-    t = torch.linspace(0, 1, 1001, dtype=torch.float64) if isinstance(process, FlowMatching) \
+    t = (
+        torch.linspace(0, 1, 1001, dtype=torch.float64)
+        if isinstance(process, FlowMatching)
         else torch.arange(process.num_timesteps)
+    )
     scale = process.posterior_scale(t)
     assert scale.dtype == torch.float32 and scale.shape == t.shape
     assert torch.isfinite(scale).all() and (scale >= 0).all()
@@ -297,8 +341,9 @@ def test_posterior_scale_is_finite_and_not_negative_everywhere(name):
 U = torch.linspace(0, 1, 20_002, dtype=torch.float64)[1:-1]
 
 
-@pytest.mark.parametrize("sampler", [Uniform(), LogitNormal(), LogitNormal(mean=-0.5, std=1.7), Shifted(3.0),
-                                     Shifted(0.4)])
+@pytest.mark.parametrize(
+    "sampler", [Uniform(), LogitNormal(), LogitNormal(mean=-0.5, std=1.7), Shifted(3.0), Shifted(0.4)]
+)
 def test_quantile_inverts_cdf_and_increases(sampler):
     times = sampler.quantile(U)
     assert times.dtype == torch.float64 and (times.diff() > 0).all() and times.min() > 0 and times.max() < 1
@@ -375,6 +420,7 @@ def test_a_draw_gives_the_same_timestep_however_it_is_asked_for():
 
 # Construction.
 
+
 def test_processes_are_values():
     for name in EVERY_PROCESS:
         process = process_from_name(name)
@@ -393,8 +439,9 @@ def test_names_carry_the_settings_of_the_models():
     ones = torch.ones(4, 1)
     x = rescale.add_noise(ones, torch.zeros(4, 1), torch.tensor([0, 200, 399, 999])).double().squeeze()
     scale = x / rescale.alphas_cumprod[[0, 200, 399, 999]].sqrt()
-    torch.testing.assert_close(scale, torch.tensor([1.0, 1 - 0.3 * 200 / 399, 0.7, 0.7], dtype=torch.float64),
-                               rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        scale, torch.tensor([1.0, 1 - 0.3 * 200 / 399, 0.7, 0.7], dtype=torch.float64), rtol=1e-6, atol=0
+    )
 
 
 def test_samplers_come_by_name_mapping_or_value():
@@ -406,60 +453,68 @@ def test_samplers_come_by_name_mapping_or_value():
     assert FlowMatching(timestep_range=[0, 0.5]).timestep_range == (0.0, 0.5)
 
 
-@pytest.mark.parametrize("build, message", [
-    (lambda: process_from_name("flow-maching"),
-     "unknown diffusion process 'flow-maching'.*cogvideox-2b.*flow-matching.*did you mean 'flow-matching'"),
-    (lambda: process_from_name(["wan"]), "unknown diffusion process"),
-    (lambda: sampler_from_name(None), "unknown timestep sampler None"),
-    (lambda: process_from_name("wan", shfit=3.0), "unknown option.*'shfit'.*did you mean 'shift'"),
-    (lambda: process_from_name("uniform-ish"), "expected one of cogvideox-2b"),
-    (lambda: sampler_from_name("logitnormal"), "did you mean 'logit-normal'"),
-    (lambda: sampler_from_name("uniform", std=1.0), "'std'.*takes none"),
-    (lambda: FlowMatching(timestep_sampler={"mean": 1.0}), "timestep_sampler"),
-    (lambda: FlowMatching(timestep_sampler=3), "timestep_sampler"),
-    (lambda: FlowMatching(shift=0), "FlowMatching.shift=0: expected a number above 0"),
-    (lambda: FlowMatching(shift="3"), "FlowMatching.shift='3'"),
-    (lambda: FlowMatching(shift=math.nan), "FlowMatching.shift=nan"),
-    (lambda: FlowMatching(shift=True), "FlowMatching.shift=True"),
-    (lambda: FlowMatching(sde_steps=1), "sde_steps=1"),
-    (lambda: FlowMatching(sde_noise=-1.0), "sde_noise=-1.0"),
-    (lambda: FlowMatching(timestep_range=(0.5, 0.5)), "timestep_range"),
-    (lambda: FlowMatching(timestep_range=(0.5,)), "timestep_range"),
-    (lambda: FlowMatching(timestep_range=(-0.1, 0.5)), "timestep_range"),
-    (lambda: LogitNormal(std=0.0), "LogitNormal.std=0.0"),
-    (lambda: LogitNormal(mean=math.inf), "LogitNormal.mean=inf"),
-    (lambda: Shifted(shift=-3.0), "Shifted.shift=-3.0"),
-    (lambda: DDPM(prediction="velocity"), "DDPM.prediction 'velocity', expected one of epsilon, v"),
-    (lambda: DDPM(prediction="epsilom"), "did you mean 'epsilon'"),
-    (lambda: DDPM(beta_schedule="cosine"), "DDPM.beta_schedule 'cosine'"),
-    (lambda: DDPM(beta_start=0.0), "beta_start=0.0"),
-    (lambda: DDPM(beta_start=0.02, beta_end=0.01), "beta_end=0.01"),
-    (lambda: DDPM(num_timesteps=1), "num_timesteps=1"),
-    (lambda: DDPM(num_timesteps=1000.0), "num_timesteps=1000.0"),
-    (lambda: DDPM(snr_shift_scale=0.0), "snr_shift_scale=0.0"),
-    (lambda: DDPM(prediction="v", zero_terminal_snr="yes"), "zero_terminal_snr='yes'"),
-    (lambda: DDPM(zero_terminal_snr=True), "zero_terminal_snr=True with prediction='epsilon'.*must be 'v'"),
-    (lambda: DDPM(dynamic_rescale=0.0), "dynamic_rescale=0.0"),
-    (lambda: DDPM(dynamic_rescale=0.7, dynamic_rescale_steps=2000), "dynamic_rescale_steps=2000"),
-])
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (
+            lambda: process_from_name("flow-maching"),
+            "unknown diffusion process 'flow-maching'.*cogvideox-2b.*flow-matching.*did you mean 'flow-matching'",
+        ),
+        (lambda: process_from_name(["wan"]), "unknown diffusion process"),
+        (lambda: sampler_from_name(None), "unknown timestep sampler None"),
+        (lambda: process_from_name("wan", shfit=3.0), "unknown option.*'shfit'.*did you mean 'shift'"),
+        (lambda: process_from_name("uniform-ish"), "expected one of cogvideox-2b"),
+        (lambda: sampler_from_name("logitnormal"), "did you mean 'logit-normal'"),
+        (lambda: sampler_from_name("uniform", std=1.0), "'std'.*takes none"),
+        (lambda: FlowMatching(timestep_sampler={"mean": 1.0}), "timestep_sampler"),
+        (lambda: FlowMatching(timestep_sampler=3), "timestep_sampler"),
+        (lambda: FlowMatching(shift=0), "FlowMatching.shift=0: expected a number above 0"),
+        (lambda: FlowMatching(shift="3"), "FlowMatching.shift='3'"),
+        (lambda: FlowMatching(shift=math.nan), "FlowMatching.shift=nan"),
+        (lambda: FlowMatching(shift=True), "FlowMatching.shift=True"),
+        (lambda: FlowMatching(sde_steps=1), "sde_steps=1"),
+        (lambda: FlowMatching(sde_noise=-1.0), "sde_noise=-1.0"),
+        (lambda: FlowMatching(timestep_range=(0.5, 0.5)), "timestep_range"),
+        (lambda: FlowMatching(timestep_range=(0.5,)), "timestep_range"),
+        (lambda: FlowMatching(timestep_range=(-0.1, 0.5)), "timestep_range"),
+        (lambda: LogitNormal(std=0.0), "LogitNormal.std=0.0"),
+        (lambda: LogitNormal(mean=math.inf), "LogitNormal.mean=inf"),
+        (lambda: Shifted(shift=-3.0), "Shifted.shift=-3.0"),
+        (lambda: DDPM(prediction="velocity"), "DDPM.prediction 'velocity', expected one of epsilon, v"),
+        (lambda: DDPM(prediction="epsilom"), "did you mean 'epsilon'"),
+        (lambda: DDPM(beta_schedule="cosine"), "DDPM.beta_schedule 'cosine'"),
+        (lambda: DDPM(beta_start=0.0), "beta_start=0.0"),
+        (lambda: DDPM(beta_start=0.02, beta_end=0.01), "beta_end=0.01"),
+        (lambda: DDPM(num_timesteps=1), "num_timesteps=1"),
+        (lambda: DDPM(num_timesteps=1000.0), "num_timesteps=1000.0"),
+        (lambda: DDPM(snr_shift_scale=0.0), "snr_shift_scale=0.0"),
+        (lambda: DDPM(prediction="v", zero_terminal_snr="yes"), "zero_terminal_snr='yes'"),
+        (lambda: DDPM(zero_terminal_snr=True), "zero_terminal_snr=True with prediction='epsilon'.*must be 'v'"),
+        (lambda: DDPM(dynamic_rescale=0.0), "dynamic_rescale=0.0"),
+        (lambda: DDPM(dynamic_rescale=0.7, dynamic_rescale_steps=2000), "dynamic_rescale_steps=2000"),
+    ],
+)
 def test_impossible_settings_are_named(build, message):
     with pytest.raises(ConfigError, match=message) as caught:
         build()
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("process, t, error, message", [
-    (FlowMatching(), torch.tensor([0.5, 0.5], dtype=torch.bfloat16), TypeError, "bfloat16"),
-    (FlowMatching(), torch.tensor([500, 20]), TypeError, "int64"),
-    (FlowMatching(), torch.tensor([500.0, 20.0]), ValueError, "not model timesteps"),
-    (FlowMatching(), torch.tensor([0.5, math.nan]), ValueError, "noise levels from 0 to 1"),
-    (DDPM(), torch.tensor([0.5, 0.5]), TypeError, "float32"),
-    (DDPM(), torch.tensor([0, 1000]), ValueError, "step indices from 0 to 999"),
-    (DDPM(), torch.tensor([0, -1]), ValueError, r"\[-1\].*step indices from 0 to 999"),
-    (FlowMatching(), torch.tensor([0.5]), ValueError, r"t has shape \(1,\)"),
-    (FlowMatching(), torch.tensor(0.5), ValueError, r"t has shape \(\)"),
-    (DDPM(), torch.tensor([[5], [6]]), ValueError, r"t has shape \(2, 1\)"),
-])
+@pytest.mark.parametrize(
+    "process, t, error, message",
+    [
+        (FlowMatching(), torch.tensor([0.5, 0.5], dtype=torch.bfloat16), TypeError, "bfloat16"),
+        (FlowMatching(), torch.tensor([500, 20]), TypeError, "int64"),
+        (FlowMatching(), torch.tensor([500.0, 20.0]), ValueError, "not model timesteps"),
+        (FlowMatching(), torch.tensor([0.5, math.nan]), ValueError, "noise levels from 0 to 1"),
+        (DDPM(), torch.tensor([0.5, 0.5]), TypeError, "float32"),
+        (DDPM(), torch.tensor([0, 1000]), ValueError, "step indices from 0 to 999"),
+        (DDPM(), torch.tensor([0, -1]), ValueError, r"\[-1\].*step indices from 0 to 999"),
+        (FlowMatching(), torch.tensor([0.5]), ValueError, r"t has shape \(1,\)"),
+        (FlowMatching(), torch.tensor(0.5), ValueError, r"t has shape \(\)"),
+        (DDPM(), torch.tensor([[5], [6]]), ValueError, r"t has shape \(2, 1\)"),
+    ],
+)
 def test_wrong_times_are_refused(process, t, error, message):
     clean, noise = latents(2)
     for call in (process.add_noise, process.target):
@@ -497,6 +552,7 @@ def test_gpu_equals_cpu(name):
 
 # Layering.
 
+
 def test_diffusion_is_built_from_torch_errors_and_the_standard_library():
     allowed = {"torch", *sys.stdlib_module_names}
     for path in Path(diffusion.__file__).parent.glob("*.py"):
@@ -506,13 +562,18 @@ def test_diffusion_is_built_from_torch_errors_and_the_standard_library():
                 assert node.level == 0, f"{path.name} imports relatively"
                 names = [node.module]
             for name in names:
-                assert (name.split(".")[0] in allowed or name == "pgdpo_fast.errors"
-                        or name.startswith("pgdpo_fast.diffusion")), f"{path.name} imports {name}"
+                assert (
+                    name.split(".")[0] in allowed
+                    or name == "pgdpo_fast.errors"
+                    or name.startswith("pgdpo_fast.diffusion")
+                ), f"{path.name} imports {name}"
 
 
 def test_importing_diffusion_loads_no_heavy_package():
-    code = ("import sys, pgdpo_fast.diffusion; "
-            "print([m for m in ('diffusers', 'transformers', 'peft', 'triton', 'av', 'pgdpo_fast.loss', "
-            "'pgdpo_fast.backends', 'pgdpo_fast.objectives') if m in sys.modules])")
+    code = (
+        "import sys, pgdpo_fast.diffusion; "
+        "print([m for m in ('diffusers', 'transformers', 'peft', 'triton', 'av', 'pgdpo_fast.loss', "
+        "'pgdpo_fast.backends', 'pgdpo_fast.objectives') if m in sys.modules])"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

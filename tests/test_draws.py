@@ -44,9 +44,11 @@ def element_in_python(seed, pair_id, draw, index):
 
 def ulps(left, right):
     """Distance of two float32 tensors in units in the last place."""
+
     def ordered(x):
         bits = x.contiguous().view(torch.int32).long()
         return torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+
     return (ordered(left) - ordered(right)).abs().max().item()
 
 
@@ -68,12 +70,18 @@ def kolmogorov_distance(samples, cdf):
 ONES = 0xFFFFFFFF
 
 
-@pytest.mark.parametrize("counter, key, expected", [
-    ([0, 0, 0, 0], [0, 0], [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
-    ([ONES] * 4, [ONES] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
-    ([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0],
-     [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]),
-])
+@pytest.mark.parametrize(
+    "counter, key, expected",
+    [
+        ([0, 0, 0, 0], [0, 0], [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([ONES] * 4, [ONES] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ],
+)
 def test_philox_matches_the_published_vectors(counter, key, expected):
     assert integers(philox4x32(tensors(counter), tensors(key))) == expected
 
@@ -139,8 +147,11 @@ def test_a_draw_does_not_depend_on_threads_or_the_global_generator():
 
 def test_seed_pair_and_draw_each_change_everything():
     base = draw_noise(0, ["a"], [0], (4096,))
-    for other in (draw_noise(1, ["a"], [0], (4096,)), draw_noise(0, ["b"], [0], (4096,)),
-                  draw_noise(0, ["a"], [1], (4096,))):
+    for other in (
+        draw_noise(1, ["a"], [0], (4096,)),
+        draw_noise(0, ["b"], [0], (4096,)),
+        draw_noise(0, ["a"], [1], (4096,)),
+    ):
         assert (other == base).sum() < 10
         assert abs(correlation(base, other)) < 5 / math.sqrt(4096)
 
@@ -227,6 +238,7 @@ def test_the_extreme_uniforms_are_neither_zero_nor_one(monkeypatch, words):
 def test_the_extreme_words_give_finite_noise(monkeypatch):
     def extremes(counter, key):
         return [torch.tensor([[0, ONES]]), torch.tensor([[0, ONES]]), torch.tensor([[0, ONES]]), torch.tensor([[0, 0]])]
+
     monkeypatch.setattr(draw_module, "philox4x32", extremes)
     noise = draw_noise(0, ["a"], [0], (8,))[0]
     assert torch.isfinite(noise).all()
@@ -257,18 +269,21 @@ def test_stratified_draws_visit_every_stratum_and_stay_uniform(strata):
     assert torch.equal(draw_uniform(1, ["a"], [3], strata=1), draw_uniform(1, ["a"], [3]))
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (dict(seed=1.5), "seed=1.5"),
-    (dict(seed=True), "seed=True"),
-    (dict(pair_ids="ab"), "list of ids"),
-    (dict(pair_ids=[1.0, 2.0]), "pair id 1.0"),
-    (dict(draws=[0]), "1 draws for 2 pair ids"),
-    (dict(draws=[0, -1]), "draw -1"),
-    (dict(draws=[0, 1 << 32]), "draw 4294967296"),
-    (dict(draws=[0, 0.5]), "draw 0.5"),
-    (dict(shape=(4, 0)), "positive integers"),
-    (dict(shape=(4, 2.0)), "positive integers"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(seed=1.5), "seed=1.5"),
+        (dict(seed=True), "seed=True"),
+        (dict(pair_ids="ab"), "list of ids"),
+        (dict(pair_ids=[1.0, 2.0]), "pair id 1.0"),
+        (dict(draws=[0]), "1 draws for 2 pair ids"),
+        (dict(draws=[0, -1]), "draw -1"),
+        (dict(draws=[0, 1 << 32]), "draw 4294967296"),
+        (dict(draws=[0, 0.5]), "draw 0.5"),
+        (dict(shape=(4, 0)), "positive integers"),
+        (dict(shape=(4, 2.0)), "positive integers"),
+    ],
+)
 def test_impossible_arguments_are_named(arguments, message):
     with pytest.raises(ConfigError, match=message):
         draw_noise(**{"seed": 0, "pair_ids": ["a", "b"], "draws": [0, 1], "shape": (4,), **arguments})

@@ -24,22 +24,47 @@ from pgdpo_fast.objectives import Terms
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FUSED = [name for name in ("triton", "native") if backends.unavailable(name, DEVICE) is None]
 GRANULARITIES = ("sample", "frame", "element")
-FIELDS = ("per_pair_loss", "logits", "alpha", "gamma", "importance", "policy_chosen_error", "policy_rejected_error",
-          "chosen_gap", "rejected_gap")
+FIELDS = (
+    "per_pair_loss",
+    "logits",
+    "alpha",
+    "gamma",
+    "importance",
+    "policy_chosen_error",
+    "policy_rejected_error",
+    "chosen_gap",
+    "rejected_gap",
+)
 B = 50.0
 OBJECTIVES = {
-    "dpo": pf.DPO(B), "dpo-smoothed": pf.DPO(B, 0.1), "ipo": pf.IPO(B), "slic": pf.SLiC(weight=0.5),
-    "slic-hinge": pf.SLiC(B, 0.3, 0.5, hinge=True), "sft": pf.SFT(), "dpop": pf.DPOP(B), "dpo-shift": pf.DPOShift(B),
-    "sdpo": pf.SDPO(B, clip=0.5), "dpo-clip-mask": pf.DPOClipMask(B, threshold=0.8), "pgdpo": pf.PGDPO(),
-    "equation": pf.PGDPO.equation(), "listing": pf.PGDPO.listing(k1=0.5, k2=0.5), "ars": pf.PGDPO.ars_only(),
-    "ipr": pf.PGDPO.ipr_only(), "outer-reward": pf.PGDPO(combine="outer"),
+    "dpo": pf.DPO(B),
+    "dpo-smoothed": pf.DPO(B, 0.1),
+    "ipo": pf.IPO(B),
+    "slic": pf.SLiC(weight=0.5),
+    "slic-hinge": pf.SLiC(B, 0.3, 0.5, hinge=True),
+    "sft": pf.SFT(),
+    "dpop": pf.DPOP(B),
+    "dpo-shift": pf.DPOShift(B),
+    "sdpo": pf.SDPO(B, clip=0.5),
+    "dpo-clip-mask": pf.DPOClipMask(B, threshold=0.8),
+    "pgdpo": pf.PGDPO(),
+    "equation": pf.PGDPO.equation(),
+    "listing": pf.PGDPO.listing(k1=0.5, k2=0.5),
+    "ars": pf.PGDPO.ars_only(),
+    "ipr": pf.PGDPO.ipr_only(),
+    "outer-reward": pf.PGDPO(combine="outer"),
     "outer-attached": pf.PGDPO(B, combine="outer", detach_weights=False),
-    "safeguarded": pf.Safeguarded(pf.DPO(B)), "safeguarded-anchor": pf.Safeguarded(pf.PGDPO(ipr="anchor"), mu=0.5),
+    "safeguarded": pf.Safeguarded(pf.DPO(B)),
+    "safeguarded-anchor": pf.Safeguarded(pf.PGDPO(ipr="anchor"), mu=0.5),
     "safeguarded-sdpo": pf.Safeguarded(pf.SDPO(B)),
     "safeguarded-listing": pf.Safeguarded(pf.PGDPO.listing(k1=0.5, k2=0.5)),
-    **{f"{ratio}-{'detached' if detach else 'attached'}": pf.PGDPO(B, 2.0, 0.5, ratio=ratio, detach_weights=detach,
-                                                                  ipr="anchor" if detach else "reward", eps=0.5)
-       for ratio in objectives.RATIOS for detach in (True, False)},
+    **{
+        f"{ratio}-{'detached' if detach else 'attached'}": pf.PGDPO(
+            B, 2.0, 0.5, ratio=ratio, detach_weights=detach, ipr="anchor" if detach else "reward", eps=0.5
+        )
+        for ratio in objectives.RATIOS
+        for detach in (True, False)
+    },
 }
 TARGETS = ("stacked", "tuple", "shared", "built", "built tuple")
 REFERENCES = ("stacked", "tuple", "errors", "bf16", "fp8")
@@ -68,8 +93,17 @@ def small_chunks(monkeypatch):
 class Batch:
     """Pairs close to their reference, in the forms `preference_loss` takes; `exact` is the same call in float64."""
 
-    def __init__(self, pairs=2, shape=(3, 2, 5, 7), target="stacked", reference="stacked", dtype=torch.float32,
-                 granularity="sample", seed=0, noise=0.1):
+    def __init__(
+        self,
+        pairs=2,
+        shape=(3, 2, 5, 7),
+        target="stacked",
+        reference="stacked",
+        dtype=torch.float32,
+        granularity="sample",
+        seed=0,
+        noise=0.1,
+    ):
         generator = torch.Generator().manual_seed(seed)
 
         def draw(*size):
@@ -88,14 +122,18 @@ class Batch:
         low = torch.float32 if dtype == torch.float64 else dtype
         self.prediction = p.requires_grad_()
         self.target = {
-            "stacked": lambda: y.to(low), "tuple": lambda: y.to(low).chunk(2), "shared": lambda: y[:pairs].to(low),
+            "stacked": lambda: y.to(low),
+            "tuple": lambda: y.to(low).chunk(2),
+            "shared": lambda: y[:pairs].to(low),
             "built": lambda: pf.NoisedTarget(clean.to(low), noises.to(low), *scales),
-            "built tuple": lambda: pf.NoisedTarget(clean.to(low).chunk(2), noises, *scales)}[target]()
+            "built tuple": lambda: pf.NoisedTarget(clean.to(low).chunk(2), noises, *scales),
+        }[target]()
         exact_target = self.target
         if isinstance(exact_target, pf.NoisedTarget):
             parts = exact_target.clean if target == "built tuple" else (exact_target.clean,)
-            exact_target = pf.NoisedTarget(torch.cat([c.double() for c in parts]), exact_target.noise.double(),
-                                           *scales.double())
+            exact_target = pf.NoisedTarget(
+                torch.cat([c.double() for c in parts]), exact_target.noise.double(), *scales.double()
+            )
         elif target == "tuple":
             exact_target = torch.cat(exact_target).double()
         else:
@@ -168,8 +206,11 @@ FORMS = [(*form, DTYPES[i % 4], SHAPES[i % 3]) for i, form in enumerate(FORMS) i
 
 
 @pytest.mark.parametrize("backend", FUSED)
-@pytest.mark.parametrize("target,reference,granularity,dtype,shape", FORMS,
-                         ids=["-".join(map(str, (t, r, g, str(d)[6:]))) for t, r, g, d, _ in FORMS])
+@pytest.mark.parametrize(
+    "target,reference,granularity,dtype,shape",
+    FORMS,
+    ids=["-".join(map(str, (t, r, g, str(d)[6:]))) for t, r, g, d, _ in FORMS],
+)
 def test_every_form_of_input_equals_eager(small_chunks, backend, target, reference, granularity, dtype, shape):
     """Targets x references x granularities; dtypes and odd and even sizes take turns."""
     batch = Batch(target=target, reference=reference, granularity=granularity, dtype=dtype, shape=shape, seed=2)
@@ -233,6 +274,7 @@ def test_a_video_is_cut_by_its_shape_alone():
 
 # Numerical promises.
 
+
 @pytest.mark.parametrize("backend", ["eager", *FUSED])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_a_gap_keeps_its_relative_accuracy_where_training_starts(backend, granularity):
@@ -251,10 +293,11 @@ def test_float16_gradients_are_rounded_after_the_loss_scale(backend, granularity
     """Gradients far below the smallest float16 survive under a loss scale of 65536; rounded before it they are zero."""
     batch = Batch(dtype=torch.float16)
     objective = pf.DPO(beta=1e-5)
-    out = pf.preference_loss(batch.prediction, batch.target, batch.reference, objective=objective,
-                             granularity=granularity, backend=backend)
-    plain, = torch.autograd.grad(out.loss, batch.prediction, retain_graph=True)
-    scaled, = torch.autograd.grad(65536.0 * out.loss, batch.prediction)
+    out = pf.preference_loss(
+        batch.prediction, batch.target, batch.reference, objective=objective, granularity=granularity, backend=backend
+    )
+    (plain,) = torch.autograd.grad(out.loss, batch.prediction, retain_graph=True)
+    (scaled,) = torch.autograd.grad(65536.0 * out.loss, batch.prediction)
     _, exact = batch.run(objective, "eager", exact=True, granularity=granularity)
     assert distance(plain, exact) > 0.1
     assert distance(scaled, 65536.0 * exact) < 2.0**-9
@@ -270,24 +313,37 @@ def test_a_pairs_bits_depend_on_nothing_but_the_pair(small_chunks, granularity):
     for pairs in ([3], [4, 3], [0, 1, 3]):
         rows = torch.tensor(pairs + [5 + i for i in pairs], device=DEVICE)
         p = batch.prediction.detach()[rows].requires_grad_()
-        part = pf.preference_loss(p, batch.target[rows], batch.reference[rows], objective=pf.PGDPO(),
-                                  granularity=granularity, backend="triton")
+        part = pf.preference_loss(
+            p,
+            batch.target[rows],
+            batch.reference[rows],
+            objective=pf.PGDPO(),
+            granularity=granularity,
+            backend="triton",
+        )
         for name in FIELDS:
             assert torch.equal(getattr(part, name), getattr(out, name)[pairs]), name
-        part_grad, = torch.autograd.grad(part.loss, p)
+        (part_grad,) = torch.autograd.grad(part.loss, p)
         torch.testing.assert_close(part_grad * len(pairs), grad[rows] * 5, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("name", ["dpo", "ipo", "sft", "dpop", "logit-attached", "symmetric-attached",
-                                  "signed-attached", "outer-attached"])
+@pytest.mark.parametrize(
+    "name", ["dpo", "ipo", "sft", "dpop", "logit-attached", "symmetric-attached", "signed-attached", "outer-attached"]
+)
 def test_gradcheck_runs_on_the_fused_path_itself(backend, granularity, name):
     batch = Batch(pairs=1, shape=(2, 2, 1, 2), dtype=torch.float64)
 
     def loss(chosen, rejected):
-        return pf.preference_loss((chosen, rejected), batch.target, batch.reference, objective=OBJECTIVES[name],
-                                  granularity=granularity, backend=backend).loss
+        return pf.preference_loss(
+            (chosen, rejected),
+            batch.target,
+            batch.reference,
+            objective=OBJECTIVES[name],
+            granularity=granularity,
+            backend=backend,
+        ).loss
 
     pair = tuple(t.detach().clone().requires_grad_() for t in batch.prediction.chunk(2))
     assert torch.autograd.gradcheck(loss, pair, fast_mode=name != "dpo", atol=1e-4, rtol=1e-3)
@@ -327,7 +383,7 @@ def test_launches_reads_and_writes_nothing_it_was_not_given(small_chunks, backen
     p.requires_grad_()
     for granularity in GRANULARITIES:
         out = pf.preference_loss(p, y, q, objective=pf.PGDPO(), granularity=granularity, backend=backend)
-        grad, = torch.autograd.grad(out.loss, p)
+        (grad,) = torch.autograd.grad(out.loss, p)
         assert torch.isfinite(out.loss) and torch.isfinite(grad).all()
     assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(tensors, before, strict=True))
 
@@ -355,8 +411,15 @@ def operator_calls(backend):
         pair = tuple(t.detach().requires_grad_() for t in batch.prediction.chunk(2))
         for objective in (pf.DPO(), pf.PGDPO(ipr="anchor", combine="outer"), pf.SDPO()):
             for granularity in ("frame", "element"):
-                out = pf.preference_loss(pair, batch.target, batch.reference, objective=objective, backend=backend,
-                                         granularity=granularity, posterior_scale=batch.scale)
+                out = pf.preference_loss(
+                    pair,
+                    batch.target,
+                    batch.reference,
+                    objective=objective,
+                    backend=backend,
+                    granularity=granularity,
+                    posterior_scale=batch.scale,
+                )
                 (2 * out.loss).backward()
         errors = pf.paired_errors(pair, batch.target, batch.reference, cross=True, backend=backend)
         (errors.gap_chosen - errors.policy_rejected).sum().backward()
@@ -365,7 +428,7 @@ def operator_calls(backend):
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_every_operator_passes_opcheck(backend):
-    torch.use_deterministic_algorithms(False)        # opcheck compares two runs, and one poison is not equal to another
+    torch.use_deterministic_algorithms(False)  # opcheck compares two runs, and one poison is not equal to another
     calls = operator_calls(backend)
     assert {str(f).split(".")[1] for f, _ in calls} == OPERATORS
     seen, traced = set(), set()
@@ -374,7 +437,7 @@ def test_every_operator_passes_opcheck(backend):
         if key not in seen:
             seen.add(key)
             torch.library.opcheck(function, args, test_utils=("test_schema", "test_faketensor"))
-        if key[0] not in traced:                     # slow, and the same for every form
+        if key[0] not in traced:  # slow, and the same for every form
             traced.add(key[0])
             torch.library.opcheck(function, args, test_utils=("test_aot_dispatch_dynamic",))
 
@@ -394,8 +457,14 @@ def test_no_gradient_is_made_that_nobody_can_ask_for(backend):
     batch = Batch()
     for context in (torch.enable_grad(), torch.no_grad()):
         with Recorder(), context:
-            pf.preference_loss(batch.prediction, batch.target, batch.reference, objective=pf.PGDPO(),
-                               granularity="element", backend=backend)
+            pf.preference_loss(
+                batch.prediction,
+                batch.target,
+                batch.reference,
+                objective=pf.PGDPO(),
+                granularity="element",
+                backend=backend,
+            )
     assert written == [batch.prediction.numel(), 0]
 
 
@@ -407,21 +476,23 @@ def test_compiles_as_one_graph_for_every_batch_size(backend, granularity):
     objective = pf.PGDPO(B)
 
     def step(p, y, q, weight):
-        out = pf.preference_loss(2.0 * p, y, q, objective=objective, granularity=granularity, pair_weight=weight,
-                                 backend=backend)
+        out = pf.preference_loss(
+            2.0 * p, y, q, objective=objective, granularity=granularity, pair_weight=weight, backend=backend
+        )
         return out.loss, out.metrics(), out.alpha
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
-    for pairs in (4, 6, 9):                         # no size twice: equal sizes would be taken for one
+    for pairs in (4, 6, 9):  # no size twice: equal sizes would be taken for one
         batch = Batch(pairs=pairs, seed=pairs, shape=(1, 2, 3, 5))
         arguments = (batch.prediction, batch.target, batch.reference, torch.rand(pairs, device=DEVICE))
         with torch.compiler.set_stance("default" if pairs == 4 else "fail_on_recompile"):
             loss, metrics, alpha = compiled(*arguments)
-            grad, = torch.autograd.grad(3.0 * loss, batch.prediction)
+            (grad,) = torch.autograd.grad(3.0 * loss, batch.prediction)
         expected, expected_metrics, expected_alpha = step(*arguments)
-        expected_grad, = torch.autograd.grad(3.0 * expected, batch.prediction)
-        torch.testing.assert_close((loss, metrics, alpha, grad),
-                                   (expected, expected_metrics, expected_alpha, expected_grad))
+        (expected_grad,) = torch.autograd.grad(3.0 * expected, batch.prediction)
+        torch.testing.assert_close(
+            (loss, metrics, alpha, grad), (expected, expected_metrics, expected_alpha, expected_grad)
+        )
 
 
 @pytest.mark.slow
@@ -432,8 +503,14 @@ def test_inductor_compiles_a_training_step(granularity):
     batch = Batch()
 
     def step(latents):
-        loss = pf.preference_loss(model(latents), batch.target, batch.reference, objective=pf.PGDPO(B),
-                                  granularity=granularity, backend="triton").loss
+        loss = pf.preference_loss(
+            model(latents),
+            batch.target,
+            batch.reference,
+            objective=pf.PGDPO(B),
+            granularity=granularity,
+            backend="triton",
+        ).loss
         loss.backward()
         return loss.detach()
 
@@ -446,6 +523,7 @@ def test_inductor_compiles_a_training_step(granularity):
 
 
 # Selection.
+
 
 def test_a_cpu_tensor_never_reaches_a_device_launch():
     code = """if True:
@@ -477,10 +555,18 @@ def test_auto_never_picks_the_interpreter():
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("path,constant,limit", [
-    ("kernels/epilogue.py", r"^((?:KIND|FLAG)_\w+) = tl\.constexpr\((\d+)\)", r"^RATIO_LIMIT = tl\.constexpr\((.*)\)"),
-    ("csrc/epilogue.h", r"^ +((?:KIND|FLAG)_\w+) = (\d+),", r"\bRATIO_LIMIT = (.*);"),
-], ids=["triton", "csrc"])
+@pytest.mark.parametrize(
+    "path,constant,limit",
+    [
+        (
+            "kernels/epilogue.py",
+            r"^((?:KIND|FLAG)_\w+) = tl\.constexpr\((\d+)\)",
+            r"^RATIO_LIMIT = tl\.constexpr\((.*)\)",
+        ),
+        ("csrc/epilogue.h", r"^ +((?:KIND|FLAG)_\w+) = (\d+),", r"\bRATIO_LIMIT = (.*);"),
+    ],
+    ids=["triton", "csrc"],
+)
 def test_the_kernels_number_formulas_and_switches_as_the_objectives_do(path, constant, limit):
     text = (ROOT / path).read_text()
     found = {name: int(value) for name, value in re.findall(constant, text, re.MULTILINE)}
@@ -495,10 +581,15 @@ def test_softplus_is_accurate_to_float32_everywhere():
         z = torch.linspace(-100, 100, 401)
         y = torch.zeros(2 * len(z), 1, device=DEVICE)
         p = torch.zeros_like(y)
-        p[:len(z), 0] = (100 - z).sqrt()
-        p[len(z):, 0] = 10.0
-        out = pf.preference_loss(p, y, pf.ReferenceErrors(*[torch.zeros(len(z), device=DEVICE)] * 2),
-                                 objective=pf.DPO(beta=2.0), backend="triton")
+        p[: len(z), 0] = (100 - z).sqrt()
+        p[len(z) :, 0] = 10.0
+        out = pf.preference_loss(
+            p,
+            y,
+            pf.ReferenceErrors(*[torch.zeros(len(z), device=DEVICE)] * 2),
+            objective=pf.DPO(beta=2.0),
+            backend="triton",
+        )
         exact = torch.nn.functional.softplus(-out.logits.double())
         assert ((out.per_pair_loss.double() - exact).abs() <= 3e-7 * exact + 1e-37).all()
         assert math.isclose(out.logits.min().item(), -100, rel_tol=1e-5)
@@ -511,7 +602,16 @@ def test_strided_weights_and_scales_are_read_as_they_are(granularity):
     weight, scale = torch.rand(6, dtype=torch.float64)[::2], torch.rand(6, dtype=torch.float64)[::2]
     assert not weight.is_contiguous()
     fused, oracle = (
-        pf.preference_loss(prediction, target, reference, objective=pf.SDPO(beta=10.0, clip=0.9), pair_weight=w,
-                           granularity=granularity, posterior_scale=s, backend=backend).loss
-        for backend, w, s in (("triton", weight, scale), ("eager", weight.contiguous(), scale.contiguous())))
+        pf.preference_loss(
+            prediction,
+            target,
+            reference,
+            objective=pf.SDPO(beta=10.0, clip=0.9),
+            pair_weight=w,
+            granularity=granularity,
+            posterior_scale=s,
+            backend=backend,
+        ).loss
+        for backend, w, s in (("triton", weight, scale), ("eager", weight.contiguous(), scale.contiguous()))
+    )
     torch.testing.assert_close(fused, oracle, rtol=1e-12, atol=0)

@@ -15,18 +15,56 @@ import pgdpo_fast as pf
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "pgdpo_fast"
-FLOORS = {"cli": 6, "training": 5, "analysis": 5, "curation": 5, "models": 4, "data": 4, "reference": 4, "loss": 3,
-          "backends": 2, "kernels": 1, "_csrc": 1, "objectives": 0, "diffusion": 0, "errors": 0}
-OPTIONAL = ("accelerate", "av", "diffusers", "flash_attn", "ftfy", "jinja2", "matplotlib", "ninja", "numpy", "peft",
-            "pyarrow", "rich", "safetensors", "sentencepiece", "tensorboard", "transformers", "triton", "tyro",
-            "xformers", "yaml")
+FLOORS = {
+    "cli": 6,
+    "training": 5,
+    "analysis": 5,
+    "curation": 5,
+    "models": 4,
+    "data": 4,
+    "reference": 4,
+    "loss": 3,
+    "backends": 2,
+    "kernels": 1,
+    "_csrc": 1,
+    "objectives": 0,
+    "diffusion": 0,
+    "errors": 0,
+}
+OPTIONAL = (
+    "accelerate",
+    "av",
+    "diffusers",
+    "flash_attn",
+    "ftfy",
+    "jinja2",
+    "matplotlib",
+    "ninja",
+    "numpy",
+    "peft",
+    "pyarrow",
+    "rich",
+    "safetensors",
+    "sentencepiece",
+    "tensorboard",
+    "transformers",
+    "triton",
+    "tyro",
+    "xformers",
+    "yaml",
+)
 
 
 def python(code, *, cwd=None, **environment):
     """Standard output of `code` in a process of its own, without the interpreter or a compiler."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd,
-                          env={**inherited, "PGDPO_FAST_NATIVE": "0", **environment})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**inherited, "PGDPO_FAST_NATIVE": "0", **environment},
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -43,7 +81,9 @@ sys.meta_path.insert(0, Blocked())
 
 def test_the_loss_needs_torch_alone():
     """Without triton, numpy, a compiler or any trainer dependency: every public name, every objective, both ways."""
-    out = python(BLOCK + """
+    out = python(
+        BLOCK
+        + """
 import warnings; warnings.simplefilter("ignore")     # torch says that numpy is missing
 import torch, pgdpo_fast as pf
 for name in pf.__all__:
@@ -61,7 +101,8 @@ try:
     pf.preference_loss(p, y, q, objective=pf.DPO(), backend="triton")
 except pf.errors.BackendUnavailable as error:
     print(error)
-""")
+"""
+    )
     assert "triton cannot be imported" in out and "pip install" in out
 
 
@@ -90,6 +131,7 @@ def test_public_names_are_listed_and_unknown_ones_refused():
 
 # The floors.
 
+
 def sources():
     return [*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
 
@@ -102,7 +144,7 @@ def dotted(path):
 def imported(path):
     """(line, absolute dotted name) of everything a file imports, at any depth of the file."""
     name = dotted(path)
-    package = name[:-1]                          # an __init__ is a file of its package too
+    package = name[:-1]  # an __init__ is a file of its package too
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -144,28 +186,44 @@ def test_the_lower_floors_import_nothing_but_torch_and_triton():
             continue
         allowed = {"torch", "pgdpo_fast", *sys.stdlib_module_names}
         allowed |= {"triton"} if here in ("kernels", "backends") else set()
-        foreign += [f"{path.relative_to(ROOT)}:{line} imports {name}" for line, name in imported(path)
-                    if name.split(".")[0] not in allowed]
+        foreign += [
+            f"{path.relative_to(ROOT)}:{line} imports {name}"
+            for line, name in imported(path)
+            if name.split(".")[0] not in allowed
+        ]
     assert not foreign, "\n".join(foreign)
 
 
 # The name trap: a top-level `kernels` would shadow the package of that name which diffusers and transformers import.
 
+
 def test_nothing_imports_a_top_level_kernels():
-    everything = [*sources(), *(ROOT / "tests").rglob("*.py"), *(ROOT / "bench").rglob("*.py"),
-                  *(ROOT / "examples").rglob("*.py"), ROOT / "setup.py"]
-    named = [f"{path.relative_to(ROOT)}:{line}" for path in everything for line, name in imported(path)
-             if name.split(".")[0] == "kernels"]
+    everything = [
+        *sources(),
+        *(ROOT / "tests").rglob("*.py"),
+        *(ROOT / "bench").rglob("*.py"),
+        *(ROOT / "examples").rglob("*.py"),
+        ROOT / "setup.py",
+    ]
+    named = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in everything
+        for line, name in imported(path)
+        if name.split(".")[0] == "kernels"
+    ]
     assert not named
 
 
 def test_the_installed_package_brings_no_top_level_kernels(tmp_path):
-    out = python("""
+    out = python(
+        """
 import importlib.util, pgdpo_fast, pgdpo_fast.kernels
 spec = importlib.util.find_spec("kernels")
 print(spec.origin if spec else None)
 print(pgdpo_fast.kernels.__name__)
-""", cwd=tmp_path).splitlines()
+""",
+        cwd=tmp_path,
+    ).splitlines()
     assert str(ROOT) not in out[0] and out[1] == "pgdpo_fast.kernels"
 
 
@@ -177,9 +235,23 @@ def wheel(tmp_path_factory):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
-    done = subprocess.run([sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--no-deps",
-                           "--no-build-isolation", "--no-index", "-w", str(tree / "dist"), str(tree)],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "--disable-pip-version-check",
+            "wheel",
+            "--no-deps",
+            "--no-build-isolation",
+            "--no-index",
+            "-w",
+            str(tree / "dist"),
+            str(tree),
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     (path,) = (tree / "dist").glob("*.whl")
     return path
@@ -201,4 +273,6 @@ def test_a_wheel_holds_the_whole_package_and_nothing_beside_it(wheel, tmp_path):
     code = "import pgdpo_fast.kernels; print(pgdpo_fast.__file__, pgdpo_fast.kernels.__file__)"
     site = tmp_path / "site"
     assert python(code, cwd=tmp_path, PYTHONPATH=str(site)).split() == [
-        str(site / "pgdpo_fast" / "__init__.py"), str(site / "pgdpo_fast" / "kernels" / "__init__.py")]
+        str(site / "pgdpo_fast" / "__init__.py"),
+        str(site / "pgdpo_fast" / "kernels" / "__init__.py"),
+    ]

@@ -17,13 +17,39 @@ from pgdpo_fast.errors import BackendUnavailable, ConfigError, NonFiniteError
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = [name for name in ("eager", "triton", "native") if backends.unavailable(name, DEVICE) is None]
-SHAPE = (2, 3, 4, 5)                             # C, F, H, W
-FIELDS = ("per_pair_loss", "logits", "alpha", "gamma", "importance", "policy_chosen_error", "policy_rejected_error",
-          "chosen_gap", "rejected_gap", "chosen_reward", "rejected_reward", "margin", "gradient_factor",
-          "reference_chosen_error", "reference_rejected_error")
-METRICS = {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logits", "gradient_factor",
-           "weights/alpha", "weights/gamma", "weights/importance", "errors/policy_chosen", "errors/policy_rejected",
-           "errors/reference_chosen", "errors/reference_rejected"}
+SHAPE = (2, 3, 4, 5)  # C, F, H, W
+FIELDS = (
+    "per_pair_loss",
+    "logits",
+    "alpha",
+    "gamma",
+    "importance",
+    "policy_chosen_error",
+    "policy_rejected_error",
+    "chosen_gap",
+    "rejected_gap",
+    "chosen_reward",
+    "rejected_reward",
+    "margin",
+    "gradient_factor",
+    "reference_chosen_error",
+    "reference_rejected_error",
+)
+METRICS = {
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logits",
+    "gradient_factor",
+    "weights/alpha",
+    "weights/gamma",
+    "weights/importance",
+    "errors/policy_chosen",
+    "errors/policy_rejected",
+    "errors/reference_chosen",
+    "errors/reference_rejected",
+}
 
 
 class Batch:
@@ -42,8 +68,11 @@ class Batch:
 def same_result(run, other, tolerance=0.0):
     """Two (output, gradients) agree in loss, every field and every gradient."""
     (a, grads_a), (b, grads_b) = run, other
-    for x, y in zip([*(getattr(a, f) for f in ("loss", *FIELDS)), *grads_a],
-                    [*(getattr(b, f) for f in ("loss", *FIELDS)), *grads_b], strict=True):
+    for x, y in zip(
+        [*(getattr(a, f) for f in ("loss", *FIELDS)), *grads_a],
+        [*(getattr(b, f) for f in ("loss", *FIELDS)), *grads_b],
+        strict=True,
+    ):
         torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
@@ -55,6 +84,7 @@ def call(prediction, target, reference, objective=None, **options):
 
 
 # What the numbers are.
+
 
 def groups_of(video, granularity):
     """Lists of the elements of each group, by explicit indices."""
@@ -75,8 +105,9 @@ def gap(p, q, y):
 @pytest.mark.parametrize("granularity", ["sample", "frame", "element"])
 def test_rewards_are_gaps_of_mean_squared_errors_over_each_group(backend, granularity):
     x = Batch(pairs=2, dtype=torch.float64)
-    out = pf.preference_loss(x.prediction, x.target, x.reference, objective=pf.DPO(beta=50.0), granularity=granularity,
-                             backend=backend)
+    out = pf.preference_loss(
+        x.prediction, x.target, x.reference, objective=pf.DPO(beta=50.0), granularity=granularity, backend=backend
+    )
     losses = []
     for pair in range(2):
         rewards = []
@@ -117,6 +148,7 @@ def test_the_frame_dimension_of_one_frame_is_the_sample(backend, granularity):
 
 # Layouts.
 
+
 def halves(t):
     return tuple(half.requires_grad_(t.requires_grad) for half in t.detach().chunk(2))
 
@@ -153,11 +185,17 @@ def test_a_target_built_in_the_kernel_equals_one_built_before(backend, dtype):
     target = torch.cat([noise_scale[column] * noise + clean_scale[column] * c for c in clean.split(3)])
     prediction = x.prediction.detach().to(dtype).requires_grad_()
     built = pf.NoisedTarget(clean, noise, noise_scale, clean_scale)
-    same_result(call(prediction, built, x.reference, backend=backend),
-                call(prediction, target, x.reference, backend=backend), 2e-6 if dtype == torch.float32 else 1e-2)
+    same_result(
+        call(prediction, built, x.reference, backend=backend),
+        call(prediction, target, x.reference, backend=backend),
+        2e-6 if dtype == torch.float32 else 1e-2,
+    )
     built = pf.NoisedTarget(clean.split(3), noise, noise_scale.double(), clean_scale)
-    same_result(call(prediction, built, x.reference, backend=backend),
-                call(prediction, target, x.reference, backend=backend), 2e-6 if dtype == torch.float32 else 1e-2)
+    same_result(
+        call(prediction, built, x.reference, backend=backend),
+        call(prediction, target, x.reference, backend=backend),
+        2e-6 if dtype == torch.float32 else 1e-2,
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -184,16 +222,20 @@ def test_a_policy_equal_to_its_reference_has_gaps_of_exactly_zero(backend, dtype
 
 
 def layouts(reference, target):
-    return {"stacked": (reference, target), "tuples": (reference.split(3), target.split(3)),
-            "mixed": (reference.split(3), target), "shared": (reference, target[:3]),
-            "shared tuple": (reference.split(3), target[:3])}
+    return {
+        "stacked": (reference, target),
+        "tuples": (reference.split(3), target.split(3)),
+        "mixed": (reference.split(3), target),
+        "shared": (reference, target[:3]),
+        "shared tuple": (reference.split(3), target[:3]),
+    }
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", ["stacked", "tuples", "mixed", "shared", "shared tuple"])
 @pytest.mark.parametrize("format", ["bf16", "fp8"])
 def test_a_packed_reference_stands_for_the_predictions_it_packs(backend, layout, format):
-    x = Batch(shape=(3, 3, 5, 7))                # 315 elements: the third block of 128 is cut short
+    x = Batch(shape=(3, 3, 5, 7))  # 315 elements: the third block of 128 is cut short
     reference, target = layouts(x.reference, x.target)[layout]
     packed = pf.PackedReference.pack(reference, target, format)
     size, ulp = {"bf16": (2, 2.0**-8), "fp8": (1, 1.1 * 2.0**-4)}[format]
@@ -206,9 +248,11 @@ def test_a_packed_reference_stands_for_the_predictions_it_packs(backend, layout,
     residual = x.reference - y
     floor = residual.abs().flatten(1).amax(1).view(-1, 1, 1, 1, 1) * (2.0**-15 if format == "fp8" else 0)
     assert ((stored.float() - residual).abs() <= ulp * residual.abs() + floor).all()
-    if format == "fp8":                          # rounding is paid for in every block: its sum of squares is kept
-        squares = [torch.nn.functional.pad(t.float().flatten(1), (0, 69)).square().unflatten(1, (3, 128)).sum(-1)
-                   for t in (stored, residual)]
+    if format == "fp8":  # rounding is paid for in every block: its sum of squares is kept
+        squares = [
+            torch.nn.functional.pad(t.float().flatten(1), (0, 69)).square().unflatten(1, (3, 128)).sum(-1)
+            for t in (stored, residual)
+        ]
         torch.testing.assert_close(*squares, rtol=1e-5, atol=0)
     exact = call(x.prediction, target, y + stored.float(), backend=backend)
     same_result(call(x.prediction, target, packed, backend=backend), exact, 2e-6)
@@ -245,6 +289,7 @@ def test_an_anchor_needs_predictions_and_gets_its_gradient():
 
 # Strides.
 
+
 def strided(t, how):
     """The same numbers as `t` in other memory."""
     t = t.detach()
@@ -272,9 +317,16 @@ STRIDES = ("transposed", "batch last", "sliced", "padded rows", "channels last",
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("granularity,how", [*(("sample", how) for how in STRIDES), ("frame", "frames first"),
-                                             ("frame", "padded rows"), ("element", "transposed"),
-                                             ("element", "padded rows")])
+@pytest.mark.parametrize(
+    "granularity,how",
+    [
+        *(("sample", how) for how in STRIDES),
+        ("frame", "frames first"),
+        ("frame", "padded rows"),
+        ("element", "transposed"),
+        ("element", "padded rows"),
+    ],
+)
 def test_strides_change_nothing_and_no_input_is_written_to(backend, granularity, how):
     x = Batch()
     prediction, target, reference = (strided(t, how) for t in (x.prediction, x.target, x.reference))
@@ -296,8 +348,10 @@ def test_strides_change_nothing_and_no_input_is_written_to(backend, granularity,
 def test_expanded_inputs_are_read_in_place(backend):
     x = Batch()
     one = x.target[:1].expand(6, *SHAPE)
-    same_result(call(x.prediction, one, x.reference, backend=backend),
-                call(x.prediction, one.contiguous(), x.reference, backend=backend))
+    same_result(
+        call(x.prediction, one, x.reference, backend=backend),
+        call(x.prediction, one.contiguous(), x.reference, backend=backend),
+    )
     prediction = x.prediction[:1].detach().requires_grad_()
     out = pf.preference_loss(prediction.expand(6, *SHAPE), x.target, x.reference, objective=pf.PGDPO(), backend=backend)
     whole = prediction.detach().repeat(6, 1, 1, 1, 1).requires_grad_()
@@ -340,6 +394,7 @@ def test_a_sample_reward_takes_latents_of_any_rank(backend, shape):
 
 # Gradients in and out.
 
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("granularity", ["sample", "frame", "element"])
 def test_the_incoming_gradient_scales_the_gradient(backend, granularity):
@@ -362,8 +417,9 @@ def test_paired_errors_carry_any_incoming_gradient(backend, granularity):
     for weights in (dense, dense[:1, :1, :1].expand(6, 3, groups), dense.transpose(1, 2).contiguous().transpose(1, 2)):
         grads = []
         for name in ("eager", backend):
-            errors = pf.paired_errors(x.prediction, x.target, x.reference, granularity=granularity, anchor=True,
-                                      cross=True, backend=name)
+            errors = pf.paired_errors(
+                x.prediction, x.target, x.reference, granularity=granularity, anchor=True, cross=True, backend=name
+            )
             assert all(e.shape == (3, groups) for e in errors)
             statistics = [e for e in errors if e.requires_grad]
             assert len(statistics) == 5, "the cross term is documented to carry no gradient"
@@ -388,7 +444,7 @@ def test_backward_can_run_twice_and_gradients_accumulate(backend, granularity):
     for _ in range(2):
         out = pf.preference_loss(x.prediction, x.target, x.reference, **options)
         out.loss.backward(retain_graph=True)
-        x.prediction.grad.mul_(1.0)                 # as gradient clipping does
+        x.prediction.grad.mul_(1.0)  # as gradient clipping does
         (0 * out.loss).backward()
     torch.testing.assert_close(x.prediction.grad, 2 * second, rtol=2e-6, atol=0)
 
@@ -397,8 +453,9 @@ def test_backward_can_run_twice_and_gradients_accumulate(backend, granularity):
 @pytest.mark.parametrize("granularity", ["sample", "element"])
 def test_a_second_derivative_is_refused_not_wrong(backend, granularity):
     x = Batch()
-    out = pf.preference_loss(x.prediction, x.target, x.reference, objective=pf.PGDPO(), granularity=granularity,
-                             backend=backend)
+    out = pf.preference_loss(
+        x.prediction, x.target, x.reference, objective=pf.PGDPO(), granularity=granularity, backend=backend
+    )
     (grad,) = torch.autograd.grad(out.loss, x.prediction, create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(grad.square().sum(), x.prediction)
@@ -462,8 +519,16 @@ def test_autocast_changes_nothing(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("prediction,other", [(torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16),
-                                              (torch.float32, torch.float16), (torch.float64, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(
+    "prediction,other",
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.bfloat16),
+        (torch.float32, torch.float16),
+        (torch.float64, torch.bfloat16),
+    ],
+    ids=str,
+)
 def test_dtypes_may_differ_and_the_loss_is_float32_or_better(backend, prediction, other):
     x, y = Batch(dtype=prediction), Batch(dtype=other)
     out, (grad,) = call(x.prediction, y.target, y.reference, backend=backend)
@@ -479,6 +544,7 @@ def test_dtypes_may_differ_and_the_loss_is_float32_or_better(backend, prediction
 
 
 # Weights.
+
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("granularity", ["sample", "frame", "element"])
@@ -501,8 +567,9 @@ def test_a_pair_weight_multiplies_its_pairs_loss(backend, granularity):
 def test_importance_objectives_take_the_posterior_scale(backend):
     x = Batch(dtype=torch.float64)
     scale = torch.tensor([0.01, 0.3, 5.0], device=DEVICE)
-    out, _ = call(x.prediction, x.target, x.reference, pf.DPOClipMask(beta=50.0), posterior_scale=scale,
-                  backend=backend)
+    out, _ = call(
+        x.prediction, x.target, x.reference, pf.DPOClipMask(beta=50.0), posterior_scale=scale, backend=backend
+    )
     raw = torch.exp(-scale * (out.policy_chosen_error + out.policy_rejected_error) / 2)
     expected = torch.where(raw < 0.9, 0.0, raw.clamp(0.9, 1.1))
     torch.testing.assert_close(out.importance, expected)
@@ -521,8 +588,14 @@ def test_frame_weights_make_a_weighted_mean_over_frames(backend):
     torch.testing.assert_close(out.loss, expected)
     frames = grad.abs().sum((1, 3, 4))
     assert torch.equal(frames > 0, (weight > 0).repeat(2, 1))
-    both = call(x.prediction, x.target, x.reference, frame_weight=weight, pair_weight=torch.ones(3, device=DEVICE) * 2,
-                **options)[0]
+    both = call(
+        x.prediction,
+        x.target,
+        x.reference,
+        frame_weight=weight,
+        pair_weight=torch.ones(3, device=DEVICE) * 2,
+        **options,
+    )[0]
     torch.testing.assert_close(both.loss, 2 * expected)
 
 
@@ -537,8 +610,11 @@ def test_frame_labels_exchange_the_videos_where_the_rejected_one_is_better(backe
     swapped, (swapped_grad,) = call(swap[0].requires_grad_(), *swap[1:], **options)
     flipped = torch.cat(swapped_grad.split(3)[::-1])
     torch.testing.assert_close(out.per_pair_loss, torch.where(label < 0, swapped.per_pair_loss, plain.per_pair_loss))
-    expected = ((plain.per_pair_loss[0, 0] + swapped.per_pair_loss[0, 1]) / 2 + plain.per_pair_loss[1].mean()
-                + swapped.per_pair_loss[2].mean()) / 3
+    expected = (
+        (plain.per_pair_loss[0, 0] + swapped.per_pair_loss[0, 1]) / 2
+        + plain.per_pair_loss[1].mean()
+        + swapped.per_pair_loss[2].mean()
+    ) / 3
     torch.testing.assert_close(out.loss, expected)
     share = torch.tensor([1.5, 1.0, 1.0], device=DEVICE)[:, None]
     by_frame = torch.where(label.repeat(2, 1)[:, None, :, None, None] < 0, flipped, plain_grad)
@@ -548,6 +624,7 @@ def test_frame_labels_exchange_the_videos_where_the_rejected_one_is_better(backe
 
 # Telemetry.
 
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("granularity", ["sample", "frame"])
 def test_metrics_are_means_of_the_fields(backend, granularity):
@@ -555,8 +632,12 @@ def test_metrics_are_means_of_the_fields(backend, granularity):
     out, _ = call(x.prediction, x.target, x.reference, granularity=granularity, backend=backend)
     metrics = out.metrics()
     assert set(metrics) == METRICS and all(v.shape == () and not v.requires_grad for v in metrics.values())
-    for key, field in {"rewards/chosen": "chosen_reward", "rewards/margins": "margin", "weights/gamma": "gamma",
-                       "errors/reference_rejected": "reference_rejected_error"}.items():
+    for key, field in {
+        "rewards/chosen": "chosen_reward",
+        "rewards/margins": "margin",
+        "weights/gamma": "gamma",
+        "errors/reference_rejected": "reference_rejected_error",
+    }.items():
         torch.testing.assert_close(metrics[key], getattr(out, field).mean())
     assert metrics["rewards/accuracies"].item() == pytest.approx((out.margin > 0).float().mean().item())
     reward = out.reference_chosen_error - out.policy_chosen_error
@@ -578,15 +659,16 @@ def test_without_a_reference_rewards_and_accuracy_are_unknown(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("granularity", ["sample", "frame", "element"])
-@pytest.mark.parametrize("where,value", [("prediction", float("nan")), ("target", float("inf")),
-                                         ("reference", float("-inf"))])
+@pytest.mark.parametrize(
+    "where,value", [("prediction", float("nan")), ("target", float("inf")), ("reference", float("-inf"))]
+)
 def test_one_bad_pair_is_named_and_leaves_the_others_alone(backend, granularity, where, value):
     x = Batch(pairs=4, shape=(1, 2, 4, 5))
     options = dict(granularity=granularity, backend=backend)
     good, (good_grad,) = call(x.prediction, x.target, x.reference, **options)
     good.check_finite()
     tensors = {k: getattr(x, k).detach().clone() for k in ("prediction", "target", "reference")}
-    tensors[where][1, 0, 1, 0, 0] = value                   # chosen video of pair 1
+    tensors[where][1, 0, 1, 0, 0] = value  # chosen video of pair 1
     tensors["prediction"].requires_grad_()
     bad, (bad_grad,) = call(**tensors, **options)
     others = [0, 2, 3]
@@ -607,8 +689,8 @@ def test_what_an_objective_takes_no_notice_of_may_be_nan(backend, granularity):
     options = dict(objective=pf.SFT(), granularity=granularity, backend=backend)
     good, (good_grad,) = call(x.prediction, x.target, None, **options)
     prediction, reference = x.prediction.detach().clone(), x.reference.clone()
-    prediction[3, 1, 0, 2, 1] = float("nan")                # rejected video of pair 1
-    reference[0, 1, 0, 2, 1] = float("nan")                 # the reference's chosen video of pair 0
+    prediction[3, 1, 0, 2, 1] = float("nan")  # rejected video of pair 1
+    reference[0, 1, 0, 2, 1] = float("nan")  # the reference's chosen video of pair 0
     for given in (None, reference):
         bad, (bad_grad,) = call(prediction.requires_grad_(), x.target, given, **options)
         assert torch.equal(bad.loss, good.loss) and torch.equal(bad_grad, good_grad)
@@ -617,6 +699,7 @@ def test_what_an_objective_takes_no_notice_of_may_be_nan(backend, granularity):
 
 
 # The module.
+
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_module_is_the_function(backend):
@@ -630,19 +713,32 @@ def test_the_module_is_the_function(backend):
     assert "beta=7.0" in repr(module) and "'frame'" in repr(module)
     assert not list(module.parameters()) and not module.state_dict()
     weight = torch.rand(3, 3, device=DEVICE)
-    assert torch.equal(module(x.prediction, x.target, x.reference, frame_weight=weight).loss,
-                       call(x.prediction, x.target, x.reference, pf.PGDPO(beta=7.0), granularity="frame",
-                            backend=backend, frame_weight=weight)[0].loss)
+    assert torch.equal(
+        module(x.prediction, x.target, x.reference, frame_weight=weight).loss,
+        call(
+            x.prediction,
+            x.target,
+            x.reference,
+            pf.PGDPO(beta=7.0),
+            granularity="frame",
+            backend=backend,
+            frame_weight=weight,
+        )[0].loss,
+    )
 
 
 def test_the_module_checks_its_settings_when_built():
-    for wrong, name in ((dict(objective=pf.PGDPO), "objective"), (dict(objective=pf.DPO(), backend="cuda"), "backend"),
-                        (dict(objective=pf.DPO(), granularity="clip"), "granularity")):
+    for wrong, name in (
+        (dict(objective=pf.PGDPO), "objective"),
+        (dict(objective=pf.DPO(), backend="cuda"), "backend"),
+        (dict(objective=pf.DPO(), granularity="clip"), "granularity"),
+    ):
         with pytest.raises(ValueError, match=name):
             pf.PreferenceLoss(**wrong)
 
 
 # Errors.
+
 
 def good_arguments():
     x = Batch()
@@ -668,8 +764,10 @@ BAD = {
     "three videos": (dict(prediction=(latents(3),) * 3), "prediction: expected a tensor or a"),
     "one video": (dict(prediction=(latents(6),)), r"prediction: expected a tensor or a \(chosen, rejected\)"),
     "unequal videos": (dict(prediction=(latents(3), latents(2))), "prediction: .*one shape"),
-    "two devices": (dict(prediction=(latents(3), latents(3, device="meta"))),
-                    "prediction: .*one shape, dtype and device"),
+    "two devices": (
+        dict(prediction=(latents(3), latents(3, device="meta"))),
+        "prediction: .*one shape, dtype and device",
+    ),
     "unequal dtypes": (dict(prediction=(latents(3), latents(3).half())), "prediction: .*one shape"),
     "strings": (dict(prediction=("a", "b")), "prediction: expected a tensor"),
     "wrong target": (dict(target=torch.zeros(6, 2, 3, 4, 4)), "target: expected shape .* got"),
@@ -697,34 +795,57 @@ BAD = {
     "error shape": (dict(reference=pf.ReferenceErrors(ones(4), ones(4))), "reference.chosen: expected shape"),
     "frame errors": (dict(reference=pf.ReferenceErrors(ones(3, 3), ones(3, 3))), "reference.chosen: expected"),
     "one error": (dict(reference=pf.ReferenceErrors(ones(3), None)), "reference.rejected: expected"),
-    "element errors": (dict(reference=pf.ReferenceErrors(ones(3), ones(3)), granularity="element"),
-                       "reference: granularity='element' needs"),
-    "anchor errors": (dict(reference=pf.ReferenceErrors(ones(3), ones(3)), objective=pf.PGDPO(ipr="anchor")),
-                      "reference: PGDPO with ipr='anchor' needs"),
-    "packed float": (dict(reference=pf.PackedReference(latents(3), latents(3))),
-                     "reference: expected torch.bfloat16"),
-    "packed unscaled": (dict(reference=pf.PackedReference(*[latents(3, dtype=torch.uint8)] * 2)),
-                        "reference: expected torch.bfloat16"),
-    "packed scale": (dict(reference=pf.PackedReference(*[latents(3, dtype=torch.uint8)] * 2,
-                                                       *[ones(3, 2)] * 2)), "reference.*scale: expected shape"),
-    "packed half scale": (dict(reference=pf.PackedReference(*[latents(3, dtype=torch.uint8)] * 2,
-                                                            ones(3, 1), None)), "reference.*scale: expected shape"),
-    "packed scale dtype": (dict(reference=pf.PackedReference(*[latents(3, dtype=torch.uint8)] * 2,
-                                                             *[ones(3, 1).long()] * 2)), "reference.*scale: .*float32"),
-    "noise shape": (dict(target=pf.NoisedTarget(latents(6), latents(6), ones(3), ones(3))),
-                    "target.noise: expected shape"),
-    "noise scale": (dict(target=pf.NoisedTarget(latents(6), latents(3), ones(1), ones(3))),
-                    "target.noise_scale: expected shape"),
-    "clean shape": (dict(target=pf.NoisedTarget(latents(3), latents(3), ones(3), ones(3))),
-                    "target.clean: expected shape"),
-    "noise dtype": (dict(target=pf.NoisedTarget(latents(6), latents(3).long(), ones(3),
-                                                ones(3))), "target.noise: expected"),
+    "element errors": (
+        dict(reference=pf.ReferenceErrors(ones(3), ones(3)), granularity="element"),
+        "reference: granularity='element' needs",
+    ),
+    "anchor errors": (
+        dict(reference=pf.ReferenceErrors(ones(3), ones(3)), objective=pf.PGDPO(ipr="anchor")),
+        "reference: PGDPO with ipr='anchor' needs",
+    ),
+    "packed float": (dict(reference=pf.PackedReference(latents(3), latents(3))), "reference: expected torch.bfloat16"),
+    "packed unscaled": (
+        dict(reference=pf.PackedReference(*[latents(3, dtype=torch.uint8)] * 2)),
+        "reference: expected torch.bfloat16",
+    ),
+    "packed scale": (
+        dict(reference=pf.PackedReference(*[latents(3, dtype=torch.uint8)] * 2, *[ones(3, 2)] * 2)),
+        "reference.*scale: expected shape",
+    ),
+    "packed half scale": (
+        dict(reference=pf.PackedReference(*[latents(3, dtype=torch.uint8)] * 2, ones(3, 1), None)),
+        "reference.*scale: expected shape",
+    ),
+    "packed scale dtype": (
+        dict(reference=pf.PackedReference(*[latents(3, dtype=torch.uint8)] * 2, *[ones(3, 1).long()] * 2)),
+        "reference.*scale: .*float32",
+    ),
+    "noise shape": (
+        dict(target=pf.NoisedTarget(latents(6), latents(6), ones(3), ones(3))),
+        "target.noise: expected shape",
+    ),
+    "noise scale": (
+        dict(target=pf.NoisedTarget(latents(6), latents(3), ones(1), ones(3))),
+        "target.noise_scale: expected shape",
+    ),
+    "clean shape": (
+        dict(target=pf.NoisedTarget(latents(3), latents(3), ones(3), ones(3))),
+        "target.clean: expected shape",
+    ),
+    "noise dtype": (
+        dict(target=pf.NoisedTarget(latents(6), latents(3).long(), ones(3), ones(3))),
+        "target.noise: expected",
+    ),
     "frame weight": (dict(frame_weight=ones(3, 3)), "frame_weight.*granularity='frame'"),
-    "frame weight shape": (dict(frame_weight=ones(3, 2), granularity="frame"),
-                           r"frame_weight: expected shape \(3, 3\)"),
+    "frame weight shape": (
+        dict(frame_weight=ones(3, 2), granularity="frame"),
+        r"frame_weight: expected shape \(3, 3\)",
+    ),
     "frame label shape": (dict(frame_label=ones(3), granularity="frame"), r"frame_label: expected shape \(3, 3\)"),
-    "frame label anchor": (dict(frame_label=ones(3, 3), granularity="frame", objective=pf.PGDPO(ipr="anchor")),
-                           "frame_label: .*anchor"),
+    "frame label anchor": (
+        dict(frame_label=ones(3, 3), granularity="frame", objective=pf.PGDPO(ipr="anchor")),
+        "frame_label: .*anchor",
+    ),
 }
 
 
@@ -747,19 +868,24 @@ def test_a_bad_argument_is_named(what):
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("call,message", [
-    (lambda x: pf.PackedReference.pack(x.reference, x.target, "fp4"), "format='fp4'"),
-    (lambda x: pf.PackedReference.pack(x.reference[:5], x.target), "reference: .*odd batch"),
-    (lambda x: pf.PackedReference.pack(x.reference, x.target[:2]), "target: expected shape"),
-    (lambda x: pf.PackedReference.pack((x.reference,), x.target), "reference: expected a tensor or a"),
-    (lambda x: pf.PackedReference.pack(None, x.target), "reference: expected a tensor"),
-    (lambda x: pf.PackedReference.pack(x.reference.long(), x.target), "reference: expected"),
-    (lambda x: pf.reference_errors(x.reference, x.target, granularity="element"), "granularity='element'"),
-    (lambda x: pf.reference_errors(x.reference, None), "target: expected a tensor"),
-    (lambda x: pf.paired_errors(x.prediction, x.target, anchor=True), "anchor: needs"),
-    (lambda x: pf.paired_errors(x.prediction[:, 0], x.target[:, 0], granularity="frame"),
-     "granularity='frame': expected latents"),
-])
+@pytest.mark.parametrize(
+    "call,message",
+    [
+        (lambda x: pf.PackedReference.pack(x.reference, x.target, "fp4"), "format='fp4'"),
+        (lambda x: pf.PackedReference.pack(x.reference[:5], x.target), "reference: .*odd batch"),
+        (lambda x: pf.PackedReference.pack(x.reference, x.target[:2]), "target: expected shape"),
+        (lambda x: pf.PackedReference.pack((x.reference,), x.target), "reference: expected a tensor or a"),
+        (lambda x: pf.PackedReference.pack(None, x.target), "reference: expected a tensor"),
+        (lambda x: pf.PackedReference.pack(x.reference.long(), x.target), "reference: expected"),
+        (lambda x: pf.reference_errors(x.reference, x.target, granularity="element"), "granularity='element'"),
+        (lambda x: pf.reference_errors(x.reference, None), "target: expected a tensor"),
+        (lambda x: pf.paired_errors(x.prediction, x.target, anchor=True), "anchor: needs"),
+        (
+            lambda x: pf.paired_errors(x.prediction[:, 0], x.target[:, 0], granularity="frame"),
+            "granularity='frame': expected latents",
+        ),
+    ],
+)
 def test_the_other_doors_name_bad_arguments_too(call, message):
     with pytest.raises(ValueError, match=message):
         call(Batch())
@@ -770,28 +896,40 @@ def test_a_backend_asked_for_by_name_never_falls_back():
     with pytest.raises(BackendUnavailable, match="backend='triton' cannot run on meta"):
         pf.preference_loss(x.prediction, x.target, x.reference, objective=pf.DPO(), backend="triton")
     assert issubclass(BackendUnavailable, ConfigError)
-    out = pf.preference_loss(x.prediction, x.target, x.reference, objective=pf.DPO())       # auto works out shapes
+    out = pf.preference_loss(x.prediction, x.target, x.reference, objective=pf.DPO())  # auto works out shapes
     assert out.loss.device.type == "meta" and out.alpha.shape == (3,)
 
 
 # Several processes.
 
+
 def run_ranks(tmp_path, body, world=2):
     """Run `body` in `world` gloo processes on the CPU; each saves `result`, returned in rank order."""
     script = tmp_path / "ranks.py"
-    script.write_text(textwrap.dedent("""
+    script.write_text(
+        textwrap.dedent("""
         import sys, torch, torch.distributed as dist
         import pgdpo_fast as pf
         rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
         torch.set_num_threads(1)
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    """) + textwrap.dedent(body) + textwrap.dedent("""
+    """)
+        + textwrap.dedent(body)
+        + textwrap.dedent("""
         torch.save(result, f"{folder}/result{rank}.pt")
         dist.barrier()
         dist.destroy_process_group()
-    """))
-    ranks = [subprocess.Popen([sys.executable, str(script), str(r), str(world), str(tmp_path)], text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for r in range(world)]
+    """)
+    )
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(r), str(world), str(tmp_path)],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for r in range(world)
+    ]
     outputs = [r.communicate(timeout=120)[0] for r in ranks]
     assert all(r.returncode == 0 for r in ranks), "\n".join(outputs)
     return [torch.load(tmp_path / f"result{r}.pt") for r in range(world)]
@@ -801,10 +939,16 @@ def test_two_processes_with_half_the_latents_each_equal_one_with_all(tmp_path):
     """Context parallel: height is sharded. Loss, telemetry and gradients of every objective family and granularity."""
     x = Batch(dtype=torch.float64, device="cpu")
     torch.save([t.detach() for t in (x.prediction, x.target, x.reference)], tmp_path / "batch.pt")
-    cases = {"pgdpo": pf.PGDPO(), "safeguarded": pf.Safeguarded(pf.DPO(50.0)), "anchor": pf.PGDPO(ipr="anchor"),
-             "sft": pf.SFT()}
+    cases = {
+        "pgdpo": pf.PGDPO(),
+        "safeguarded": pf.Safeguarded(pf.DPO(50.0)),
+        "anchor": pf.PGDPO(ipr="anchor"),
+        "sft": pf.SFT(),
+    }
     torch.save(cases, tmp_path / "cases.pt")
-    ranks = run_ranks(tmp_path, """
+    ranks = run_ranks(
+        tmp_path,
+        """
         shards = [t.chunk(world, 3)[rank].contiguous() for t in torch.load(f"{folder}/batch.pt")]
         cases, result = torch.load(f"{folder}/cases.pt", weights_only=False), {}
         for name, objective in cases.items():
@@ -826,11 +970,18 @@ def test_two_processes_with_half_the_latents_each_equal_one_with_all(tmp_path):
             pf.preference_loss(*shards, objective=cases["pgdpo"], granularity="element", process_group=dist.group.WORLD)
         except ValueError as error:
             result["error"] = str(error)
-    """)
+    """,
+    )
     for name, objective in cases.items():
         for granularity in ("sample", "frame"):
-            out, (grad,) = call(x.prediction, x.target, x.reference, objective, granularity=granularity,
-                                pair_weight=torch.tensor([1.0, 2.0, 0.5]))
+            out, (grad,) = call(
+                x.prediction,
+                x.target,
+                x.reference,
+                objective,
+                granularity=granularity,
+                pair_weight=torch.tensor([1.0, 2.0, 0.5]),
+            )
             for rank in ranks:
                 fields = out.loss.detach(), out.margin, out.alpha, out.policy_chosen_error
                 torch.testing.assert_close(rank[name, granularity][:-1], fields, rtol=1e-11, atol=1e-14)

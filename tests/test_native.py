@@ -23,11 +23,23 @@ CPU = torch.device("cpu")
 GRANULARITIES = ("sample", "frame", "element")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 OBJECTIVES = {
-    "dpo": pf.DPO(100.0), "dpo-smoothed": pf.DPO(100.0, 0.2), "ipo": pf.IPO(20.0), "slic": pf.SLiC(weight=0.3),
-    "hinge": pf.SLiC(100.0, 0.5, 0.3, hinge=True), "sft": pf.SFT(), "dpop": pf.DPOP(100.0), "shift": pf.DPOShift(100.0),
-    "sdpo": pf.SDPO(100.0, clip=0.5), "safeguarded": pf.Safeguarded(pf.DPO(100.0)), "pgdpo": pf.PGDPO(),
-    "pgdpo-k": pf.PGDPO(k1=2.0, k2=0.5), "attached": pf.PGDPO(detach_weights=False), "anchor": pf.PGDPO(ipr="anchor"),
-    "outer": pf.PGDPO(combine="outer"), "symmetric": pf.PGDPO(ratio="symmetric"), "abs": pf.PGDPO(ratio="abs", eps=0.5),
+    "dpo": pf.DPO(100.0),
+    "dpo-smoothed": pf.DPO(100.0, 0.2),
+    "ipo": pf.IPO(20.0),
+    "slic": pf.SLiC(weight=0.3),
+    "hinge": pf.SLiC(100.0, 0.5, 0.3, hinge=True),
+    "sft": pf.SFT(),
+    "dpop": pf.DPOP(100.0),
+    "shift": pf.DPOShift(100.0),
+    "sdpo": pf.SDPO(100.0, clip=0.5),
+    "safeguarded": pf.Safeguarded(pf.DPO(100.0)),
+    "pgdpo": pf.PGDPO(),
+    "pgdpo-k": pf.PGDPO(k1=2.0, k2=0.5),
+    "attached": pf.PGDPO(detach_weights=False),
+    "anchor": pf.PGDPO(ipr="anchor"),
+    "outer": pf.PGDPO(combine="outer"),
+    "symmetric": pf.PGDPO(ratio="symmetric"),
+    "abs": pf.PGDPO(ratio="abs", eps=0.5),
     "listing": pf.PGDPO(ratio="signed", ipr="anchor", ipr_scale="one", detach_weights=False, combine="outer", eps=5.0),
 }
 needs_native = pytest.mark.skipif(native.unavailable(CPU) is not None, reason=str(native.unavailable(CPU)))
@@ -50,8 +62,9 @@ def run(tensors, objective, granularity, backend="native", posterior_scale=0.1, 
     p, y, q = tensors
     p = p.detach().requires_grad_()
     scale = torch.full((len(p) // 2,), posterior_scale) if objective.needs_posterior_scale else None
-    out = pf.preference_loss(p, y, q, objective=objective, granularity=granularity, backend=backend,
-                             posterior_scale=scale, **options)
+    out = pf.preference_loss(
+        p, y, q, objective=objective, granularity=granularity, backend=backend, posterior_scale=scale, **options
+    )
     return out, torch.autograd.grad(out.loss, p)[0]
 
 
@@ -85,8 +98,12 @@ def test_videos_of_several_real_chunks_equal_eager(name, granularity):
 def test_gradients_of_large_videos_are_written_past_the_caches(granularity, shape):
     """From 4 MiB on, where rows and chunks start at a whole vector: half of the odd ones do not."""
     for dtype in DTYPES:
-        assert_parity(pair(shape, dtypes=(dtype,) * 3, pairs=1), pf.PGDPO(ipr="anchor"), granularity,
-                      pair_weight=torch.full((1,), 4096.0))  # keeps float16 gradients normal numbers
+        assert_parity(
+            pair(shape, dtypes=(dtype,) * 3, pairs=1),
+            pf.PGDPO(ipr="anchor"),
+            granularity,
+            pair_weight=torch.full((1,), 4096.0),
+        )  # keeps float16 gradients normal numbers
 
 
 @needs_native
@@ -128,17 +145,27 @@ def test_numbers_of_any_strides(weights, granularity):
     for values in (spaced, spaced.clone()):
         p = tensors[0].clone().requires_grad_()
         options = {"posterior_scale": torch.ones(3), weights: values}
-        out = pf.preference_loss(p, *tensors[1:], objective=pf.SDPO(5.0), granularity=granularity, backend="native",
-                                 **options)
+        out = pf.preference_loss(
+            p, *tensors[1:], objective=pf.SDPO(5.0), granularity=granularity, backend="native", **options
+        )
         results.append((out.loss, torch.autograd.grad(out.loss, p)[0]))
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
 
 
 EXTREME = [
-    pf.DPO(1e4), pf.IPO(1e4), pf.SLiC(1e4, hinge=True), pf.DPOP(1e4, 100.0), pf.DPOShift(1e4), pf.SDPO(1e4),
-    *(pf.PGDPO(1e4, 100.0, 100.0, ratio=ratio, detach_weights=detach, ipr=ipr, combine=combine)
-      for ratio in ("logit", "symmetric", "abs", "signed") for detach in (True, False)
-      for ipr in ("reward", "anchor", "none") for combine in ("pointwise", "outer")),
+    pf.DPO(1e4),
+    pf.IPO(1e4),
+    pf.SLiC(1e4, hinge=True),
+    pf.DPOP(1e4, 100.0),
+    pf.DPOShift(1e4),
+    pf.SDPO(1e4),
+    *(
+        pf.PGDPO(1e4, 100.0, 100.0, ratio=ratio, detach_weights=detach, ipr=ipr, combine=combine)
+        for ratio in ("logit", "symmetric", "abs", "signed")
+        for detach in (True, False)
+        for ipr in ("reward", "anchor", "none")
+        for combine in ("pointwise", "outer")
+    ),
     *(pf.Safeguarded(base) for base in (pf.DPO(1e4), pf.PGDPO(1e4, 100.0, 100.0))),
 ]
 
@@ -225,9 +252,20 @@ def _driver(tmp_path, *flags):
     """Output of tests/native_driver.cpp built for this machine, as {name: number}."""
     name = build.host_instruction_set()
     program, root = tmp_path / "driver", build.sources()
-    call = [*build.compiler(), "-std=c++17", "-w", "-ffp-contract=fast", *flags, *build.INSTRUCTION_SETS[name],
-            f"-DPGDPO_ISA={name}", f"-I{root}", str(ROOT / "tests" / "native_driver.cpp"), str(root / "cache.cpp"),
-            "-o", str(program)]
+    call = [
+        *build.compiler(),
+        "-std=c++17",
+        "-w",
+        "-ffp-contract=fast",
+        *flags,
+        *build.INSTRUCTION_SETS[name],
+        f"-DPGDPO_ISA={name}",
+        f"-I{root}",
+        str(ROOT / "tests" / "native_driver.cpp"),
+        str(root / "cache.cpp"),
+        "-o",
+        str(program),
+    ]
     done = subprocess.run(call, capture_output=True, text=True)
     if done.returncode:
         return done.stderr, None
@@ -240,8 +278,9 @@ def _driver(tmp_path, *flags):
 def test_sanitizers(tmp_path):
     """Every pass on buffers that end where their data ends, under AddressSanitizer and UndefinedBehaviorSanitizer; and
     the vector functions against long double."""
-    errors, numbers = _driver(tmp_path, "-O0", "-g1", "-DPGDPO_QUICK_BUILD", "-fsanitize=address,undefined",
-                              "-fno-sanitize-recover=all")
+    errors, numbers = _driver(
+        tmp_path, "-O0", "-g1", "-DPGDPO_QUICK_BUILD", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
+    )
     if numbers is None:
         if "asan" in errors or "ubsan" in errors or "sanitize" in errors:
             pytest.skip(f"the compiler lacks the sanitizers' runtime: {errors.splitlines()[0]}")
@@ -404,10 +443,17 @@ def test_operators_check_what_they_are_given():
     arguments = [x, x, x, x, None, None, None, None, None, None, 0, 1, 8]
     errors = torch.ops.pgdpo_fast_native.pair_errors
     assert torch.equal(errors(*arguments, False, False), torch.zeros(6, 2, 1))
-    for position, value in ((0, torch.zeros(3, 8)), (1, torch.zeros(2, 7)), (2, torch.zeros(8, 2)),
-                            (3, torch.zeros(2, 8).int()), (10, 1), (11, 3), (12, 0)):
+    for position, value in (
+        (0, torch.zeros(3, 8)),
+        (1, torch.zeros(2, 7)),
+        (2, torch.zeros(8, 2)),
+        (3, torch.zeros(2, 8).int()),
+        (10, 1),
+        (11, 3),
+        (12, 0),
+    ):
         with pytest.raises(RuntimeError):
-            errors(*arguments[:position], value, *arguments[position + 1:], False, False)
+            errors(*arguments[:position], value, *arguments[position + 1 :], False, False)
     with pytest.raises(RuntimeError, match="policy: expected pairs"):
         errors(torch.zeros(3, 8), None, *arguments[2:], False, False)
 
@@ -416,11 +462,21 @@ def test_a_wheel_with_the_library_fits_its_platform_and_any_python(fake_compiler
     log = fake_compiler()
     copy = tmp_path / "source"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "build", "*.egg-info", "__pycache__", ".*_cache"))
-    call = [sys.executable, "-m", "pip", "wheel", str(copy), "--no-build-isolation", "--no-deps", "-q", "-w",
-            str(tmp_path / "wheels")]
+    call = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        str(copy),
+        "--no-build-isolation",
+        "--no-deps",
+        "-q",
+        "-w",
+        str(tmp_path / "wheels"),
+    ]
     done = subprocess.run(call, capture_output=True, text=True, env=os.environ | {"PGDPO_FAST_BUILD_NATIVE": "1"})
     assert done.returncode == 0, done.stderr
-    wheel, = (tmp_path / "wheels").iterdir()
+    (wheel,) = (tmp_path / "wheels").iterdir()
     assert "-py3-none-" in wheel.name and not wheel.name.endswith("-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "pgdpo_fast/_native.so" in names and "pgdpo_fast/_csrc/native.cpp" in names

@@ -23,6 +23,7 @@ RATIOS = ("logit", "symmetric", "abs", "signed")
 # The oracle: plain functions of 50-digit numbers, one pair at a time. `free` and `held` hold the same values; a term
 # written with `held` is a constant to differentiation (the detached weights, lambda and importance of the papers).
 
+
 def sigma(x):
     return 1 / (1 + mp.exp(-x))
 
@@ -43,8 +44,12 @@ def dpo(free, held, c, beta, smoothing=0):
 
 def pgdpo_ratio(s, kind, beta, eps):
     r_w, r_l = rewards(s)
-    below = {"logit": 2 / beta, "symmetric": abs(r_w) + abs(r_l) + 2 / beta, "abs": abs(r_l) + abs(eps),
-             "signed": r_l + eps}[kind]
+    below = {
+        "logit": 2 / beta,
+        "symmetric": abs(r_w) + abs(r_l) + 2 / beta,
+        "abs": abs(r_l) + abs(eps),
+        "signed": r_l + eps,
+    }[kind]
     return max(min((r_w - r_l) / below, mp.mpf(10) ** 6), -(mp.mpf(10) ** 6))
 
 
@@ -100,10 +105,21 @@ def m(x):
     return mp.mpf(x)
 
 
-def pgdpo_case(ratio="logit", ars=True, ipr="reward", kappa="beta", weight=1.0, detach=True, beta=100.0, k1=1.0, k2=1.0,
-               eps=1e-8):
-    objective = pf.PGDPO(beta=beta, k1=k1, k2=k2, ratio=ratio, ars=ars, ipr=ipr, ipr_scale=kappa, ipr_weight=weight,
-                         detach_weights=detach, eps=eps)
+def pgdpo_case(
+    ratio="logit", ars=True, ipr="reward", kappa="beta", weight=1.0, detach=True, beta=100.0, k1=1.0, k2=1.0, eps=1e-8
+):
+    objective = pf.PGDPO(
+        beta=beta,
+        k1=k1,
+        k2=k2,
+        ratio=ratio,
+        ars=ars,
+        ipr=ipr,
+        ipr_scale=kappa,
+        ipr_weight=weight,
+        detach_weights=detach,
+        eps=eps,
+    )
     return objective, pgdpo, (m(beta), m(k1), m(k2), ratio, ars, ipr, kappa, m(weight), not detach, m(eps))
 
 
@@ -118,13 +134,23 @@ CASES = {
     "dpo-shift": (pf.DPOShift(beta=50.0, shift=0.75), dpo_shift, (m(50), m(0.75))),
     "sdpo": (pf.SDPO(beta=50.0, clip=0.25), importance_dpo, (m(50), m(0.25), m(0))),
     "dpo-clip-mask": (pf.DPOClipMask(beta=50.0, clip=0.0625), importance_dpo, (m(50), m(0.0625), m(0.9))),
-    "equation": (pf.PGDPO.equation(), pgdpo,
-                 (m(100), m(10), m(10), "signed", True, "reward", "one", m(1), False, m(1e-8))),
-    "listing": (pf.PGDPO.listing(), pgdpo,
-                (m(100), m(10), m(10), "signed", True, "anchor", "one", m(1), True, m(-1e-8))),
+    "equation": (
+        pf.PGDPO.equation(),
+        pgdpo,
+        (m(100), m(10), m(10), "signed", True, "reward", "one", m(1), False, m(1e-8)),
+    ),
+    "listing": (
+        pf.PGDPO.listing(),
+        pgdpo,
+        (m(100), m(10), m(10), "signed", True, "anchor", "one", m(1), True, m(-1e-8)),
+    ),
     "pgdpo-weighted": pgdpo_case(weight=0.25, kappa="one", k1=2.0, k2=0.5, beta=30.0),
-    **{f"pgdpo-{ratio}-{ipr}-{'detached' if detach else 'attached'}": pgdpo_case(ratio, ipr=ipr, detach=detach)
-       for ratio in RATIOS for ipr in ("reward", "anchor", "none") for detach in (True, False)},
+    **{
+        f"pgdpo-{ratio}-{ipr}-{'detached' if detach else 'attached'}": pgdpo_case(ratio, ipr=ipr, detach=detach)
+        for ratio in RATIOS
+        for ipr in ("reward", "anchor", "none")
+        for detach in (True, False)
+    },
     **{f"pgdpo-{ratio}-ipr-only": pgdpo_case(ratio, ars=False, detach=False) for ratio in RATIOS},
 }
 
@@ -179,8 +205,13 @@ def test_an_objective_is_its_formula(case):
         assert_close(value[:, 0].tolist(), [m(e[k]) for e in expected], field)
     for k, name in enumerate(NAMES):
         expected = [slope(function, r, m(c), args, name) for r in rows]
-        assert_close(grads[k][:, 0].tolist(), expected, f"d loss / d {name}", tolerance=1e-9,
-                     floor=1e-13 * max(1.0, grads[k].abs().max().item()))
+        assert_close(
+            grads[k][:, 0].tolist(),
+            expected,
+            f"d loss / d {name}",
+            tolerance=1e-9,
+            floor=1e-13 * max(1.0, grads[k].abs().max().item()),
+        )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -190,8 +221,10 @@ def test_weights_carry_no_gradient_of_their_own(case):
     assert not any(getattr(terms, name).requires_grad for name in ("alpha", "gamma", "importance"))
 
 
-@pytest.mark.parametrize("case", [c for c, (o, _, _) in CASES.items() if not getattr(o, "detach_weights", False)
-                                  and not o.needs_posterior_scale])
+@pytest.mark.parametrize(
+    "case",
+    [c for c, (o, _, _) in CASES.items() if not getattr(o, "detach_weights", False) and not o.needs_posterior_scale],
+)
 def test_gradients_pass_gradcheck(case):
     objective, _, _ = CASES[case]
     if getattr(objective, "ratio", None) == "signed":
@@ -209,14 +242,31 @@ EXTREME = [0.0, 1e-30, 1e-8, -1e-8, 1e-4, -1e-3, 1.0, -1.0, 1e2, -1e2]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("beta", [1.0, 100.0, 1e4])
 def test_every_objective_is_finite_at_the_extremes(dtype, beta):
-    rows = [(e, e, d_w, d_l, abs(d_w), x) for d_w, d_l in itertools.product(EXTREME, EXTREME)
-            for e, x in ((0.0, 0.0), (100.0, 1e-30), (100.0, -100.0))]
-    families = [pf.DPO(beta), pf.DPO(beta, 0.5), pf.IPO(beta), pf.SLiC(beta), pf.SLiC(beta, hinge=True), pf.SFT(),
-                pf.DPOP(beta, 50.0), pf.DPOShift(beta, 0.5), pf.SDPO(beta), pf.DPOClipMask(beta),
-                pf.Safeguarded(pf.DPO(beta))]
-    families += [pf.PGDPO(beta, k, k, ratio=ratio, ipr=ipr, detach_weights=detach)
-                 for k in (0.1, 1.0, 100.0) for ratio in RATIOS for ipr in ("reward", "anchor")
-                 for detach in (True, False)]
+    rows = [
+        (e, e, d_w, d_l, abs(d_w), x)
+        for d_w, d_l in itertools.product(EXTREME, EXTREME)
+        for e, x in ((0.0, 0.0), (100.0, 1e-30), (100.0, -100.0))
+    ]
+    families = [
+        pf.DPO(beta),
+        pf.DPO(beta, 0.5),
+        pf.IPO(beta),
+        pf.SLiC(beta),
+        pf.SLiC(beta, hinge=True),
+        pf.SFT(),
+        pf.DPOP(beta, 50.0),
+        pf.DPOShift(beta, 0.5),
+        pf.SDPO(beta),
+        pf.DPOClipMask(beta),
+        pf.Safeguarded(pf.DPO(beta)),
+    ]
+    families += [
+        pf.PGDPO(beta, k, k, ratio=ratio, ipr=ipr, detach_weights=detach)
+        for k in (0.1, 1.0, 100.0)
+        for ratio in RATIOS
+        for ipr in ("reward", "anchor")
+        for detach in (True, False)
+    ]
     for objective in families:
         terms, grads = evaluate(objective, rows, c=10.0, dtype=dtype)
         for name, value in (*terms._asdict().items(), *zip(NAMES, grads, strict=True)):
@@ -237,7 +287,7 @@ def test_a_policy_equal_to_its_reference_starts_undecided():
 @pytest.mark.parametrize("detach", [True, False])
 def test_the_signed_ratio_is_cut_at_its_pole(detach):
     objective = pf.PGDPO(ratio="signed", k1=1e-6, k2=1e-6, eps=0.25, detach_weights=detach, ipr="reward")
-    rows = [(1.0, 1.0, d_w, 0.25, 0.0, 0.0) for d_w in (0.0, 0.25, 0.5)]     # r_l = -eps exactly
+    rows = [(1.0, 1.0, d_w, 0.25, 0.0, 0.0) for d_w in (0.0, 0.25, 0.5)]  # r_l = -eps exactly
     terms, grads = evaluate(objective, rows)
     below = 1 / (1 + math.e)
     assert terms.alpha[:, 0].tolist() == pytest.approx([1 - below, 0.5, below])
@@ -256,6 +306,7 @@ def test_kinks_take_the_active_side():
 
 
 # Relations between the objectives.
+
 
 def same_bits(a, b):
     return torch.equal(a, b) and torch.equal(torch.signbit(a), torch.signbit(b))
@@ -281,7 +332,7 @@ def test_equal_temperatures_make_gamma_the_complement_of_alpha(ratio):
 
 def test_the_ratios_follow_the_papers_text_only_where_they_should():
     """A growing margin drives alpha to 1 and gamma to 0, unless the printed ratio meets a negative rejected reward."""
-    rows = [(1.0, 1.0, -0.5, 0.5, 0.0, 0.0)]                 # chosen reward +0.5, rejected reward -0.5
+    rows = [(1.0, 1.0, -0.5, 0.5, 0.0, 0.0)]  # chosen reward +0.5, rejected reward -0.5
     for ratio in ("logit", "symmetric", "abs"):
         terms, _ = evaluate(pf.PGDPO(ratio=ratio, k1=20.0, k2=20.0), rows)
         assert terms.alpha.item() > 0.99 and terms.gamma.item() < 0.01
@@ -296,11 +347,30 @@ def test_the_symmetric_ratio_stays_within_one():
 
 
 def test_presets_are_the_documented_members_of_the_family():
-    assert pf.PGDPO() == pf.PGDPO(beta=100.0, k1=1.0, k2=1.0, ratio="logit", ars=True, ipr="reward", ipr_scale="beta",
-                                  ipr_weight=1.0, detach_weights=True, combine="pointwise")
+    assert pf.PGDPO() == pf.PGDPO(
+        beta=100.0,
+        k1=1.0,
+        k2=1.0,
+        ratio="logit",
+        ars=True,
+        ipr="reward",
+        ipr_scale="beta",
+        ipr_weight=1.0,
+        detach_weights=True,
+        combine="pointwise",
+    )
     assert pf.PGDPO.equation() == pf.PGDPO(100.0, 10.0, 10.0, ratio="signed", ipr="reward", ipr_scale="one")
-    assert pf.PGDPO.listing() == pf.PGDPO(100.0, 10.0, 10.0, ratio="signed", ipr="anchor", ipr_scale="one",
-                                          detach_weights=False, combine="outer", eps=-1e-8)
+    assert pf.PGDPO.listing() == pf.PGDPO(
+        100.0,
+        10.0,
+        10.0,
+        ratio="signed",
+        ipr="anchor",
+        ipr_scale="one",
+        detach_weights=False,
+        combine="outer",
+        eps=-1e-8,
+    )
     assert pf.PGDPO.ars_only(ratio="abs") == pf.PGDPO(ipr="none", ratio="abs")
     assert pf.PGDPO.ipr_only(beta=7.0) == pf.PGDPO(ars=False, beta=7.0)
 
@@ -328,15 +398,16 @@ def test_attached_weights_blow_up_the_first_step():
     _, listing = evaluate(pf.PGDPO.listing(), rows)
     _, usual = evaluate(pf.DPO(beta=5000.0), rows)
     assert listing[2].item() == pytest.approx(-10 * math.log(2) / 4 / 1e-8, rel=1e-6)
-    assert usual[2].item() > 0 > listing[2].item()           # by the chosen gap, which descent on DPO lowers
+    assert usual[2].item() > 0 > listing[2].item()  # by the chosen gap, which descent on DPO lowers
     assert 1e5 < -listing[2].item() / usual[2].item() < 2e5
     _, equation = evaluate(dataclasses.replace(pf.PGDPO.equation(), detach_weights=False), rows)
-    assert equation[2].item() == pytest.approx(-listing[2].item(), rel=1e-6)    # a positive eps turns it round
+    assert equation[2].item() == pytest.approx(-listing[2].item(), rel=1e-6)  # a positive eps turns it round
     _, detached = evaluate(dataclasses.replace(pf.PGDPO.listing(), detach_weights=True), rows)
     assert 0 < detached[2].item() < usual[2].item()
 
 
 # Importance-weighted DPO.
+
 
 def test_importance_weights_are_geometric_means_clipped_and_masked():
     c, rows = 0.5, [(0.1, 0.1, 0.1, -0.1, 0, 0), (0.1, 0.5, 0.1, -0.1, 0, 0), (2.0, 0.5, 0.1, -0.1, 0, 0)]
@@ -354,8 +425,16 @@ def test_importance_weights_are_geometric_means_clipped_and_masked():
 
 # Safeguarded.
 
-SAFEGUARDED = [pf.DPO(100.0), pf.PGDPO(), pf.PGDPO.equation(k1=0.1, k2=0.1), pf.DPOShift(100.0), pf.DPOP(100.0),
-               pf.SLiC(), pf.SLiC(100.0, hinge=True), pf.SDPO(100.0)]
+SAFEGUARDED = [
+    pf.DPO(100.0),
+    pf.PGDPO(),
+    pf.PGDPO.equation(k1=0.1, k2=0.1),
+    pf.DPOShift(100.0),
+    pf.DPOP(100.0),
+    pf.SLiC(),
+    pf.SLiC(100.0, hinge=True),
+    pf.SDPO(100.0),
+]
 
 
 @pytest.mark.parametrize("mu", [0.0, 0.1, 1.0])
@@ -372,12 +451,25 @@ def test_a_safeguarded_step_never_raises_the_chosen_error(base, mu):
         p_l = (y + size * (p_w.detach() - y) + torch.randn(12, dtype=torch.float64)).requires_grad_()
         q_w, q_l = p_w.detach() + noise * torch.randn(12), p_l.detach() + noise * torch.randn(12)
         u_w, u_l = p_w - y, p_l - y
-        stats = [u_w.square().mean(), u_l.square().mean(), u_w.square().mean() - (q_w - y).square().mean(),
-                 u_l.square().mean() - (q_l - y).square().mean(), (p_w - q_w).square().mean(), (u_w * u_l).mean()]
+        stats = [
+            u_w.square().mean(),
+            u_l.square().mean(),
+            u_w.square().mean() - (q_w - y).square().mean(),
+            u_l.square().mean() - (q_l - y).square().mean(),
+            (p_w - q_w).square().mean(),
+            (u_w * u_l).mean(),
+        ]
         errors = GroupErrors(*(s.view(1, 1) for s in stats))
         scale = torch.full((1, 1), 0.01, dtype=torch.float64)
-        g_w, g_l = (g if g is not None else torch.zeros(12, dtype=torch.float64) for g in torch.autograd.grad(
-            pf.Safeguarded(base, mu).terms(errors, scale).loss.sum(), (p_w, p_l), retain_graph=True, allow_unused=True))
+        g_w, g_l = (
+            g if g is not None else torch.zeros(12, dtype=torch.float64)
+            for g in torch.autograd.grad(
+                pf.Safeguarded(base, mu).terms(errors, scale).loss.sum(),
+                (p_w, p_l),
+                retain_graph=True,
+                allow_unused=True,
+            )
+        )
         own = (u_w * g_w).sum()
         assert (u_w * (g_w + g_l)).sum() >= mu * own - 1e-12 * own.abs()
         b_w, b_l = torch.autograd.grad(base.terms(errors, scale).loss.sum(), (p_w, p_l))
@@ -392,8 +484,9 @@ def test_safeguarding_leaves_the_value_alone_and_scales_only_the_rejected_gradie
     guarded, grads = evaluate(pf.Safeguarded(base, mu), rows, c)
     for name in plain._fields:
         assert torch.equal(getattr(guarded, name), getattr(plain, name)), name
-    scale = torch.tensor([min(max((1 - mu) * r[0] / r[5], 0), 1) if r[5] > 0 else 1.0 for r in rows],
-                         dtype=torch.float64)[:, None]
+    scale = torch.tensor(
+        [min(max((1 - mu) * r[0] / r[5], 0), 1) if r[5] > 0 else 1.0 for r in rows], dtype=torch.float64
+    )[:, None]
     assert 0 < (scale < 1).sum() < len(rows)
     for k in range(5):
         torch.testing.assert_close(grads[k], plain_grads[k] * (scale if k in (1, 3) else 1), rtol=1e-12, atol=0)
@@ -404,6 +497,7 @@ def test_safeguarding_leaves_the_value_alone_and_scales_only_the_rejected_gradie
 
 # Kernel form.
 
+
 @pytest.mark.parametrize("case", CASES)
 def test_an_epilogue_is_plain_numbers_and_within_eight_parameters(case):
     objective, _, _ = CASES[case]
@@ -413,18 +507,39 @@ def test_an_epilogue_is_plain_numbers_and_within_eight_parameters(case):
         assert len(parameters) <= 8
     distinct = {o.epilogue() for o, _, _ in CASES.values()}
     # combine is not the kernel's business; everything else that differs must differ for the kernel too
-    assert len(distinct) == len({dataclasses.astuple(dataclasses.replace(o, combine="pointwise"))
-                                 if isinstance(o, pf.PGDPO) else (type(o), *dataclasses.astuple(o))
-                                 for o, _, _ in CASES.values()})
+    assert len(distinct) == len(
+        {
+            dataclasses.astuple(dataclasses.replace(o, combine="pointwise"))
+            if isinstance(o, pf.PGDPO)
+            else (type(o), *dataclasses.astuple(o))
+            for o, _, _ in CASES.values()
+        }
+    )
 
 
 # Construction.
 
-NUMBERS = [(cls, f.name) for cls in (pf.DPO, pf.PGDPO, pf.IPO, pf.SLiC, pf.DPOP, pf.DPOShift, pf.SDPO, pf.DPOClipMask,
-                                     pf.Safeguarded) for f in dataclasses.fields(cls) if f.type == "float"]
-OUT_OF_RANGE = {"beta": [0, -1.0], "label_smoothing": [-0.1, 0.6], "k1": [0, -1], "k2": [0, -1], "ipr_weight": [-1],
-                "delta": [-1], "weight": [-0.1], "penalty": [-1], "shift": [-0.1, 1.1], "clip": [-0.1, 1.1],
-                "threshold": [-0.1, 1.1], "mu": [-0.1, 1.1], "eps": []}
+NUMBERS = [
+    (cls, f.name)
+    for cls in (pf.DPO, pf.PGDPO, pf.IPO, pf.SLiC, pf.DPOP, pf.DPOShift, pf.SDPO, pf.DPOClipMask, pf.Safeguarded)
+    for f in dataclasses.fields(cls)
+    if f.type == "float"
+]
+OUT_OF_RANGE = {
+    "beta": [0, -1.0],
+    "label_smoothing": [-0.1, 0.6],
+    "k1": [0, -1],
+    "k2": [0, -1],
+    "ipr_weight": [-1],
+    "delta": [-1],
+    "weight": [-0.1],
+    "penalty": [-1],
+    "shift": [-0.1, 1.1],
+    "clip": [-0.1, 1.1],
+    "threshold": [-0.1, 1.1],
+    "mu": [-0.1, 1.1],
+    "eps": [],
+}
 
 
 @pytest.mark.parametrize("cls,name", NUMBERS, ids=lambda x: getattr(x, "__name__", x))
@@ -435,9 +550,15 @@ def test_numbers_are_checked_on_construction(cls, name):
             cls(**{name: value})
 
 
-CHOICES = [(pf.PGDPO, "ratio", "signed"), (pf.PGDPO, "ipr", "anchor"), (pf.PGDPO, "ipr_scale", "one"),
-           (pf.PGDPO, "combine", "outer"), (pf.PGDPO, "ars", False), (pf.PGDPO, "detach_weights", False),
-           (pf.SLiC, "hinge", True)]
+CHOICES = [
+    (pf.PGDPO, "ratio", "signed"),
+    (pf.PGDPO, "ipr", "anchor"),
+    (pf.PGDPO, "ipr_scale", "one"),
+    (pf.PGDPO, "combine", "outer"),
+    (pf.PGDPO, "ars", False),
+    (pf.PGDPO, "detach_weights", False),
+    (pf.SLiC, "hinge", True),
+]
 
 
 @pytest.mark.parametrize("cls,name,good", CHOICES, ids=lambda x: getattr(x, "__name__", str(x)))
@@ -476,15 +597,18 @@ def test_every_name_makes_its_objective(name):
     assert isinstance(objective, pf.Objective) and objective.epilogue() is not None
 
 
-@pytest.mark.parametrize("call,message", [
-    (lambda: from_name("pgdop"), r"objective.name='pgdop': expected one of .*did you mean 'pgdpo'"),
-    (lambda: from_name("DPO"), r"objective.name='DPO'.*did you mean 'dpo'"),
-    (lambda: from_name(None), r"objective.name=None: expected one of"),
-    (lambda: from_name(["dpo"]), r"objective.name=\['dpo'\]: expected one of"),
-    (lambda: from_name("pgdpo", betta=3.0), r"objective.betta: pgdpo takes .*did you mean 'beta'"),
-    (lambda: from_name("sft", beta=3.0), r"objective.beta: sft takes no hyper-parameters"),
-    (lambda: from_name("dpo", beta="high"), r"DPO\(beta='high'\): expected a finite number"),
-])
+@pytest.mark.parametrize(
+    "call,message",
+    [
+        (lambda: from_name("pgdop"), r"objective.name='pgdop': expected one of .*did you mean 'pgdpo'"),
+        (lambda: from_name("DPO"), r"objective.name='DPO'.*did you mean 'dpo'"),
+        (lambda: from_name(None), r"objective.name=None: expected one of"),
+        (lambda: from_name(["dpo"]), r"objective.name=\['dpo'\]: expected one of"),
+        (lambda: from_name("pgdpo", betta=3.0), r"objective.betta: pgdpo takes .*did you mean 'beta'"),
+        (lambda: from_name("sft", beta=3.0), r"objective.beta: sft takes no hyper-parameters"),
+        (lambda: from_name("dpo", beta="high"), r"DPO\(beta='high'\): expected a finite number"),
+    ],
+)
 def test_a_wrong_name_or_key_says_what_was_meant(call, message):
     with pytest.raises(ConfigError, match=message):
         call()
@@ -495,6 +619,7 @@ def test_the_objectives_module_is_reachable_from_the_package():
 
 
 # Helpers.
+
 
 def test_betas_of_other_conventions_give_the_same_logits():
     """The same pair through three codes: mean with 1/2 (ours), sum with 1/2, mean without 1/2."""
@@ -513,8 +638,9 @@ def test_videodpo_weights_rare_scores_up():
         weights = pf.videodpo_pair_weight(torch.tensor(chosen), torch.tensor(rejected), exponent)
         expected = [(0.5 / math.sqrt(p[w] * p[r])) ** exponent for w, r in zip(chosen, rejected, strict=True)]
         assert weights.dtype == torch.float32 and weights.tolist() == pytest.approx(expected, rel=1e-6)
-    assert pf.videodpo_pair_weight(torch.tensor(chosen), torch.tensor(rejected), 0.5, form="code").tolist() \
-        == pytest.approx([(0.72 / w) ** 0.5 for w in chosen], rel=1e-6)
+    assert pf.videodpo_pair_weight(
+        torch.tensor(chosen), torch.tensor(rejected), 0.5, form="code"
+    ).tolist() == pytest.approx([(0.72 / w) ** 0.5 for w in chosen], rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -525,16 +651,19 @@ def test_scores_printed_to_the_bins_precision_fall_into_their_own_bin(dtype):
     torch.testing.assert_close(weights, torch.ones(50))
 
 
-@pytest.mark.parametrize("arguments,name", [
-    (dict(chosen_score=torch.ones(3), rejected_score=torch.ones(2)), "chosen_score"),
-    (dict(chosen_score=torch.ones(0), rejected_score=torch.ones(0)), "chosen_score"),
-    (dict(chosen_score=torch.ones(2, 2), rejected_score=torch.ones(2, 2)), "chosen_score"),
-    (dict(chosen_score=torch.tensor([float("nan")]), rejected_score=torch.ones(1)), "chosen_score"),
-    (dict(chosen_score=torch.ones(1), rejected_score=torch.tensor([float("inf")])), "rejected_score"),
-    (dict(chosen_score=torch.zeros(1), rejected_score=torch.ones(1), form="code"), "chosen_score"),
-    (dict(chosen_score=torch.ones(1), rejected_score=torch.ones(1), form="mine"), "form"),
-    (dict(chosen_score=torch.ones(1), rejected_score=torch.ones(1), bin_width=0.0), "bin_width"),
-])
+@pytest.mark.parametrize(
+    "arguments,name",
+    [
+        (dict(chosen_score=torch.ones(3), rejected_score=torch.ones(2)), "chosen_score"),
+        (dict(chosen_score=torch.ones(0), rejected_score=torch.ones(0)), "chosen_score"),
+        (dict(chosen_score=torch.ones(2, 2), rejected_score=torch.ones(2, 2)), "chosen_score"),
+        (dict(chosen_score=torch.tensor([float("nan")]), rejected_score=torch.ones(1)), "chosen_score"),
+        (dict(chosen_score=torch.ones(1), rejected_score=torch.tensor([float("inf")])), "rejected_score"),
+        (dict(chosen_score=torch.zeros(1), rejected_score=torch.ones(1), form="code"), "chosen_score"),
+        (dict(chosen_score=torch.ones(1), rejected_score=torch.ones(1), form="mine"), "form"),
+        (dict(chosen_score=torch.ones(1), rejected_score=torch.ones(1), bin_width=0.0), "bin_width"),
+    ],
+)
 def test_videodpo_weights_name_what_is_wrong(arguments, name):
     with pytest.raises(ValueError, match=name):
         pf.videodpo_pair_weight(**arguments)

@@ -36,6 +36,7 @@ def layout(format="fp8", granularity="sample", shard_bytes=4000):
 
 def predictions(keys):
     """A stand-in for the reference: what it says of a (pair, draw) depends on nothing else."""
+
     def one(side, id, draw):
         return torch.randn(SHAPE, generator=torch.Generator().manual_seed(hash_of(side, id, draw)))
 
@@ -52,8 +53,14 @@ def compute_rows(keys, format="fp8", granularity="sample"):
 
 
 def make(path, format="fp8", granularity="sample", compute=None, **options):
-    return build_cache(path, fingerprint=FINGERPRINT, blocks=BLOCKS, layout=layout(format, granularity),
-                       compute=compute or (lambda keys: compute_rows(keys, format, granularity)), **options)
+    return build_cache(
+        path,
+        fingerprint=FINGERPRINT,
+        blocks=BLOCKS,
+        layout=layout(format, granularity),
+        compute=compute or (lambda keys: compute_rows(keys, format, granularity)),
+        **options,
+    )
 
 
 def assert_every_row_is_right(cache):
@@ -152,8 +159,11 @@ def test_a_prediction_that_is_not_finite_is_an_error_naming_the_pair(tmp_path, f
     assert_every_row_is_right(make(tmp_path / "cache", format))
 
 
-@pytest.mark.parametrize("process", [FlowMatching(shift=3.0), DDPM(), DDPM(prediction="v", zero_terminal_snr=True)],
-                         ids=["flow", "epsilon", "v"])
+@pytest.mark.parametrize(
+    "process",
+    [FlowMatching(shift=3.0), DDPM(), DDPM(prediction="v", zero_terminal_snr=True)],
+    ids=["flow", "epsilon", "v"],
+)
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_target_built_in_the_kernels_packs_like_the_target_itself(process, format):
     clean, noise = torch.randn(4, *SHAPE), torch.randn(2, *SHAPE)
@@ -173,9 +183,10 @@ def named(reference):
     return {"chosen": reference[0], "rejected": reference[1]} if isinstance(reference, tuple) else vars(reference)
 
 
-@pytest.mark.parametrize("format, granularity",
-                         [("errors", "sample"), ("errors", "frame"), ("predictions", "any"), ("bf16", "any"),
-                          ("fp8", "any")])
+@pytest.mark.parametrize(
+    "format, granularity",
+    [("errors", "sample"), ("errors", "frame"), ("predictions", "any"), ("bf16", "any"), ("fp8", "any")],
+)
 def test_rows_come_back_as_they_were_made_in_any_order(tmp_path, format, granularity):
     cache = make(tmp_path / "cache", format, granularity)
     assert_every_row_is_right(cache)
@@ -213,15 +224,19 @@ def test_a_row_the_cache_does_not_hold_is_an_error(tmp_path):
             cache.rows([("pair-1", 0), key])
 
 
-@pytest.mark.parametrize("field, value", [("process", "DDPM()"), ("training.seed", 1), ("model.weights", "cd" * 32),
-                                          ("another", True)])
+@pytest.mark.parametrize(
+    "field, value", [("process", "DDPM()"), ("training.seed", 1), ("model.weights", "cd" * 32), ("another", True)]
+)
 def test_another_fingerprint_is_refused_with_field_values_and_remedy(tmp_path, field, value):
     cache, wanted = make(tmp_path / "cache"), {**FINGERPRINT, field: value}
     cache.require(FINGERPRINT, 3)
     shown = "cdcdcdcdcdcd..." if field == "model.weights" else repr(value)
-    for attempt in (lambda: cache.require(wanted, 3),
-                    lambda: build_cache(tmp_path / "cache", fingerprint=wanted, blocks=BLOCKS, layout=layout(),
-                                        compute=compute_rows)):
+    for attempt in (
+        lambda: cache.require(wanted, 3),
+        lambda: build_cache(
+            tmp_path / "cache", fingerprint=wanted, blocks=BLOCKS, layout=layout(), compute=compute_rows
+        ),
+    ):
         with pytest.raises(DataError) as caught:
             attempt()
         message = str(caught.value)
@@ -239,8 +254,9 @@ def test_fewer_draws_leave_a_larger_cache_as_it_is(tmp_path):
     def nothing(keys):
         raise AssertionError("the reference ran again")
 
-    small = build_cache(tmp_path / "cache", fingerprint=FINGERPRINT, blocks=fewer, layout=layout("errors"),
-                        compute=nothing)
+    small = build_cache(
+        tmp_path / "cache", fingerprint=FINGERPRINT, blocks=fewer, layout=layout("errors"), compute=nothing
+    )
     assert len(small) == len(large)
     after = {file.name: file.read_bytes() for file in (tmp_path / "cache").iterdir() if file.is_file()}
     assert after == before
@@ -269,8 +285,13 @@ def test_every_bit_and_name_of_a_network_is_in_its_digest():
     def flip(model):
         model[0].weight.view(torch.int32)[2, 1] ^= 1
 
-    changes = [lambda m: None, flip, lambda m: m.bfloat16(), lambda m: m[1].running_mean.add_(1),
-               lambda m: m.add_module("last", torch.nn.Linear(1, 1, bias=False))]
+    changes = [
+        lambda m: None,
+        flip,
+        lambda m: m.bfloat16(),
+        lambda m: m[1].running_mean.add_(1),
+        lambda m: m.add_module("last", torch.nn.Linear(1, 1, bias=False)),
+    ]
     assert len({digests(change) for change in changes}) == len(changes)
     assert digests(changes[0]) == digests(lambda m: m.train(False))
 
@@ -281,7 +302,7 @@ def test_rows_read_ahead_are_the_rows_read_directly(tmp_path, format):
     stream, order = RowStream(cache, pairs=3, depth=2), random.Random(1)
     batches = [order.sample(KEYS, 3) for _ in range(12)]
     for number, batch in enumerate(batches):
-        for coming in batches[number:number + 4]:  # more than its depth
+        for coming in batches[number : number + 4]:  # more than its depth
             stream.prefetch(coming)
         found, right = named(stream.take(batch)), compute_rows(batch, format)
         assert all(torch.equal(found[name], right[name]) for name in right)
@@ -363,8 +384,9 @@ def test_shards_of_another_cache_are_not_taken_over(tmp_path):
         computed.extend(keys)
         return compute_rows(keys)
 
-    build_cache(tmp_path / "cache", fingerprint={"model.weights": "other"}, blocks=BLOCKS, layout=layout(),
-                compute=compute)
+    build_cache(
+        tmp_path / "cache", fingerprint={"model.weights": "other"}, blocks=BLOCKS, layout=layout(), compute=compute
+    )
     assert computed == KEYS
 
 
@@ -451,14 +473,20 @@ HARNESS = """
 
 def in_fresh_process(script, *arguments):
     code = textwrap.dedent(HARNESS).format(tests=str(Path(__file__).parent)) + textwrap.dedent(script)
-    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True,
-                          timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_writers_killed_at_random_never_leave_a_wrong_row(tmp_path):
-    out = in_fresh_process("""
+    out = in_fresh_process(
+        """
         order, root, kills, opened, finished = random.Random(5), sys.argv[1], 0, 0, 0
         path = f"{root}/0"
         while kills < 40:
@@ -478,13 +506,16 @@ def test_writers_killed_at_random_never_leave_a_wrong_row(tmp_path):
                 finished += 1
                 path = f"{root}/{finished}"
         print(kills, opened, finished)
-    """, tmp_path)
+    """,
+        tmp_path,
+    )
     kills, _, finished = map(int, out.split())
     assert kills >= 40 and finished >= 3
 
 
 def test_processes_share_the_work_and_take_over_from_the_dead(tmp_path):
-    in_fresh_process("""
+    in_fresh_process(
+        """
         path, log = f"{sys.argv[1]}/cache", f"{sys.argv[1]}/log"
         doomed = child(path, pause=0.2)
         time.sleep(0.3)
@@ -494,7 +525,9 @@ def test_processes_share_the_work_and_take_over_from_the_dead(tmp_path):
         assert all(os.waitpid(pid, 0)[1] == 0 for pid in others)
         os.waitpid(doomed, 0)
         area.assert_every_row_is_right(ReferenceCache(path))
-    """, tmp_path)
+    """,
+        tmp_path,
+    )
     computed = (tmp_path / "log").read_text().splitlines()
     assert len(computed) == len(set(computed))  # no row by two of them
     assert len(computed) >= len(KEYS) - 6  # the doomed one made three forwards at most

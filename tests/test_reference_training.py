@@ -25,14 +25,45 @@ CLOCK = ("time", "step_seconds", "data_wait_seconds", "peak_memory_gib")
 # A network for the latents of `tiny_store`, and what it predicts.
 FAMILIES = {
     "wan": ({}, "flow"),
-    "unet3d": ({"family": "unet3d", "architecture": dict(
-        sample_size=8, in_channels=12, out_channels=12, down_block_types=["CrossAttnDownBlock3D", "DownBlock3D"],
-        up_block_types=["UpBlock3D", "CrossAttnUpBlock3D"], block_out_channels=[8, 16], layers_per_block=1,
-        norm_num_groups=4, cross_attention_dim=16, attention_head_dim=4)}, "epsilon"),
-    "cogvideox": ({"family": "cogvideox", "architecture": dict(
-        num_attention_heads=2, attention_head_dim=8, in_channels=12, out_channels=12, time_embed_dim=16,
-        text_embed_dim=16, num_layers=2, sample_width=8, sample_height=8, sample_frames=9, patch_size=2,
-        max_text_seq_length=16, use_rotary_positional_embeddings=False)}, "v"),
+    "unet3d": (
+        {
+            "family": "unet3d",
+            "architecture": dict(
+                sample_size=8,
+                in_channels=12,
+                out_channels=12,
+                down_block_types=["CrossAttnDownBlock3D", "DownBlock3D"],
+                up_block_types=["UpBlock3D", "CrossAttnUpBlock3D"],
+                block_out_channels=[8, 16],
+                layers_per_block=1,
+                norm_num_groups=4,
+                cross_attention_dim=16,
+                attention_head_dim=4,
+            ),
+        },
+        "epsilon",
+    ),
+    "cogvideox": (
+        {
+            "family": "cogvideox",
+            "architecture": dict(
+                num_attention_heads=2,
+                attention_head_dim=8,
+                in_channels=12,
+                out_channels=12,
+                time_embed_dim=16,
+                text_embed_dim=16,
+                num_layers=2,
+                sample_width=8,
+                sample_height=8,
+                sample_frames=9,
+                patch_size=2,
+                max_text_seq_length=16,
+                use_rotary_positional_embeddings=False,
+            ),
+        },
+        "v",
+    ),
 }
 
 
@@ -44,8 +75,11 @@ def rows(run_dir, name="metrics"):
 
 def weights(run_dir):
     newest = sorted((run_dir / "checkpoints").glob("step_*"))[-1]
-    return {f"{file.name}:{key}": value for file in sorted(newest.rglob("*.safetensors"))
-            for key, value in load_file(file).items()}
+    return {
+        f"{file.name}:{key}": value
+        for file in sorted(newest.rglob("*.safetensors"))
+        for key, value in load_file(file).items()
+    }
 
 
 def assert_same_run(one, other):
@@ -59,6 +93,7 @@ def assert_same_run(one, other):
 @pytest.fixture
 def cli(tmp_path):
     """cli(verb, config, *flags): run a command on a configuration, from a YAML file, and return its exit code."""
+
     def run(verb, config, *flags):
         file = tmp_path / "settings.yaml"
         file.write_text(config.to_yaml())
@@ -86,14 +121,20 @@ def test_a_cached_run_is_the_online_run_bit_for_bit_through_the_command_line(tin
     assert_same_run(tmp_path / "cached", tmp_path / "online")
 
 
-@pytest.mark.parametrize("sections", [
-    {"training": {"granularity": "frame", "steps": 5}},
-    {"training": {"pairs_per_step": 3, "steps": 5}},  # a step spans two epochs, the pass's last forward is filled up
-    {"training": {"pairs_per_step": 4, "accumulation": 2, "draws_per_pair": 3, "steps": 5}},
-    {"objective": {"name": "sdpo", "beta": 100}},
-    {"data": {"evaluation_pairs": 3}, "training": {"evaluation_draws": 3}},  # a last evaluation batch of one
-    {"model": {"gradient_checkpointing": True}},
-], ids=["frame", "odd", "accumulation", "posterior-scale", "evaluation", "checkpointing"])
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"training": {"granularity": "frame", "steps": 5}},
+        {
+            "training": {"pairs_per_step": 3, "steps": 5}
+        },  # a step spans two epochs, the pass's last forward is filled up
+        {"training": {"pairs_per_step": 4, "accumulation": 2, "draws_per_pair": 3, "steps": 5}},
+        {"objective": {"name": "sdpo", "beta": 100}},
+        {"data": {"evaluation_pairs": 3}, "training": {"evaluation_draws": 3}},  # a last evaluation batch of one
+        {"model": {"gradient_checkpointing": True}},
+    ],
+    ids=["frame", "odd", "accumulation", "posterior-scale", "evaluation", "checkpointing"],
+)
 def test_cached_and_online_runs_agree_in_every_shape_of_run(tiny_config, tmp_path, sections):
     train(tiny_config("online", **sections), display="none")
     cache = cache_reference(tiny_config("unused", **sections), tmp_path / "cache")
@@ -122,9 +163,14 @@ def test_packed_caches_stay_within_their_tolerance(tiny_config, tmp_path, format
             assert ours[key] == pytest.approx(theirs[key], rel=errors)
 
 
-@pytest.mark.parametrize("sections", [{"training": {"granularity": "element"}},
-                                      {"training": {"granularity": "element"}, "model": {"dtype": "bf16"}},
-                                      {"objective": {"name": "pgdpo", "beta": 100, "ipr": "anchor"}}])
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"training": {"granularity": "element"}},
+        {"training": {"granularity": "element"}, "model": {"dtype": "bf16"}},
+        {"objective": {"name": "pgdpo", "beta": 100, "ipr": "anchor"}},
+    ],
+)
 def test_objectives_that_look_at_predictions_get_them_exactly(tiny_config, tmp_path, sections):
     online = train(tiny_config("online", **sections), display="none")
     cache = cache_reference(tiny_config("unused", **sections), tmp_path / "cache")
@@ -185,18 +231,21 @@ def test_auto_is_the_cheapest_reference_that_is_possible(tiny_config):
 # -- truth
 
 
-@pytest.mark.parametrize("change, named", [
-    ({"training": {"seed": 1}}, "training.seed was 0, is now 1"),
-    ({"training": {"draws_per_pair": 4}}, "training.draws_per_pair (strata of the timesteps) was 2, is now 4"),
-    ({"training": {"evaluation_draws": 3}}, "training.evaluation_draws was 2, is now 3"),
-    ({"data": {"evaluation_pairs": 3}}, "data.evaluation_pairs was 2, is now 3"),
-    ({"model": {"init_seed": 1}}, "model.weights was "),
-    ({"model": {"dtype": "bf16"}}, "model.dtype was 'fp32', is now 'bf16'"),
-    ({"model": {"text_tokens": 20}}, "model.text_tokens was 16, is now 20"),
-    ({"process": {"name": "wan", "shift": 5.0}}, "process was 'FlowMatching(shift=3.0"),
-    ({"training": {"granularity": "frame"}}, "training.granularity was 'sample', is now 'frame'"),
-    ({"training": {"granularity": "element"}}, "needs the reference's predictions"),
-])
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"training": {"seed": 1}}, "training.seed was 0, is now 1"),
+        ({"training": {"draws_per_pair": 4}}, "training.draws_per_pair (strata of the timesteps) was 2, is now 4"),
+        ({"training": {"evaluation_draws": 3}}, "training.evaluation_draws was 2, is now 3"),
+        ({"data": {"evaluation_pairs": 3}}, "data.evaluation_pairs was 2, is now 3"),
+        ({"model": {"init_seed": 1}}, "model.weights was "),
+        ({"model": {"dtype": "bf16"}}, "model.dtype was 'fp32', is now 'bf16'"),
+        ({"model": {"text_tokens": 20}}, "model.text_tokens was 16, is now 20"),
+        ({"process": {"name": "wan", "shift": 5.0}}, "process was 'FlowMatching(shift=3.0"),
+        ({"training": {"granularity": "frame"}}, "training.granularity was 'sample', is now 'frame'"),
+        ({"training": {"granularity": "element"}}, "needs the reference's predictions"),
+    ],
+)
 def test_a_cache_made_for_something_else_is_refused_by_name(tiny_config, tmp_path, cli, capsys, change, named):
     base = {"training": {"draws_per_pair": 2}}
     cache = cache_reference(tiny_config("unused", **base), tmp_path / "cache")
@@ -215,12 +264,21 @@ def test_another_store_is_refused(tiny_config, tmp_path):
     from pgdpo_fast.data.text import HashTextEncoder
 
     manifest = render_pairs(tmp_path / "clips", pairs=10, seed=4, frames=3, height=16, width=16)
-    encode_manifest(manifest, tmp_path / "store", codec=PixelUnshuffleCodec(spatial=2), text=HashTextEncoder(16, 16),
-                    frames=3, height=16, width=16)
+    encode_manifest(
+        manifest,
+        tmp_path / "store",
+        codec=PixelUnshuffleCodec(spatial=2),
+        text=HashTextEncoder(16, 16),
+        frames=3,
+        height=16,
+        width=16,
+    )
     cache = cache_reference(tiny_config("unused"), tmp_path / "cache")
     with pytest.raises(DataError, match=r"data.store \(content\) was"):
-        train(tiny_config("run", data={"store": str(tmp_path / "store"), "reference_cache": str(cache.path)}),
-              display="none")
+        train(
+            tiny_config("run", data={"store": str(tmp_path / "store"), "reference_cache": str(cache.path)}),
+            display="none",
+        )
 
 
 def test_the_cache_of_a_lora_run_serves_full_training_of_the_same_network(tiny_config, tmp_path):
@@ -263,9 +321,15 @@ def command(config, tmp_path, *flags):
 def test_two_ranks_share_the_pass_and_write_the_bytes_of_one(tiny_config, tmp_path):
     config = tiny_config(training={"draws_per_pair": 40})
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "WORLD_SIZE": "2"}
-    ranks = [subprocess.Popen(command(config, tmp_path, "--output", tmp_path / "two"), stderr=subprocess.PIPE,
-                              stdout=subprocess.PIPE, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-             for rank in (0, 1)]
+    ranks = [
+        subprocess.Popen(
+            command(config, tmp_path, "--output", tmp_path / "two"),
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in (0, 1)
+    ]
     outputs = [process.communicate() for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], outputs
     assert b"40 draws" in outputs[0][0] and outputs[1][0] == b""
@@ -275,8 +339,12 @@ def test_two_ranks_share_the_pass_and_write_the_bytes_of_one(tiny_config, tmp_pa
 
 def test_sigterm_ends_the_pass_with_its_resume_command(tiny_config, tmp_path):
     config = tiny_config(training={"draws_per_pair": 400})
-    process = subprocess.Popen(command(config, tmp_path, "--output", tmp_path / "cache"), stderr=subprocess.PIPE,
-                               stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        command(config, tmp_path, "--output", tmp_path / "cache"),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("cache/staging/*/*.safetensors")):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
@@ -322,8 +390,11 @@ def test_what_a_cache_saves_follows_from_how_often_a_draw_is_used():
 
 def test_the_plan_says_when_a_cache_saves_only_memory(tiny_config, tmp_path, cli, capsys):
     once, often = ({"steps": 4, "pairs_per_step": 8}, {"steps": 4, "pairs_per_step": 8, "draws_per_pair": 1})
-    for kind, training, verdict in (("full", once, "saves only memory"), ("lora", once, "saves nothing"),
-                                    ("full", often, "used 4.0 times: a cache saves 19% of this run's compute and")):
+    for kind, training, verdict in (
+        ("full", once, "saves only memory"),
+        ("lora", once, "saves nothing"),
+        ("full", often, "used 4.0 times: a cache saves 19% of this run's compute and"),
+    ):
         assert cli("plan", tiny_config(model={"train": kind}, training=training)) == 0
         assert verdict in " ".join(capsys.readouterr().out.split())
 

@@ -68,7 +68,8 @@ def test_only_the_first_run_of_a_sweep_pays_a_reference_pass(settings, reference
     report = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     assert report["grid"] == ["objective.beta", "objective.k1"]
     assert [run["settings"] for run in report["runs"]] == [
-        {"objective.beta": beta, "objective.k1": k1} for beta in (100.0, 500.0, 1000.0) for k1 in (1.0, 2.0)]
+        {"objective.beta": beta, "objective.k1": k1} for beta in (100.0, 500.0, 1000.0) for k1 in (1.0, 2.0)
+    ]
     assert len({run["metrics"]["loss"] for run in report["runs"]}) == 6
     assert (tmp_path / "sweep" / "report.html").exists()
 
@@ -127,6 +128,7 @@ def test_sigterm_ends_the_sweep_with_the_command_that_resumes_it(settings, monke
 
 # Several devices.
 
+
 @pytest.fixture
 def one_thread(monkeypatch):
     """Here and in the processes a sweep starts: sums then have one order."""
@@ -144,7 +146,8 @@ def report_of(output):
 
 
 def test_runs_spread_over_devices_are_those_made_in_turn_and_one_that_diverges_stops_no_other(
-        settings, one_thread, tmp_path, capsys):
+    settings, one_thread, tmp_path, capsys
+):
     grid = "training.learning_rate=1e30,1e-3,1e-4"
     for folder, flags in (("turn", []), ("spread", ["--devices", "cpu", "cpu"])):
         assert sweep(settings, grid, flags=["--output", str(tmp_path / folder), *flags]) == NonFiniteError.exit_code
@@ -163,10 +166,27 @@ def test_runs_spread_over_devices_are_those_made_in_turn_and_one_that_diverges_s
 def test_sigterm_stops_the_runs_on_all_devices_with_their_state_saved(settings, tmp_path):
     code = "import sys; from pgdpo_fast.cli import main; sys.exit(main())"
     process = subprocess.Popen(
-        [sys.executable, "-c", code, "sweep", str(settings), "--grid=objective.beta=100,500", "--devices", "cpu", "cpu",
-         "--set", "training.steps=5000", "training.draws_per_pair=1", "training.checkpoint_every=5000",
-         "training.evaluation_every=5000"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        [
+            sys.executable,
+            "-c",
+            code,
+            "sweep",
+            str(settings),
+            "--grid=objective.beta=100,500",
+            "--devices",
+            "cpu",
+            "cpu",
+            "--set",
+            "training.steps=5000",
+            "training.draws_per_pair=1",
+            "training.checkpoint_every=5000",
+            "training.evaluation_every=5000",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     metrics = [tmp_path / "sweep" / f"beta={beta}" / "metrics.jsonl" for beta in (100, 500)]
     deadline = time.monotonic() + 300
     while not all(path.exists() and path.read_text().count("\n") > 1 for path in metrics):
@@ -204,11 +224,17 @@ def test_devices_that_cannot_be_had_are_refused_before_anything_runs(settings, t
     assert not (tmp_path / "sweep").exists()
 
 
-@pytest.mark.parametrize("grid, named", [
-    (["objective.beta"], "expected key=value,value"), (["objective.beta=1,1"], "different values"),
-    (["objective.beta=1,2", "objective.beta=3"], "every key once"), (["output.dir=a,b"], "the sweep chooses it"),
-    (["objective.bta=1,2"], "bta"), (["training.steps=4,many"], "training.steps='many'"),
-])
+@pytest.mark.parametrize(
+    "grid, named",
+    [
+        (["objective.beta"], "expected key=value,value"),
+        (["objective.beta=1,1"], "different values"),
+        (["objective.beta=1,2", "objective.beta=3"], "every key once"),
+        (["output.dir=a,b"], "the sweep chooses it"),
+        (["objective.bta=1,2"], "bta"),
+        (["training.steps=4,many"], "training.steps='many'"),
+    ],
+)
 def test_a_grid_that_cannot_be_trained_is_refused_before_anything_runs(settings, capsys, tmp_path, grid, named):
     assert sweep(settings, *grid) == ConfigError.exit_code
     assert named in capsys.readouterr().err

@@ -56,8 +56,10 @@ def _cpu_default() -> str:
     from pgdpo_fast.backends.native import SWITCHED_OFF
 
     if reason != SWITCHED_OFF:
-        _warn_once(f"the loss runs in plain torch on the CPU, about ten times slower than it could: {reason}. "
-                   "PGDPO_FAST_NATIVE=0 or backend='eager' silences this.")
+        _warn_once(
+            f"the loss runs in plain torch on the CPU, about ten times slower than it could: {reason}. "
+            "PGDPO_FAST_NATIVE=0 or backend='eager' silences this."
+        )
     return "eager"
 
 

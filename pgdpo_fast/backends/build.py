@@ -60,8 +60,11 @@ def compiler() -> list[str]:
         path = shutil.which(command[0])
         if path:
             return [path, *command[1:]]
-    raise BuildError(f"CXX={named[0]} is not an executable" if named else
-                     "no C++ compiler found (tried c++, g++, clang++); install one or set CXX")
+    raise BuildError(
+        f"CXX={named[0]} is not an executable"
+        if named
+        else "no C++ compiler found (tried c++, g++, clang++); install one or set CXX"
+    )
 
 
 def host_instruction_set() -> str:
@@ -85,8 +88,15 @@ def compile_library(target: Path, instruction_sets: tuple[str, ...]) -> None:
         BuildError: a compiler call failed; the message holds its first error.
     """
     command, root = [*compiler(), *FLAGS], sources()
-    calls = {"native": [*command, *_torch_flags(), *(f"-DPGDPO_HAVE_{name.upper()}" for name in instruction_sets), "-c",
-                        str(root / "native.cpp")]}
+    calls = {
+        "native": [
+            *command,
+            *_torch_flags(),
+            *(f"-DPGDPO_HAVE_{name.upper()}" for name in instruction_sets),
+            "-c",
+            str(root / "native.cpp"),
+        ]
+    }
     for name in instruction_sets:
         own = [*command, *INSTRUCTION_SETS[name], f"-DPGDPO_ISA={name}"]
         calls[name] = [*own, "-c", str(root / "pair.cpp")]
@@ -110,8 +120,12 @@ def nvcc() -> str:
 
 def nvcc_command(architectures: tuple[str, ...]) -> list[str]:
     """The start of a call that compiles for `architectures` such as "90" or links; needs no GPU."""
-    return [nvcc(), *NVCC_FLAGS, f"-ccbin={compiler()[0]}",
-            *(f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures)]
+    return [
+        nvcc(),
+        *NVCC_FLAGS,
+        f"-ccbin={compiler()[0]}",
+        *(f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures),
+    ]
 
 
 def compile_cuda_library(target: Path, architectures: tuple[str, ...]) -> None:
@@ -135,8 +149,10 @@ def _check_toolkit() -> None:
     if found is None:
         raise BuildError(f"{nvcc()} --version printed no release")
     if torch.version.cuda and torch.version.cuda.split(".")[0] != found[1]:
-        raise BuildError(f"{nvcc()} is of CUDA {found[1]}.{found[2]}, torch of CUDA {torch.version.cuda}; "
-                         f"install a CUDA {torch.version.cuda.split('.')[0]} toolkit and set CUDA_HOME to it")
+        raise BuildError(
+            f"{nvcc()} is of CUDA {found[1]}.{found[2]}, torch of CUDA {torch.version.cuda}; "
+            f"install a CUDA {torch.version.cuda.split('.')[0]} toolkit and set CUDA_HOME to it"
+        )
 
 
 def _torch_flags() -> list[str]:
@@ -152,8 +168,11 @@ def _compile_and_link(target: Path, calls: dict[str, list[str]], linker: list[st
     if sys.platform == "win32":
         raise BuildError("the native library is not supported on Windows")
     folder = Path(torch.__file__).parent / "lib"
-    link = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [
-        f"-L{folder}", "-ltorch_cpu", *(["-ltorch_cuda"] if (folder / "libtorch_cuda.so").exists() else [])]
+    link = (
+        ["-undefined", "dynamic_lookup"]
+        if sys.platform == "darwin"
+        else [f"-L{folder}", "-ltorch_cpu", *(["-ltorch_cuda"] if (folder / "libtorch_cuda.so").exists() else [])]
+    )
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         objects = {f"{scratch}/{name}.o": call for name, call in calls.items()}
@@ -196,8 +215,13 @@ def cached_library() -> Path:
     """
     name = host_instruction_set()
     files = [path for path in (*sources().glob("*.h"), *sources().glob("*.cpp")) if not path.name.startswith("cuda_")]
-    return _cached("native", f"CPU kernels for {name}", files, [name, *FLAGS, *compiler(), *_stamp(compiler()[0])],
-                   lambda target: compile_library(target, (name,)))
+    return _cached(
+        "native",
+        f"CPU kernels for {name}",
+        files,
+        [name, *FLAGS, *compiler(), *_stamp(compiler()[0])],
+        lambda target: compile_library(target, (name,)),
+    )
 
 
 def cached_cuda_library(architectures: tuple[str, ...]) -> Path:
@@ -205,8 +229,13 @@ def cached_cuda_library(architectures: tuple[str, ...]) -> Path:
     name = ",".join(architectures)
     files = [path for path in sources().iterdir() if path.suffix in (".h", ".cuh", ".cu", ".cpp")]
     identity = [name, *FLAGS, *NVCC_FLAGS, *compiler(), *_stamp(compiler()[0]), *_stamp(nvcc())]
-    return _cached("cuda", f"CUDA kernels for sm_{name}", files, identity,
-                   lambda target: compile_cuda_library(target, architectures))
+    return _cached(
+        "cuda",
+        f"CUDA kernels for sm_{name}",
+        files,
+        identity,
+        lambda target: compile_cuda_library(target, architectures),
+    )
 
 
 def _stamp(executable: str) -> tuple[str, str, str]:
@@ -227,8 +256,9 @@ def _cached(kind: str, what: str, files: list[Path], identity: list[str], build)
         with _locked(directory / "lock"):
             return _find(directory) or _build(directory, what, build)
     except OSError as error:
-        raise BuildError(f"cannot use the cache directory {directory} ({error}); set PGDPO_FAST_CACHE to a writable one"
-                         ) from error
+        raise BuildError(
+            f"cannot use the cache directory {directory} ({error}); set PGDPO_FAST_CACHE to a writable one"
+        ) from error
 
 
 def _find(directory: Path) -> Path | None:

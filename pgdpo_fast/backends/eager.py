@@ -26,8 +26,12 @@ def references(x: Operands, reference_form: int, y: Side) -> Side | None:
     if reference_form == 1:
         return Side(*(q.to(x.compute_dtype) for q in x.reference))
     scales = x.reference_scale or (None, None)
-    return Side(*(target + unpack(q, scale).to(x.compute_dtype).view_as(target)
-                  for q, scale, target in zip(x.reference, scales, y, strict=True)))
+    return Side(
+        *(
+            target + unpack(q, scale).to(x.compute_dtype).view_as(target)
+            for q, scale, target in zip(x.reference, scales, y, strict=True)
+        )
+    )
 
 
 def unpack(rows: Tensor, scale: Tensor | None) -> Tensor:
@@ -55,6 +59,9 @@ def group_errors(x: Operands, reference_form: int, granularity: str, anchor: boo
     if q is not None:
         gaps = tuple(mean((a - b) * ((a - t) + (b - t))) for a, b, t in zip(p, q, y, strict=True))
     return GroupErrors(
-        mean((p.chosen - y.chosen) ** 2), mean((p.rejected - y.rejected) ** 2), *gaps,
+        mean((p.chosen - y.chosen) ** 2),
+        mean((p.rejected - y.rejected) ** 2),
+        *gaps,
         mean((p.chosen - q.chosen) ** 2) if anchor else None,
-        mean((p.chosen - y.chosen) * (p.rejected - y.rejected)).detach() if cross else None)
+        mean((p.chosen - y.chosen) * (p.rejected - y.rejected)).detach() if cross else None,
+    )

@@ -44,7 +44,8 @@ class _Objective(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan, kind, flags, parameters, reference_errors, weight, posterior_scale, *tensors):
         loss, telemetry, coefficients = _OPERATORS[plan.backend].pair_objective.default(
-            *tensors, reference_errors, weight, posterior_scale, *plan[:-1], kind, flags, parameters)
+            *tensors, reference_errors, weight, posterior_scale, *plan[:-1], kind, flags, parameters
+        )
         ctx.plan = plan
         ctx.save_for_backward(coefficients, *tensors)
         ctx.mark_non_differentiable(telemetry)
@@ -63,7 +64,8 @@ class _Elements(torch.autograd.Function):
         settings = (plan.reference_form, plan.length, kind, flags, parameters, outer)
         bet = not outer and any(ctx.needs_input_grad[7:9])
         loss, telemetry, means, chosen, rejected = _OPERATORS[plan.backend].pair_elements.default(
-            *tensors, weight, posterior_scale, *settings, bet)
+            *tensors, weight, posterior_scale, *settings, bet
+        )
         ctx.settings, ctx.backend, ctx.bet = settings, plan.backend, bet
         ctx.save_for_backward(weight, posterior_scale, means, chosen, rejected, *tensors)
         ctx.mark_non_differentiable(telemetry)
@@ -77,7 +79,8 @@ class _Elements(torch.autograd.Function):
         if not bet:
             chosen, rejected = map(operators.gradient_like, tensors[:2])
         _OPERATORS[ctx.backend].pair_elements_gradient.default(
-            *tensors, weight, posterior_scale, means, incoming, chosen, rejected, *ctx.settings, bet)
+            *tensors, weight, posterior_scale, means, incoming, chosen, rejected, *ctx.settings, bet
+        )
         return (None,) * 7 + (chosen, None if tensors[1] is None else rejected) + (None,) * (len(tensors) - 2)
 
 
@@ -101,19 +104,35 @@ class _Errors(torch.autograd.Function):
 
 def _input_gradients(plan: Plan, tensors, coefficients: Tensor, incoming: Tensor) -> tuple:
     chosen, rejected = _OPERATORS[plan.backend].pair_gradient.default(
-        *tensors, coefficients, incoming, plan.reference_form, plan.groups, plan.length, plan.anchor)
+        *tensors, coefficients, incoming, plan.reference_form, plan.groups, plan.length, plan.anchor
+    )
     return (chosen, None if tensors[1] is None else rejected) + (None,) * (len(tensors) - 2)
 
 
-def objective(tensors, plan: Plan, epilogue, reference_errors: Tensor | None, weight: Tensor | None,
-              posterior_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def objective(
+    tensors,
+    plan: Plan,
+    epilogue,
+    reference_errors: Tensor | None,
+    weight: Tensor | None,
+    posterior_scale: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """Loss `[]` (differentiable by the predictions) and telemetry `[9, B, G]`, with the objective's kernel epilogue."""
-    return _Objective.apply(plan, epilogue.kind, epilogue.flags, list(epilogue.parameters), reference_errors, weight,
-                            posterior_scale, *tensors)
+    return _Objective.apply(
+        plan,
+        epilogue.kind,
+        epilogue.flags,
+        list(epilogue.parameters),
+        reference_errors,
+        weight,
+        posterior_scale,
+        *tensors,
+    )
 
 
-def elements(tensors, plan: Plan, epilogue, outer: bool, weight: Tensor | None,
-             posterior_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def elements(
+    tensors, plan: Plan, epilogue, outer: bool, weight: Tensor | None, posterior_scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The same at element granularity: loss `[]` and telemetry `[9, B, 1]`, means over each video.
 
     Args:
@@ -122,13 +141,20 @@ def elements(tensors, plan: Plan, epilogue, outer: bool, weight: Tensor | None,
     """
     if not torch.is_grad_enabled():  # else a prediction that requires a gradient would have one written for nothing
         tensors = (*(None if t is None else t.detach() for t in tensors[:2]), *tensors[2:])
-    return _Elements.apply(plan, epilogue.kind, epilogue.flags, list(epilogue.parameters), outer, weight,
-                           posterior_scale, *tensors)
+    return _Elements.apply(
+        plan, epilogue.kind, epilogue.flags, list(epilogue.parameters), outer, weight, posterior_scale, *tensors
+    )
 
 
 def group_errors(tensors, plan: Plan) -> GroupErrors:
     """Statistics `[B, G]`, differentiable by the predictions (the cross term is not): two launches, one in backward."""
     e_w, e_l, d_w, d_l, anchor, cross = _Errors.apply(plan, *tensors)
     gaps = plan.reference_form != 0
-    return GroupErrors(e_w, e_l, d_w if gaps else None, d_l if gaps else None, anchor if plan.anchor else None,
-                       cross.detach() if plan.cross else None)
+    return GroupErrors(
+        e_w,
+        e_l,
+        d_w if gaps else None,
+        d_l if gaps else None,
+        anchor if plan.anchor else None,
+        cross.detach() if plan.cross else None,
+    )

@@ -99,10 +99,21 @@ def status() -> Status:
     return Status(reason, _library.path, None if reason else _operators.instruction_set(), compiler)
 
 
-def loss_and_gradients(tensors, reference_form: int, groups: int, length: int, anchor: bool, cross: bool,
-                       reference_errors: Tensor | None, weight: Tensor | None, posterior_scale: Tensor | None,
-                       kind: int, flags: int, parameters: tuple[float, ...], incoming: Tensor | None = None,
-                       ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def loss_and_gradients(
+    tensors,
+    reference_form: int,
+    groups: int,
+    length: int,
+    anchor: bool,
+    cross: bool,
+    reference_errors: Tensor | None,
+    weight: Tensor | None,
+    posterior_scale: Tensor | None,
+    kind: int,
+    flags: int,
+    parameters: tuple[float, ...],
+    incoming: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`pair_objective` and `pair_gradient` at once: loss `[]`, telemetry `[9, B, G]`, both gradients.
 
     On a device with compute capability 9.0 or more, operands that fit into its shared memory together are read once, in
@@ -112,8 +123,20 @@ def loss_and_gradients(tensors, reference_form: int, groups: int, length: int, a
         incoming: `[]` in the accumulation dtype, multiplies the gradients; None for 1.
     """
     return _operators.loss_and_gradients.default(
-        *tensors, reference_errors, weight, posterior_scale, incoming, reference_form, groups, length, anchor, cross,
-        kind, flags, parameters)[:4]
+        *tensors,
+        reference_errors,
+        weight,
+        posterior_scale,
+        incoming,
+        reference_form,
+        groups,
+        length,
+        anchor,
+        cross,
+        kind,
+        flags,
+        parameters,
+    )[:4]
 
 
 def pack(tensors, format: str, out: dict[str, Tensor] | None = None) -> tuple[dict[str, Tensor], Tensor]:
@@ -134,11 +157,18 @@ def pack(tensors, format: str, out: dict[str, Tensor] | None = None) -> tuple[di
         rows = [like.new_empty((pairs, *video), dtype=torch.uint8 if fp8 else torch.bfloat16) for _ in "wl"]
         out = dict(zip(("chosen", "rejected"), rows, strict=True))
         if fp8:
-            out |= {f"{name}_scale": like.new_empty((pairs, -(-rows[0][0].numel() // PACK_BLOCK)), dtype=torch.float32)
-                    for name in ("chosen", "rejected")}
+            out |= {
+                f"{name}_scale": like.new_empty((pairs, -(-rows[0][0].numel() // PACK_BLOCK)), dtype=torch.float32)
+                for name in ("chosen", "rejected")
+            }
     errors = _operators.pack.default(
-        *tensors, out["chosen"], out["rejected"], out.get("chosen_scale"), out.get("rejected_scale"),
-        segment_length(tensors[0].shape[1:], 1))
+        *tensors,
+        out["chosen"],
+        out["rejected"],
+        out.get("chosen_scale"),
+        out.get("rejected_scale"),
+        segment_length(tensors[0].shape[1:], 1),
+    )
     return out, errors
 
 

@@ -64,14 +64,28 @@ def side(tensor: Tensor | None, rejected: Tensor | None, pairs: int) -> Side | N
     return Side(*rows.chunk(2)) if rows.shape[0] == 2 * pairs else Side(rows, rows)
 
 
-def gather(policy, policy_rejected, target, target_rejected, noise, target_scale,
-           reference, reference_rejected, reference_scale, reference_scale_rejected) -> Operands:
+def gather(
+    policy,
+    policy_rejected,
+    target,
+    target_rejected,
+    noise,
+    target_scale,
+    reference,
+    reference_rejected,
+    reference_scale,
+    reference_scale_rejected,
+) -> Operands:
     """The tensor arguments shared by all operators, in their order, as `Operands`."""
     pairs = policy.shape[0] // (2 if policy_rejected is None else 1)
     return Operands(
-        side(policy, policy_rejected, pairs), side(target, target_rejected, pairs),
-        side(reference, reference_rejected, pairs), side(reference_scale, reference_scale_rejected, pairs),
-        None if noise is None else rows_contiguous(noise), target_scale)
+        side(policy, policy_rejected, pairs),
+        side(target, target_rejected, pairs),
+        side(reference, reference_rejected, pairs),
+        side(reference_scale, reference_scale_rejected, pairs),
+        None if noise is None else rows_contiguous(noise),
+        target_scale,
+    )
 
 
 PACK_BLOCK = 128  # elements of a row that share one float8 scale

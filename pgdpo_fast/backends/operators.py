@@ -15,8 +15,9 @@ OPERANDS = (
     "Tensor? reference_scale_rejected"
 )
 _NUMBERS = "Tensor? reference_errors, Tensor? weight, Tensor? posterior_scale"
-_SETTINGS = ("int reference_form, int groups, int length, bool anchor, bool cross, "
-             "int kind, int flags, float[] parameters")
+_SETTINGS = (
+    "int reference_form, int groups, int length, bool anchor, bool cross, int kind, int flags, float[] parameters"
+)
 _ELEMENT_SETTINGS = "int reference_form, int length, int kind, int flags, float[] parameters, bool outer"
 
 
@@ -54,25 +55,21 @@ def _fake_elements(*args):
 # Schema: the function that makes empty results of the right shapes and dtypes, which is all that tracing needs.
 FUSED = {
     # means of all statistics over each group, [6, B, G]
-    f"pair_errors({OPERANDS}, int reference_form, int groups, int length, bool anchor, bool cross) -> Tensor":
-        _fake_errors,
+    f"pair_errors({OPERANDS}, int reference_form, int groups, int length, bool anchor, bool cross) "
+    "-> Tensor": _fake_errors,
     # loss [], telemetry [9, B, G] and gradient coefficients [3, B, G]; reference_errors [2, B, G], weight [B, G] and
     # posterior_scale [B] in the accumulation dtype
-    f"pair_objective({OPERANDS}, {_NUMBERS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)":
-        _fake_objective,
+    f"pair_objective({OPERANDS}, {_NUMBERS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)": _fake_objective,
     # the gradients by both predictions, times `incoming` []; the second empty where those are one stacked tensor
     f"pair_gradient({OPERANDS}, Tensor coefficients, Tensor incoming, int reference_form, int groups, int length, "
-    "bool anchor) -> (Tensor, Tensor)":
-        _fake_gradient,
+    "bool anchor) -> (Tensor, Tensor)": _fake_gradient,
     # every element its own group: loss [], telemetry [9, B, 1], means of gamma, P, 1 - gamma and I [4, B], and with
     # `with_gradients` both gradients for an incoming gradient of 1, in the same pass; weight [B]
     f"pair_elements({OPERANDS}, Tensor? weight, Tensor? posterior_scale, {_ELEMENT_SETTINGS}, bool with_gradients) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)":
-        _fake_elements,
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)": _fake_elements,
     # writes both gradients; with `speculative` they are already there for an incoming gradient of 1
     f"pair_elements_gradient({OPERANDS}, Tensor? weight, Tensor? posterior_scale, Tensor means, Tensor incoming, "
-    f"Tensor(a!) chosen, Tensor(b!) rejected, {_ELEMENT_SETTINGS}, bool speculative) -> ()":
-        lambda *_: None,
+    f"Tensor(a!) chosen, Tensor(b!) rejected, {_ELEMENT_SETTINGS}, bool speculative) -> ()": lambda *_: None,
 }
 # What csrc/ has besides; called by native.py alone.
 NATIVE = {

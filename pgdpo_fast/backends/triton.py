@@ -57,8 +57,7 @@ def _interpreter_reason(version: str) -> str | None:
     except metadata.PackageNotFoundError:
         return "Triton's interpreter needs numpy; run: pip install numpy"
     if version.startswith("3.6.") and tuple(map(int, numpy.split(".")[:2])) >= (2, 4):
-        return (f"the interpreter of triton {version} needs numpy < 2.4, this is {numpy}; "
-                "run: pip install 'numpy<2.4'")
+        return f"the interpreter of triton {version} needs numpy < 2.4, this is {numpy}; run: pip install 'numpy<2.4'"
     return None
 
 
@@ -112,9 +111,15 @@ def _arguments(x: Operands, reference_form: int):
     pointers = (pw, pl, yw, yl, noise, qw, ql, sw, sl)
     strides = (pw_stride, pl_stride, yw_stride, yl_stride, noise_stride, qw_stride, ql_stride, sw_stride, sl_stride)
     switches = dict(
-        REFERENCE=reference_form, SHARED_TARGET=x.shared_target, TARGET_BUILT=x.noise is not None,
-        PACK_BLOCK=PACK_BLOCK, COMPUTE=_triton_dtype(x.compute_dtype),
-        BLOCK=DEFAULT_LAUNCH.block, num_warps=DEFAULT_LAUNCH.warps, enable_fp_fusion=True)
+        REFERENCE=reference_form,
+        SHARED_TARGET=x.shared_target,
+        TARGET_BUILT=x.noise is not None,
+        PACK_BLOCK=PACK_BLOCK,
+        COMPUTE=_triton_dtype(x.compute_dtype),
+        BLOCK=DEFAULT_LAUNCH.block,
+        num_warps=DEFAULT_LAUNCH.warps,
+        enable_fp_fusion=True,
+    )
     return pointers, strides, pw if x.target_scale is None else x.target_scale, switches
 
 
@@ -127,8 +132,19 @@ def partial_sums(x: Operands, reference_form: int, length: int, anchor: bool, cr
     partial = torch.empty((STATISTICS, x.pairs, segments), dtype=x.compute_dtype, device=pointers[0].device)
     with _guard(partial.device):
         pair_errors_kernel[(segments, x.pairs)](
-            *pointers, target_scale, partial, *strides, x.pairs, x.numel, length,
-            ANCHOR=anchor, CROSS=cross, ALIGN=_alignment(length), LANES=_lanes(x), **switches)
+            *pointers,
+            target_scale,
+            partial,
+            *strides,
+            x.pairs,
+            x.numel,
+            length,
+            ANCHOR=anchor,
+            CROSS=cross,
+            ALIGN=_alignment(length),
+            LANES=_lanes(x),
+            **switches,
+        )
     return partial
 
 
@@ -140,15 +156,41 @@ def fold(partial: Tensor, groups: int, count: int) -> Tensor:
     out = partial.new_empty((statistics, pairs, groups))
     with _guard(partial.device):
         fold_kernel[(1,)](
-            partial, partial, partial, partial, partial, out, out, out, pairs * groups, parts, groups, count,
-            KIND=-1, FLAGS=0, GAPS=False, REFERENCE_ERRORS=False, WEIGHTED=False, COMPUTE=_triton_dtype(partial.dtype),
-            **FOLD_LAUNCH)
+            partial,
+            partial,
+            partial,
+            partial,
+            partial,
+            out,
+            out,
+            out,
+            pairs * groups,
+            parts,
+            groups,
+            count,
+            KIND=-1,
+            FLAGS=0,
+            GAPS=False,
+            REFERENCE_ERRORS=False,
+            WEIGHTED=False,
+            COMPUTE=_triton_dtype(partial.dtype),
+            **FOLD_LAUNCH,
+        )
     return out
 
 
-def fold_objective(partial: Tensor, groups: int, count: int, gaps: bool, reference_errors: Tensor | None,
-                   weight: Tensor | None, posterior_scale: Tensor | None, kind: int, flags: int,
-                   parameters: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def fold_objective(
+    partial: Tensor,
+    groups: int,
+    count: int,
+    gaps: bool,
+    reference_errors: Tensor | None,
+    weight: Tensor | None,
+    posterior_scale: Tensor | None,
+    kind: int,
+    flags: int,
+    parameters: tuple[float, ...],
+) -> tuple[Tensor, Tensor, Tensor]:
     """Partial sums to loss `[]`, telemetry `[9, B, G]` and gradient coefficients `[3, B, G]` in one launch."""
     from pgdpo_fast.kernels.pair import TELEMETRY, fold_kernel
 
@@ -158,13 +200,26 @@ def fold_objective(partial: Tensor, groups: int, count: int, gaps: bool, referen
     coefficients = partial.new_empty((3, pairs, groups))
     with _guard(partial.device):
         fold_kernel[(1,)](
-            partial, partial if reference_errors is None else reference_errors, partial if weight is None else weight,
+            partial,
+            partial if reference_errors is None else reference_errors,
+            partial if weight is None else weight,
             partial if posterior_scale is None else posterior_scale,
-            _parameters(tuple(parameters), partial.dtype, partial.device), loss, telemetry, coefficients,
-            pairs * groups, parts, groups, count,
-            KIND=kind, FLAGS=flags, GAPS=gaps, REFERENCE_ERRORS=reference_errors is not None,
-            WEIGHTED=weight is not None, COMPUTE=_triton_dtype(partial.dtype),
-            **FOLD_LAUNCH)
+            _parameters(tuple(parameters), partial.dtype, partial.device),
+            loss,
+            telemetry,
+            coefficients,
+            pairs * groups,
+            parts,
+            groups,
+            count,
+            KIND=kind,
+            FLAGS=flags,
+            GAPS=gaps,
+            REFERENCE_ERRORS=reference_errors is not None,
+            WEIGHTED=weight is not None,
+            COMPUTE=_triton_dtype(partial.dtype),
+            **FOLD_LAUNCH,
+        )
     return loss, telemetry, coefficients
 
 
@@ -175,13 +230,26 @@ def pair_errors(*args):
 
 
 def pair_objective(*args):
-    (*tensors, reference_errors, weight, posterior_scale,
-     reference_form, groups, length, anchor, cross, kind, flags, parameters) = args
+    (
+        *tensors,
+        reference_errors,
+        weight,
+        posterior_scale,
+        reference_form,
+        groups,
+        length,
+        anchor,
+        cross,
+        kind,
+        flags,
+        parameters,
+    ) = args
     x = gather(*tensors)
     gaps = x.reference is not None or reference_errors is not None
     partial = partial_sums(x, reference_form, length, anchor, cross)
-    return fold_objective(partial, groups, x.numel // groups, gaps, reference_errors, weight, posterior_scale, kind,
-                          flags, parameters)
+    return fold_objective(
+        partial, groups, x.numel // groups, gaps, reference_errors, weight, posterior_scale, kind, flags, parameters
+    )
 
 
 def pair_gradient(*args):
@@ -194,8 +262,23 @@ def pair_gradient(*args):
     pointers, strides, target_scale, switches = _arguments(x, reference_form)
     with _guard(chosen.device):
         pair_gradient_kernel[(_segments(x, length), x.pairs)](
-            chosen, rejected, *pointers, target_scale, coefficients, incoming, chosen.stride(0), rejected.stride(0),
-            *strides, x.pairs, groups, x.numel, length, ANCHOR=anchor, ALIGN=_alignment(length), **switches)
+            chosen,
+            rejected,
+            *pointers,
+            target_scale,
+            coefficients,
+            incoming,
+            chosen.stride(0),
+            rejected.stride(0),
+            *strides,
+            x.pairs,
+            groups,
+            x.numel,
+            length,
+            ANCHOR=anchor,
+            ALIGN=_alignment(length),
+            **switches,
+        )
     return gradients
 
 
@@ -210,23 +293,75 @@ def pair_elements(*args):
     partial = torch.empty((ELEMENT_SUMS, x.pairs, segments), dtype=x.compute_dtype, device=device)
     loss, means = partial.new_empty(()), partial.new_empty((ELEMENT_MEANS, x.pairs))
     telemetry = partial.new_empty((TELEMETRY, x.pairs, 1))
-    _launch_elements(x, reference_form, length, weight, posterior_scale, kind, flags, parameters, outer, means=means,
-                     incoming=None, partial=partial, gradients=_halves(*gradients) if with_gradients else None,
-                     speculative=False)
+    _launch_elements(
+        x,
+        reference_form,
+        length,
+        weight,
+        posterior_scale,
+        kind,
+        flags,
+        parameters,
+        outer,
+        means=means,
+        incoming=None,
+        partial=partial,
+        gradients=_halves(*gradients) if with_gradients else None,
+        speculative=False,
+    )
     with _guard(device):
         fold_elements_kernel[(1,)](
-            partial, partial if weight is None else weight, _parameters(tuple(parameters), partial.dtype, device), loss,
-            telemetry, means, x.pairs, segments, x.numel, OUTER=outer, GAPS=x.reference is not None,
-            WEIGHTED=weight is not None, COMPUTE=_triton_dtype(partial.dtype), **FOLD_LAUNCH)
+            partial,
+            partial if weight is None else weight,
+            _parameters(tuple(parameters), partial.dtype, device),
+            loss,
+            telemetry,
+            means,
+            x.pairs,
+            segments,
+            x.numel,
+            OUTER=outer,
+            GAPS=x.reference is not None,
+            WEIGHTED=weight is not None,
+            COMPUTE=_triton_dtype(partial.dtype),
+            **FOLD_LAUNCH,
+        )
     return loss, telemetry, means, *gradients
 
 
 def pair_elements_gradient(*args):
-    (*tensors, weight, posterior_scale, means, incoming, chosen, rejected,
-     reference_form, length, kind, flags, parameters, outer, speculative) = args
-    _launch_elements(gather(*tensors), reference_form, length, weight, posterior_scale, kind, flags, parameters, outer,
-                     means=means, incoming=incoming, partial=None, gradients=_halves(chosen, rejected),
-                     speculative=speculative)
+    (
+        *tensors,
+        weight,
+        posterior_scale,
+        means,
+        incoming,
+        chosen,
+        rejected,
+        reference_form,
+        length,
+        kind,
+        flags,
+        parameters,
+        outer,
+        speculative,
+    ) = args
+    _launch_elements(
+        gather(*tensors),
+        reference_form,
+        length,
+        weight,
+        posterior_scale,
+        kind,
+        flags,
+        parameters,
+        outer,
+        means=means,
+        incoming=incoming,
+        partial=None,
+        gradients=_halves(chosen, rejected),
+        speculative=speculative,
+    )
 
 
 def _halves(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
@@ -234,8 +369,23 @@ def _halves(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
     return (chosen, rejected) if rejected.numel() else chosen.chunk(2)
 
 
-def _launch_elements(x, reference_form, length, weight, posterior_scale, kind, flags, parameters, outer, *, means,
-                     incoming, partial, gradients, speculative):
+def _launch_elements(
+    x,
+    reference_form,
+    length,
+    weight,
+    posterior_scale,
+    kind,
+    flags,
+    parameters,
+    outer,
+    *,
+    means,
+    incoming,
+    partial,
+    gradients,
+    speculative,
+):
     from pgdpo_fast.kernels.element import pair_elements_kernel
 
     pointers, strides, target_scale, switches = _arguments(x, reference_form)
@@ -243,15 +393,35 @@ def _launch_elements(x, reference_form, length, weight, posterior_scale, kind, f
     gw, gl = gradients or (absent, absent)
     with _guard(absent.device):
         pair_elements_kernel[(_segments(x, length), x.pairs)](
-            gw, gl, *pointers, target_scale, absent if weight is None else weight,
+            gw,
+            gl,
+            *pointers,
+            target_scale,
+            absent if weight is None else weight,
             absent if posterior_scale is None else posterior_scale,
-            _parameters(tuple(parameters), x.compute_dtype, absent.device), means,
-            absent if incoming is None else incoming, absent if partial is None else partial,
-            gw.stride(0), gl.stride(0), *strides, x.pairs, x.numel, length,
-            KIND=kind, FLAGS=flags, OUTER=outer, SUMS=partial is not None, GRADS=gradients is not None,
-            INCOMING=incoming is not None, SPECULATIVE=speculative, WEIGHTED=weight is not None,
-            ALIGN=_alignment(length), LANES=_lanes(x),
-            maxnreg=REWRITE_REGISTERS if partial is None and not outer else None, **switches)
+            _parameters(tuple(parameters), x.compute_dtype, absent.device),
+            means,
+            absent if incoming is None else incoming,
+            absent if partial is None else partial,
+            gw.stride(0),
+            gl.stride(0),
+            *strides,
+            x.pairs,
+            x.numel,
+            length,
+            KIND=kind,
+            FLAGS=flags,
+            OUTER=outer,
+            SUMS=partial is not None,
+            GRADS=gradients is not None,
+            INCOMING=incoming is not None,
+            SPECULATIVE=speculative,
+            WEIGHTED=weight is not None,
+            ALIGN=_alignment(length),
+            LANES=_lanes(x),
+            maxnreg=REWRITE_REGISTERS if partial is None and not outer else None,
+            **switches,
+        )
 
 
 def _triton_dtype(dtype: torch.dtype):

@@ -50,8 +50,13 @@ def main(argv: list[str] | None = None) -> int:
         return ConfigError.exit_code
     command_class = _command(argv[0])
     try:
-        command = tyro.cli(command_class, prog=f"pgdpo-fast {argv[0]}", args=argv[1:],
-                           description=inspect.getdoc(command_class), config=(tyro.conf.FlagCreatePairsOff,))
+        command = tyro.cli(
+            command_class,
+            prog=f"pgdpo-fast {argv[0]}",
+            args=argv[1:],
+            description=inspect.getdoc(command_class),
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
         return command.run() or 0
     except PgdpoError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -68,11 +73,18 @@ def _command(verb: str) -> type:
 
 def _overview() -> str:
     """Every command with the first sentence of its help."""
-    lines = ["Preference optimization of video diffusion models, fused and exact.", "",
-             "usage: pgdpo-fast COMMAND [flags]", ""]
+    lines = [
+        "Preference optimization of video diffusion models, fused and exact.",
+        "",
+        "usage: pgdpo-fast COMMAND [flags]",
+        "",
+    ]
     for verb in COMMANDS:
         first = inspect.getdoc(_command(verb)).split("\n\n")[0].replace("\n", " ")
         lines += textwrap.wrap(first, 100, initial_indent=f"  {verb:<17}", subsequent_indent=" " * 19)
-    lines += ["", "pgdpo-fast COMMAND --help explains one. Exit codes: 0 ok, 2 configuration, 3 data, 4 non-finite,",
-              "5 out of memory, 75 stopped by SIGTERM with its state saved."]
+    lines += [
+        "",
+        "pgdpo-fast COMMAND --help explains one. Exit codes: 0 ok, 2 configuration, 3 data, 4 non-finite,",
+        "5 out of memory, 75 stopped by SIGTERM with its state saved.",
+    ]
     return "\n".join(lines)

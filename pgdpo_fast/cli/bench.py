@@ -67,8 +67,9 @@ class Bench:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("--device cuda: torch sees no CUDA device here; run `pgdpo-fast doctor`")
         if not self.batch or min(self.batch) < 1 or self.seconds <= 0:
-            raise ConfigError(f"--batch {' '.join(map(str, self.batch))} --seconds {self.seconds:g}: "
-                              f"expected numbers above 0")
+            raise ConfigError(
+                f"--batch {' '.join(map(str, self.batch))} --seconds {self.seconds:g}: expected numbers above 0"
+            )
         device = torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
         previous = None
         if self.compare is not None:
@@ -77,15 +78,20 @@ class Bench:
                 previous["cases"], previous["copy"]
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise DataError(f"--compare {self.compare}: expected results of this command ({error!r})") from error
-        cases = bench.table.QUICK if self.quick else bench.table.cases(
-            self.shapes, self.batch, self.granularity, self.reference_form, dtypes=self.dtype)
+        cases = (
+            bench.table.QUICK
+            if self.quick
+            else bench.table.cases(self.shapes, self.batch, self.granularity, self.reference_form, dtypes=self.dtype)
+        )
         if not cases:
-            raise ConfigError("nothing to time: granularity element has no errors form; "
-                              "add --reference-form predictions")
+            raise ConfigError(
+                "nothing to time: granularity element has no errors form; add --reference-form predictions"
+            )
         seed = secrets.randbelow(2**31) if self.seed is None else self.seed
         with _progress() as progress:
-            result = bench.table.run(cases, device, seed=seed, budget=bench.harness.Budget(self.seconds),
-                                     progress=progress)
+            result = bench.table.run(
+                cases, device, seed=seed, budget=bench.harness.Budget(self.seconds), progress=progress
+            )
         changes = None if previous is None else bench.report.compare(previous, result)
         bench.report.show(result, changes)
         print(bench.report.summary(result))
@@ -107,11 +113,14 @@ def _load():
     root = Path(pgdpo_fast.__file__).resolve().parent.parent
     folder = next((base / "bench" for base in (root, Path.cwd()) if (base / "bench" / "harness.py").is_file()), None)
     if folder is None:
-        raise ConfigError(f"no bench/ folder in {root} or {Path.cwd()}: benchmarks run from a clone; clone the "
-                          f"repository, change into it and run `pgdpo-fast bench` there")
+        raise ConfigError(
+            f"no bench/ folder in {root} or {Path.cwd()}: benchmarks run from a clone; clone the "
+            f"repository, change into it and run `pgdpo-fast bench` there"
+        )
     if "bench" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("bench", folder / "__init__.py",
-                                                      submodule_search_locations=[str(folder)])
+        spec = importlib.util.spec_from_file_location(
+            "bench", folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
         sys.modules["bench"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules["bench"])
     for name in ("harness", "report", "table"):

@@ -61,18 +61,28 @@ class CacheReference:
         output = self.output or config.data.reference_cache
         if not output:
             raise ConfigError("--output: required, or data.reference_cache in the configuration")
-        rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in
-                                        (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        rank, world_size, local_rank = (
+            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        )
         console = Console(stderr=True)
         with rows_progress(console, "reference forwards", shown=rank == 0) as progress:
-            cache = cache_reference(config, output, format=self.format, rank=rank, world_size=world_size,
-                                    local_rank=local_rank, progress=progress,
-                                    resume_command=shlex.join(["pgdpo-fast", *sys.argv[1:]]))
+            cache = cache_reference(
+                config,
+                output,
+                format=self.format,
+                rank=rank,
+                world_size=world_size,
+                local_rank=local_rank,
+                progress=progress,
+                resume_command=shlex.join(["pgdpo-fast", *sys.argv[1:]]),
+            )
         if rank == 0:
             options, block = config.training, cache.blocks[0]
             needed = [f"data.reference_cache={output}", f"training.draws_per_pair={options.draws_per_pair}"]
             needed += [f"training.granularity={self.granularity}"] if self.granularity else []
-            print(f"reference cache: {cache.path} ({len(block.ids)} pairs x {block.draws} draws, "
-                  f"{len(cache) - block.rows} for evaluation; {cache.layout.format}, {describe_bytes(cache.bytes)})")
+            print(
+                f"reference cache: {cache.path} ({len(block.ids)} pairs x {block.draws} draws, "
+                f"{len(cache) - block.rows} for evaluation; {cache.layout.format}, {describe_bytes(cache.bytes)})"
+            )
             print(f"train with: pgdpo-fast train {self.config} --set {' '.join(needed)}")
         return 0

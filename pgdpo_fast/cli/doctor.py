@@ -76,8 +76,14 @@ def _devices() -> list[Row]:
     rows = []
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
-        rows.append(Row(f"device {index}", "ok", f"{device.name}, {device.total_memory / 2**30:.0f} GiB, "
-                                                  f"compute capability {device.major}.{device.minor}"))
+        rows.append(
+            Row(
+                f"device {index}",
+                "ok",
+                f"{device.name}, {device.total_memory / 2**30:.0f} GiB, "
+                f"compute capability {device.major}.{device.minor}",
+            )
+        )
     return rows
 
 
@@ -104,8 +110,10 @@ def _tools() -> list[Row]:
         "g++": "install a C++17 compiler  (native CPU backend)",
         "nvcc": "install the CUDA toolkit  (native CUDA backend)",
     }
-    return [Row(tool, "ok" if which(tool) else "optional", which(tool) or "not found", "" if which(tool) else fix)
-            for tool, fix in tools.items()]
+    return [
+        Row(tool, "ok" if which(tool) else "optional", which(tool) or "not found", "" if which(tool) else fix)
+        for tool, fix in tools.items()
+    ]
 
 
 def _video() -> Row:
@@ -122,8 +130,12 @@ def _disk() -> Row:
     from shutil import disk_usage
 
     free = disk_usage(".").free / 2**30
-    return Row("disk", "ok" if free > 10 else "optional", f"{free:.0f} GiB free here",
-                "" if free > 10 else "latents of 1,000 pairs at 480p take about 8 GiB; free some space")
+    return Row(
+        "disk",
+        "ok" if free > 10 else "optional",
+        f"{free:.0f} GiB free here",
+        "" if free > 10 else "latents of 1,000 pairs at 480p take about 8 GiB; free some space",
+    )
 
 
 def _print(rows: list[Row]) -> None:

@@ -49,13 +49,19 @@ def _show(plan, config) -> None:
     from pgdpo_fast.data.shards import describe_bytes as size
 
     console, options, mode = Console(highlight=False), config.training, config.reference_mode
-    console.print(f"{config.model.family}, {config.model.train}: trains {plan.trained:,} of {plan.total:,} weights; "
-                  f"{plan.pairs} pairs, {plan.held_out} held out; {options.steps} steps of {options.pairs_per_step} "
-                  f"pairs, {plan.visits:.1f} visits a pair with {plan.draws} draws", soft_wrap=True)
+    console.print(
+        f"{config.model.family}, {config.model.train}: trains {plan.trained:,} of {plan.total:,} weights; "
+        f"{plan.pairs} pairs, {plan.held_out} held out; {options.steps} steps of {options.pairs_per_step} "
+        f"pairs, {plan.visits:.1f} visits a pair with {plan.draws} draws",
+        soft_wrap=True,
+    )
 
     memory = Table("memory on the device", "bytes", box=None, title_justify="left")
-    for name, count in (("weights", plan.parameters), ("gradients (fp32)", plan.gradients),
-                        ("optimizer (fp32 masters, moments)", plan.optimizer)):
+    for name, count in (
+        ("weights", plan.parameters),
+        ("gradients (fp32)", plan.gradients),
+        ("optimizer (fp32 masters, moments)", plan.optimizer),
+    ):
         memory.add_row(name, size(count))
     for name, count in plan.reference.items():
         memory.add_row(f"reference: {name}{' (this configuration)' if name == mode else ''}", size(count))

@@ -25,9 +25,7 @@ class Sweep:
 
     config: tyro.conf.Positional[Path]
     """YAML file of settings, as for `train`."""
-    grid: Annotated[
-        tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE,VALUE,...")
-    ]
+    grid: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE,VALUE,...")]
     """Values of one setting; given several times, every combination is trained."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Folder of the sweep; by default the configuration's output.dir."""
@@ -59,9 +57,16 @@ class Sweep:
         keys = [axis.partition("=")[0] for axis in self.grid]
         console = Console(highlight=False)
         with rows_progress(Console(stderr=True), "reference forwards") as progress:
-            outcomes = sweep(configs, keys, output, devices=self.devices, display=self.display, progress=progress,
-                             note=lambda text: console.print(text, markup=False, soft_wrap=True),
-                             resume_command=shlex.join(["pgdpo-fast", *sys.argv[1:]]))
+            outcomes = sweep(
+                configs,
+                keys,
+                output,
+                devices=self.devices,
+                display=self.display,
+                progress=progress,
+                note=lambda text: console.print(text, markup=False, soft_wrap=True),
+                resume_command=shlex.join(["pgdpo-fast", *sys.argv[1:]]),
+            )
         _print_table(console, keys, outcomes)
         finished = [outcome for outcome in outcomes if outcome.failure is None]
         if finished:
@@ -74,8 +79,13 @@ class Sweep:
 def _print_table(console, keys, outcomes) -> None:
     from rich.table import Table
 
-    shown = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin", "rewards/chosen": "chosen",
-             "rewards/rejected": "rejected"}
+    shown = {
+        "loss": "loss",
+        "rewards/accuracies": "accuracy",
+        "rewards/margins": "margin",
+        "rewards/chosen": "chosen",
+        "rewards/rejected": "rejected",
+    }
     table = Table(*(key.rpartition(".")[2] for key in keys), *shown.values(), "seconds", box=None)
     for outcome in outcomes:
         values = [f"{outcome.metrics[key]:.4g}" if outcome.failure is None else "failed" for key in shown]

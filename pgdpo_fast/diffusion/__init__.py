@@ -15,6 +15,17 @@ from pgdpo_fast.diffusion.timesteps import (
 )
 
 __all__ = [
-    "DDPM", "PROCESSES", "SAMPLERS", "DiffusionProcess", "FlowMatching", "LogitNormal", "Shifted", "TimestepSampler",
-    "Uniform", "draw_noise", "draw_uniform", "process_from_name", "sampler_from_name",
+    "DDPM",
+    "PROCESSES",
+    "SAMPLERS",
+    "DiffusionProcess",
+    "FlowMatching",
+    "LogitNormal",
+    "Shifted",
+    "TimestepSampler",
+    "Uniform",
+    "draw_noise",
+    "draw_uniform",
+    "process_from_name",
+    "sampler_from_name",
 ]

@@ -118,8 +118,9 @@ def _keys_and_draws(seed, pair_ids, draws, device):
         if isinstance(draw, bool) or not isinstance(draw, int) or not 0 <= draw <= _MASK:
             raise ConfigError(f"draw {draw!r}: expected an integer from 0 to {_MASK}")
     keys = [draw_key(seed, pair_id) for pair_id in pair_ids]
-    words = torch.tensor([[key & _MASK for key in keys], [key >> 32 for key in keys], list(draws)],
-                         dtype=torch.int64, device=device)
+    words = torch.tensor(
+        [[key & _MASK for key in keys], [key >> 32 for key in keys], list(draws)], dtype=torch.int64, device=device
+    )
     return words[:2], words[2]
 
 

@@ -104,11 +104,14 @@ class FlowMatching(DiffusionProcess):
 
     def __post_init__(self):
         name = type(self).__name__
-        _set(self, shift=real(name, "shift", self.shift, "a number above 0", lambda value: value > 0),
-             timestep_sampler=as_sampler(self.timestep_sampler),
-             timestep_range=_range(name, self.timestep_range),
-             sde_steps=integer(name, "sde_steps", self.sde_steps, 2, 100_000),
-             sde_noise=real(name, "sde_noise", self.sde_noise, "a number above 0", lambda value: value > 0))
+        _set(
+            self,
+            shift=real(name, "shift", self.shift, "a number above 0", lambda value: value > 0),
+            timestep_sampler=as_sampler(self.timestep_sampler),
+            timestep_range=_range(name, self.timestep_range),
+            sde_steps=integer(name, "sde_steps", self.sde_steps, 2, 100_000),
+            sde_noise=real(name, "sde_noise", self.sde_noise, "a number above 0", lambda value: value > 0),
+        )
 
     def timestep(self, u):
         low, high = (shift_time(edge, 1 / self.shift) for edge in self.timestep_range)
@@ -171,21 +174,33 @@ class DDPM(DiffusionProcess):
         flag(name, "zero_terminal_snr", self.zero_terminal_snr)
         integer(name, "num_timesteps", self.num_timesteps, 2, 1_000_000)
         start = real(name, "beta_start", self.beta_start, "a number in (0, 1)", lambda value: 0 < value < 1)
-        end = real(name, "beta_end", self.beta_end, f"a number from beta_start={start} to 1, exclusive",
-                   lambda value: start <= value < 1)
+        end = real(
+            name,
+            "beta_end",
+            self.beta_end,
+            f"a number from beta_start={start} to 1, exclusive",
+            lambda value: start <= value < 1,
+        )
         rescale = self.dynamic_rescale
         if rescale is not None:
-            rescale = real(name, "dynamic_rescale", rescale, "null or a number in (0, 1]",
-                           lambda value: 0 < value <= 1)
+            rescale = real(name, "dynamic_rescale", rescale, "null or a number in (0, 1]", lambda value: 0 < value <= 1)
             integer(name, "dynamic_rescale_steps", self.dynamic_rescale_steps, 2, self.num_timesteps)
         if self.zero_terminal_snr and self.prediction != "v":
-            raise ConfigError(f"{name}.zero_terminal_snr=True with prediction={self.prediction!r}: the last step has "
-                              "no signal, so the prediction must be 'v'")
-        _set(self, beta_start=start, beta_end=end, dynamic_rescale=rescale,
-             snr_shift_scale=real(name, "snr_shift_scale", self.snr_shift_scale, "a number above 0",
-                                  lambda value: value > 0),
-             timestep_sampler=as_sampler(self.timestep_sampler),
-             timestep_range=_range(name, self.timestep_range))
+            raise ConfigError(
+                f"{name}.zero_terminal_snr=True with prediction={self.prediction!r}: the last step has "
+                "no signal, so the prediction must be 'v'"
+            )
+        _set(
+            self,
+            beta_start=start,
+            beta_end=end,
+            dynamic_rescale=rescale,
+            snr_shift_scale=real(
+                name, "snr_shift_scale", self.snr_shift_scale, "a number above 0", lambda value: value > 0
+            ),
+            timestep_sampler=as_sampler(self.timestep_sampler),
+            timestep_range=_range(name, self.timestep_range),
+        )
 
     @property
     def alphas_cumprod(self):
@@ -269,8 +284,9 @@ def _ddpm_schedule(process, device):
         scale = scale * previous if process.prediction == "v" else scale / alpha
 
         coefficients = _Coefficients(signal * rescale, noise, clean_y, noise_y)
-        return _Schedule(alphas_cumprod.to(device), _Coefficients(*(table.to(device) for table in coefficients)),
-                         scale.to(device))
+        return _Schedule(
+            alphas_cumprod.to(device), _Coefficients(*(table.to(device) for table in coefficients)), scale.to(device)
+        )
 
 
 def _set(instance, **values):
@@ -305,8 +321,9 @@ def _sample(sampler, u, low, high):
 def _sigma(t):
     """Noise levels `t` in float64, checked."""
     if t.dtype not in (torch.float64, torch.float32):
-        raise TypeError(f"t is {t.dtype}: expected float64 (or float32) noise levels; get them from "
-                        "FlowMatching.timestep")
+        raise TypeError(
+            f"t is {t.dtype}: expected float64 (or float32) noise levels; get them from FlowMatching.timestep"
+        )
     sigma = t.double()
     _check_values(t, (sigma >= 0) & (sigma <= 1), "noise levels from 0 to 1, not model timesteps")
     return sigma
@@ -325,8 +342,10 @@ def _combine(first, first_scale, second, second_scale):
     if not (first.is_floating_point() and second.is_floating_point()):
         raise TypeError(f"dtypes {first.dtype} and {second.dtype}: expected floating-point latents")
     if first_scale.dim() != 1 or first.dim() == 0 or first_scale.shape[0] != first.shape[0]:
-        raise ValueError(f"t has shape {tuple(first_scale.shape)} for latents {tuple(first.shape)}: expected [B], "
-                         "B being the first dimension of the latents")
+        raise ValueError(
+            f"t has shape {tuple(first_scale.shape)} for latents {tuple(first.shape)}: expected [B], "
+            "B being the first dimension of the latents"
+        )
     scale = torch.stack([first_scale, second_scale]).to(first.device, torch.float32)
     scale = scale.view(2, -1, *[1] * (first.dim() - 1))
     return scale[0] * first.float() + scale[1] * second.float()

@@ -12,8 +12,16 @@ import torch
 from pgdpo_fast.diffusion._options import build, real
 from pgdpo_fast.errors import ConfigError
 
-__all__ = ["SAMPLERS", "LogitNormal", "Shifted", "TimestepSampler", "Uniform", "sampler_from_name", "shift_time",
-           "stratify"]
+__all__ = [
+    "SAMPLERS",
+    "LogitNormal",
+    "Shifted",
+    "TimestepSampler",
+    "Uniform",
+    "sampler_from_name",
+    "shift_time",
+    "stratify",
+]
 
 
 def shift_time(time, shift):
@@ -105,8 +113,10 @@ def as_sampler(value):
         return sampler_from_name(value)
     if isinstance(value, dict) and "name" in value:
         return sampler_from_name(**value)
-    raise ConfigError(f"timestep_sampler={value!r}: expected a name ({', '.join(SAMPLERS)}), "
-                      "a mapping with the key 'name', or a TimestepSampler")
+    raise ConfigError(
+        f"timestep_sampler={value!r}: expected a name ({', '.join(SAMPLERS)}), "
+        "a mapping with the key 'name', or a TimestepSampler"
+    )
 
 
 def stratify(u, draws, rotation, strata):

@@ -52,10 +52,19 @@ STAGING = "staging"
 POLL_SECONDS = 0.1
 
 
-def build_cache(path: str | os.PathLike, *, fingerprint: Mapping[str, Any], blocks: Sequence[Block], layout: Layout,
-                compute: Callable[[Sequence[tuple[str, int]]], Rows], provenance: Mapping[str, Any] | None = None,
-                progress: Callable[[int, int], None] | None = None, rank: int = 0, world_size: int = 1,
-                resume_command: str = "the same call again") -> ReferenceCache:
+def build_cache(
+    path: str | os.PathLike,
+    *,
+    fingerprint: Mapping[str, Any],
+    blocks: Sequence[Block],
+    layout: Layout,
+    compute: Callable[[Sequence[tuple[str, int]]], Rows],
+    provenance: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    resume_command: str = "the same call again",
+) -> ReferenceCache:
     """Compute what is missing of a cache and return it finished.
 
     Args:
@@ -89,8 +98,9 @@ def build_cache(path: str | os.PathLike, *, fingerprint: Mapping[str, Any], bloc
     return ReferenceCache(path)
 
 
-def _larger(path: Path, fingerprint: Mapping[str, Any], blocks: Sequence[Block],
-            layout: Layout) -> ReferenceCache | None:
+def _larger(
+    path: Path, fingerprint: Mapping[str, Any], blocks: Sequence[Block], layout: Layout
+) -> ReferenceCache | None:
     """The finished cache in `path` if it has all rows of `blocks` and more draws; DataError if it is damaged."""
     try:
         cache = ReferenceCache(path)
@@ -140,15 +150,27 @@ class _Job:
         self.report()
         missing = len(self.keys) - self._rows_finished()
         if missing:
-            check_disk(self.path, (missing + self.layout.rows_per_shard) * self.layout.row_bytes,
-                       f"the reference cache ({missing} rows of {self.layout.row_bytes} bytes)")
+            check_disk(
+                self.path,
+                (missing + self.layout.rows_per_shard) * self.layout.row_bytes,
+                f"the reference cache ({missing} rows of {self.layout.row_bytes} bytes)",
+            )
         with self._locked():
             state, index = self._state(), self._write_index()
             if state is None or state["complete"] and state["shards"] != self._listed():
-                write_json(self.path / CACHE_FILE, {
-                    "kind": "reference", "schema": SCHEMA, "complete": False, "fingerprint": self.fingerprint,
-                    "layout": layout_mapping(self.layout), "index": index, "shards": [],
-                    "provenance": {"pgdpo_fast": __version__, "torch": torch.__version__, **provenance}})
+                write_json(
+                    self.path / CACHE_FILE,
+                    {
+                        "kind": "reference",
+                        "schema": SCHEMA,
+                        "complete": False,
+                        "fingerprint": self.fingerprint,
+                        "layout": layout_mapping(self.layout),
+                        "index": index,
+                        "shards": [],
+                        "provenance": {"pgdpo_fast": __version__, "torch": torch.__version__, **provenance},
+                    },
+                )
 
     def _state(self) -> dict[str, Any] | None:
         """cache.json of an earlier or a concurrent call, checked to be of the same cache; None in a new folder."""
@@ -159,8 +181,9 @@ class _Job:
             return state
         foreign = sorted(item.name for item in self.path.iterdir() if not _ours(item.name))
         if foreign:
-            raise DataError(f"{self.path}: not empty and no reference cache (it holds {foreign[0]}); choose another "
-                            "output folder")
+            raise DataError(
+                f"{self.path}: not empty and no reference cache (it holds {foreign[0]}); choose another output folder"
+            )
         return None
 
     def _listed(self) -> list[dict[str, Any]] | None:
@@ -227,8 +250,10 @@ class _Job:
         except (DataError, FileNotFoundError):  # the folder vanishes when its holder is done
             return False
         except OSError as error:
-            raise DataError(f"{self.path}: could not be written ({error.strerror or error}); free space or fix the "
-                            "folder's permissions, then run the same command again") from error
+            raise DataError(
+                f"{self.path}: could not be written ({error.strerror or error}); free space or fix the "
+                "folder's permissions, then run the same command again"
+            ) from error
         return True
 
     def _make(self, number: int) -> Shard:
@@ -239,7 +264,7 @@ class _Job:
         for start in starts:
             if start not in staged:
                 self._check_stop()
-                keys = self.keys[start:min(start + size, rows.stop)]
+                keys = self.keys[start : min(start + size, rows.stop)]
                 values = self.compute(keys)
                 check_finite(values, keys)
                 name = f"{start:010d}"
@@ -275,8 +300,10 @@ class _Job:
 
     def _check_stop(self) -> None:
         if self.stop():
-            raise Preempted(f"stopped by SIGTERM with {self._rows_finished()} of {len(self.keys)} rows in {self.path}; "
-                            f"resume with: {self.resume_command}")
+            raise Preempted(
+                f"stopped by SIGTERM with {self._rows_finished()} of {len(self.keys)} rows in {self.path}; "
+                f"resume with: {self.resume_command}"
+            )
 
 
 def _ours(name: str) -> bool:

@@ -61,8 +61,15 @@ class Layout:
     rows_per_shard: int
 
     @classmethod
-    def of(cls, format: str, granularity: str, shape: Sequence[int], dtype: str, pairs_per_forward: int,
-           shard_bytes: int = 64 << 20) -> Layout:
+    def of(
+        cls,
+        format: str,
+        granularity: str,
+        shape: Sequence[int],
+        dtype: str,
+        pairs_per_forward: int,
+        shard_bytes: int = 64 << 20,
+    ) -> Layout:
         """At most `shard_bytes` and 64 forwards a shard: a shard is hashed in whole before its first row is used (40 ms
         for 64 MiB), and is the unit that processes share the work by."""
         granularity = granularity if format == "errors" else "any"
@@ -101,8 +108,10 @@ class ReferenceCache:
         self.path = Path(path).absolute()
         state = read_state(self.path)
         if not state["complete"]:
-            raise DataError(f"{self.path}: the reference pass has not finished; run the same cache-reference command "
-                            "again to resume it")
+            raise DataError(
+                f"{self.path}: the reference pass has not finished; run the same cache-reference command "
+                "again to resume it"
+            )
         self.fingerprint: dict[str, Any] = state["fingerprint"]
         self.provenance: dict[str, Any] = state["provenance"]
         self.layout = Layout(**{**state["layout"], "shape": tuple(state["layout"]["shape"])})
@@ -112,8 +121,10 @@ class ReferenceCache:
         self.blocks = read_index(self.path, Shard(**state["index"]))
         self._ranges = self.layout.shards(self.blocks)
         if len(self._ranges) != len(self.shards):
-            raise DataError(f"{self.path / CACHE_FILE}: names {len(self.shards)} shards, its index "
-                            f"{len(self._ranges)}; delete the folder and make the cache again")
+            raise DataError(
+                f"{self.path / CACHE_FILE}: names {len(self.shards)} shards, its index "
+                f"{len(self._ranges)}; delete the folder and make the cache again"
+            )
         self._tables: dict[int, Rows] = {}
 
     def __len__(self) -> int:
@@ -137,8 +148,10 @@ class ReferenceCache:
         check_equal(self.path, self.fingerprint, fingerprint, REMAKE)
         held = self.blocks[0].draws
         if draws > held:
-            raise DataError(f"{self.path}: holds {held} draws a pair, this run visits {draws}; make it for this many "
-                            "steps, or let draws repeat with training.draws_per_pair, in the cache and in training")
+            raise DataError(
+                f"{self.path}: holds {held} draws a pair, this run visits {draws}; make it for this many "
+                "steps, or let draws repeat with training.draws_per_pair, in the cache and in training"
+            )
 
     def rows(self, keys: Sequence[tuple[str, int]], out: Rows | None = None) -> Rows:
         """Rows of a batch on the host, `[B, ...]` each; into the buffers `out` when given (see `gather`)."""
@@ -205,8 +218,10 @@ def read_state(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: no reference cache; make one with: pgdpo-fast cache-reference CONFIG --output {path}")
     state = read_json(path / CACHE_FILE)
     if state.get("kind") != "reference" or state.get("schema") != SCHEMA:
-        raise DataError(f"{path}: holds {state.get('kind')!r} of schema {state.get('schema')}, expected 'reference' of "
-                        f"schema {SCHEMA}; make the cache again with this version, in another folder")
+        raise DataError(
+            f"{path}: holds {state.get('kind')!r} of schema {state.get('schema')}, expected 'reference' of "
+            f"schema {SCHEMA}; make the cache again with this version, in another folder"
+        )
     return state
 
 

@@ -28,8 +28,10 @@ def weights_digest(model: nn.Module) -> str:
     state = sorted(model.state_dict().items())
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         digests = pool.map(_tensor_digest, (tensor for _, tensor in state))
-        lines = [f"{name} {tensor.dtype} {tuple(tensor.shape)} {digest}"
-                 for (name, tensor), digest in zip(state, digests, strict=True)]
+        lines = [
+            f"{name} {tensor.dtype} {tuple(tensor.shape)} {digest}"
+            for (name, tensor), digest in zip(state, digests, strict=True)
+        ]
     return sha256_bytes("\n".join(lines).encode())
 
 
@@ -49,8 +51,9 @@ def check_equal(where: object, cached: Mapping, wanted: Mapping, remedy: str) ->
     """Raise DataError unless two fingerprints agree, naming every differing field with both values and the remedy."""
     differing = [name for name in sorted({*cached, *wanted}) if cached.get(name) != wanted.get(name)]
     if differing:
-        said = "; ".join(f"{name} was {_short(cached.get(name))}, is now {_short(wanted.get(name))}"
-                         for name in differing)
+        said = "; ".join(
+            f"{name} was {_short(cached.get(name))}, is now {_short(wanted.get(name))}" for name in differing
+        )
         raise DataError(f"{where}: made for other settings: {said}; {remedy}")
 
 

@@ -25,8 +25,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Rows = dict[str, Tensor]
 
 
-def row_tensors(format: str, granularity: str, shape: Sequence[int],
-                dtype: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def row_tensors(
+    format: str, granularity: str, shape: Sequence[int], dtype: str
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of every tensor of one row, for latents of `shape` [C, F, H, W].
 
     errors: two float32, or two [F] float32 per frame. predictions: two [C, F, H, W] in the network's `dtype`, exact.
@@ -45,8 +46,9 @@ def row_tensors(format: str, granularity: str, shape: Sequence[int],
 
 
 @torch.no_grad()
-def pack(prediction: Tensor, target: Tensor | NoisedTarget, format: str, granularity: str = "sample",
-         backend: str = "auto") -> Rows:
+def pack(
+    prediction: Tensor, target: Tensor | NoisedTarget, format: str, granularity: str = "sample", backend: str = "auto"
+) -> Rows:
     """Rows of a batch of reference predictions, on the predictions' device.
 
     Args:
@@ -74,12 +76,21 @@ def check_finite(rows: Rows, keys: Sequence[tuple[str, int]]) -> None:
     bad = set()
     for values in rows.values():
         if values.dtype != torch.uint8:
-            bad.update((~torch.isfinite(values)).flatten(1 if values.ndim > 1 else 0).view(len(values), -1).any(1)
-                       .nonzero().flatten().tolist())
+            bad.update(
+                (~torch.isfinite(values))
+                .flatten(1 if values.ndim > 1 else 0)
+                .view(len(values), -1)
+                .any(1)
+                .nonzero()
+                .flatten()
+                .tolist()
+            )
     if bad:
         names = ", ".join(f"{keys[i][0]} (draw {keys[i][1]})" for i in sorted(bad))
-        raise NonFiniteError(f"the reference's prediction is NaN or infinite for pair {names}; look at these clips' "
-                             f"latents, or set model.dtype=fp32")
+        raise NonFiniteError(
+            f"the reference's prediction is NaN or infinite for pair {names}; look at these clips' "
+            f"latents, or set model.dtype=fp32"
+        )
 
 
 def gather(tables: Sequence[Mapping[str, Tensor]], places: Sequence[tuple[int, int]], out: Rows | None = None) -> Rows:

@@ -53,8 +53,10 @@ class RowStream:
             self._side = torch.cuda.Stream(self.device)
             self._slots: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
             for _ in range(2):  # one is filled while the other is copied
-                rows = {name: torch.empty((pairs, *shape), dtype=dtype, pin_memory=True)
-                        for name, (shape, dtype) in cache.layout.tensors.items()}
+                rows = {
+                    name: torch.empty((pairs, *shape), dtype=dtype, pin_memory=True)
+                    for name, (shape, dtype) in cache.layout.tensors.items()
+                }
                 self._slots.put(_Slot(rows, torch.cuda.Event()))
 
     def prefetch(self, keys: Keys) -> None:

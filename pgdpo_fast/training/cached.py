@@ -75,14 +75,24 @@ def choose_format(config: TrainConfig, format: str = "auto") -> str:
     if format not in FORMATS:
         raise ConfigError(f"format={format!r}: expected auto, {', '.join(FORMATS)}")
     if predictions and format == "errors":
-        raise ConfigError(f"format='errors': objective {config.objective['name']} at training.granularity="
-                          f"{config.training.granularity} needs the reference's predictions; use --format predictions")
+        raise ConfigError(
+            f"format='errors': objective {config.objective['name']} at training.granularity="
+            f"{config.training.granularity} needs the reference's predictions; use --format predictions"
+        )
     return format
 
 
-def cache_reference(config: TrainConfig, output: str | os.PathLike, *, format: str = "auto", rank: int = 0,
-                    world_size: int = 1, local_rank: int = 0, progress: Callable[[int, int], None] | None = None,
-                    resume_command: str = "the same call again") -> ReferenceCache:
+def cache_reference(
+    config: TrainConfig,
+    output: str | os.PathLike,
+    *,
+    format: str = "auto",
+    rank: int = 0,
+    world_size: int = 1,
+    local_rank: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+    resume_command: str = "the same call again",
+) -> ReferenceCache:
     """Run the frozen reference over every (pair, draw) that `config` visits, once, and keep the results in `output`.
 
     Chosen and rejected go through one forward of `pairs_per_step / accumulation` pairs, as in training. Finished work
@@ -105,8 +115,10 @@ def cache_reference(config: TrainConfig, output: str | os.PathLike, *, format: s
         adapter.compile(network)
     blocks, size = reference_visits(config, store.ids), options.pairs_per_step // options.accumulation
     held_out = frozenset(blocks[1].ids) if len(blocks) > 1 else frozenset()
-    stage, evaluation_stage = (Stage(store, config.build_process(), adapter.text_tokens, options.seed, device, strata)
-                               for strata in (max(1, options.draws_per_pair), options.evaluation_draws))
+    stage, evaluation_stage = (
+        Stage(store, config.build_process(), adapter.text_tokens, options.seed, device, strata)
+        for strata in (max(1, options.draws_per_pair), options.evaluation_draws)
+    )
 
     @torch.inference_mode()
     def compute(keys: Sequence[tuple[str, int]]) -> Rows:
@@ -120,12 +132,26 @@ def cache_reference(config: TrainConfig, output: str | os.PathLike, *, format: s
         rows = pack(prediction, batch.target, format, options.granularity, options.backend)
         return {name: values[: len(keys)] for name, values in rows.items()}
 
-    provenance = {"model.path": config.model.path, "model.revision": config.model.revision, "device": str(device),
-                  "store": str(store.path), "attention_backend": config.model.attention_backend,
-                  "compile": config.model.compile}
-    return build_cache(output, fingerprint=fingerprint, blocks=blocks, compute=compute, provenance=provenance,
-                       layout=Layout.of(format, options.granularity, store.shape, config.model.dtype, size),
-                       progress=progress, rank=rank, world_size=world_size, resume_command=resume_command)
+    provenance = {
+        "model.path": config.model.path,
+        "model.revision": config.model.revision,
+        "device": str(device),
+        "store": str(store.path),
+        "attention_backend": config.model.attention_backend,
+        "compile": config.model.compile,
+    }
+    return build_cache(
+        output,
+        fingerprint=fingerprint,
+        blocks=blocks,
+        compute=compute,
+        provenance=provenance,
+        layout=Layout.of(format, options.granularity, store.shape, config.model.dtype, size),
+        progress=progress,
+        rank=rank,
+        world_size=world_size,
+        resume_command=resume_command,
+    )
 
 
 @dataclass
@@ -137,8 +163,9 @@ class CachedReference:
     pairs: int
 
     @classmethod
-    def open(cls, config: TrainConfig, store: LatentStore, adapter: ModelAdapter, network: nn.Module,
-             device: torch.device) -> CachedReference:
+    def open(
+        cls, config: TrainConfig, store: LatentStore, adapter: ModelAdapter, network: nn.Module, device: torch.device
+    ) -> CachedReference:
         """The cache `config.data.reference_cache` for the network as loaded, before adapters and training.
 
         Raises:
@@ -149,12 +176,16 @@ class CachedReference:
         layout, size = cache.layout, options.pairs_per_step // options.accumulation
         if layout.format == "errors":
             if needs_predictions(config.build_objective(), options.granularity):
-                raise DataError(f"{cache.path}: holds errors; objective {config.objective['name']} at "
-                                f"training.granularity={options.granularity} needs the reference's predictions; make a "
-                                "cache in another folder with --format predictions")
+                raise DataError(
+                    f"{cache.path}: holds errors; objective {config.objective['name']} at "
+                    f"training.granularity={options.granularity} needs the reference's predictions; make a "
+                    "cache in another folder with --format predictions"
+                )
             if layout.granularity != options.granularity:
-                raise DataError(f"{cache.path}: training.granularity was {layout.granularity!r}, is now "
-                                f"{options.granularity!r}; set it back, or make a cache for it in another folder")
+                raise DataError(
+                    f"{cache.path}: training.granularity was {layout.granularity!r}, is now "
+                    f"{options.granularity!r}; set it back, or make a cache for it in another folder"
+                )
         return cls(cache, RowStream(cache, device, pairs=size, depth=2 * options.accumulation), size)
 
     def __call__(self, batch: Batch) -> ReferenceErrors | tuple[Tensor, Tensor] | PackedReference:
@@ -169,12 +200,23 @@ class CachedReference:
 
     def cost(self) -> str:
         layout = self.cache.layout
-        kind = {"errors": f"errors per {layout.granularity}", "predictions": "exact predictions",
-                "bf16": "predictions rounded to bf16", "fp8": "predictions rounded to fp8"}[layout.format]
-        other = "" if layout.pairs_per_forward == self.pairs else (
-            f"; made {layout.pairs_per_forward} pairs a forward, this run takes {self.pairs}: equal up to rounding")
-        return (f"cached: no forward and no weights; {len(self.cache)} rows of {kind}, "
-                f"{describe_bytes(self.cache.bytes)} in {self.cache.path}{other}")
+        kind = {
+            "errors": f"errors per {layout.granularity}",
+            "predictions": "exact predictions",
+            "bf16": "predictions rounded to bf16",
+            "fp8": "predictions rounded to fp8",
+        }[layout.format]
+        other = (
+            ""
+            if layout.pairs_per_forward == self.pairs
+            else (
+                f"; made {layout.pairs_per_forward} pairs a forward, this run takes {self.pairs}: equal up to rounding"
+            )
+        )
+        return (
+            f"cached: no forward and no weights; {len(self.cache)} rows of {kind}, "
+            f"{describe_bytes(self.cache.bytes)} in {self.cache.path}{other}"
+        )
 
 
 def _keys(draws: Sequence[Draw]) -> list[tuple[str, int]]:

@@ -148,11 +148,14 @@ class TrainConfig:
         """Every contradiction between values; empty when there is none."""
         training, problems = self.training, []
         if self.reference_mode == "cached" and not self.data.reference_cache:
-            problems.append("model.reference='cached' needs data.reference_cache, a folder written by "
-                            "`pgdpo-fast cache-reference`")
+            problems.append(
+                "model.reference='cached' needs data.reference_cache, a folder written by `pgdpo-fast cache-reference`"
+            )
         elif self.reference_mode != "cached" and self.data.reference_cache:
-            problems.append(f"data.reference_cache is not read with model.reference={self.model.reference!r}; set that "
-                            "to auto or cached, or data.reference_cache to ''")
+            problems.append(
+                f"data.reference_cache is not read with model.reference={self.model.reference!r}; set that "
+                "to auto or cached, or data.reference_cache to ''"
+            )
         for key, value in (("data.store", self.data.store), ("output.dir", self.output.dir)):
             if not value:
                 problems.append(f"{key}: required, e.g. --set {key}=FOLDER")

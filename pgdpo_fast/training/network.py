@@ -24,8 +24,10 @@ def select_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"training.device={name!r}: no CUDA device is visible; use cpu, or check the driver")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"training.device={name!r}: expected an index below {torch.cuda.device_count()}, the "
-                          "number of visible CUDA devices")
+        raise ConfigError(
+            f"training.device={name!r}: expected an index below {torch.cuda.device_count()}, the "
+            "number of visible CUDA devices"
+        )
     return device
 
 

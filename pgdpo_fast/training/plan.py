@@ -88,14 +88,20 @@ class Plan:
         weights = f"{describe_bytes(memory)} of reference weights"
         if self.reuse > 1:
             kept = f" and {weights}" if memory else ""
-            return (f"every draw is used {self.reuse:.1f} times: a cache saves {self.saved(self.reuse)} of this run's "
-                    f"compute{kept}, and the whole pass for every further run on the same draws")
+            return (
+                f"every draw is used {self.reuse:.1f} times: a cache saves {self.saved(self.reuse)} of this run's "
+                f"compute{kept}, and the whole pass for every further run on the same draws"
+            )
         only = f"only memory, {weights}" if memory else "nothing"
         if self.reuse < 1:
-            only += (f", and costs {self.saved(self.reuse).replace('-', '')} of compute ({self.draws} draws are made, "
-                     f"{self.visits:.1f} visited)")
-        return (f"no draw is used twice: in this run alone a cache saves {only}; it pays with training.draws_per_pair "
-                f"well below {self.visits:.1f}, or when further runs use the same draws")
+            only += (
+                f", and costs {self.saved(self.reuse).replace('-', '')} of compute ({self.draws} draws are made, "
+                f"{self.visits:.1f} visited)"
+            )
+        return (
+            f"no draw is used twice: in this run alone a cache saves {only}; it pays with training.draws_per_pair "
+            f"well below {self.visits:.1f}, or when further runs use the same draws"
+        )
 
 
 def make_plan(config: TrainConfig) -> Plan:
@@ -115,19 +121,26 @@ def make_plan(config: TrainConfig) -> Plan:
     lora = config.model.train == "lora"
     copy = weights - trained_size if lora else weights  # adapters are no part of a copy
     rows = sum(block.rows for block in blocks)
-    cache = {name: Layout.of(name, options.granularity, store.shape, config.model.dtype, 1).row_bytes
-             for name in FORMATS}
+    cache = {
+        name: Layout.of(name, options.granularity, store.shape, config.model.dtype, 1).row_bytes for name in FORMATS
+    }
     format, size = choose_format(config), options.pairs_per_step // options.accumulation
     # errors lie on the device as one table; of predictions one batch is used while the next arrives
     resident = rows * cache["errors"] if format == "errors" else 2 * size * cache[format]
     return Plan(
-        pairs=len(blocks[0].ids), held_out=len(blocks[1].ids) if len(blocks) > 1 else 0,
-        visits=options.steps * options.pairs_per_step / len(blocks[0].ids), draws=blocks[0].draws,
+        pairs=len(blocks[0].ids),
+        held_out=len(blocks[1].ids) if len(blocks) > 1 else 0,
+        visits=options.steps * options.pairs_per_step / len(blocks[0].ids),
+        draws=blocks[0].draws,
         evaluation_rows=rows - blocks[0].rows,
-        total=sum(parameter.numel() for parameter in model.parameters()), trained=count,
-        parameters=weights, gradients=4 * count, optimizer=masters + 8 * count,
+        total=sum(parameter.numel() for parameter in model.parameters()),
+        trained=count,
+        parameters=weights,
+        gradients=4 * count,
+        optimizer=masters + 8 * count,
         reference={"cached": resident, **({"adapter-off": 0} if lora else {}), "copy": copy},
-        cache={name: rows * size for name, size in cache.items()}, format=format,
+        cache={name: rows * size for name, size in cache.items()},
+        format=format,
         checkpoint=trained_size + masters + 8 * count,
         share=reference_share(config.model.train, config.model.gradient_checkpointing),
     )

@@ -100,10 +100,17 @@ def _text(value: Any) -> str:
     return f"[{','.join(map(_text, value))}]" if isinstance(value, list) else str(value)
 
 
-def sweep(configs: Mapping[str, TrainConfig], keys: Sequence[str], output: Path, *, devices: Sequence[str] = (),
-          display: str = "auto", note: Callable[[str], None] = print,
-          progress: Callable[[int, int], None] | None = None,
-          resume_command: str = "the same call again") -> list[Outcome]:
+def sweep(
+    configs: Mapping[str, TrainConfig],
+    keys: Sequence[str],
+    output: Path,
+    *,
+    devices: Sequence[str] = (),
+    display: str = "auto",
+    note: Callable[[str], None] = print,
+    progress: Callable[[int, int], None] | None = None,
+    resume_command: str = "the same call again",
+) -> list[Outcome]:
     """Make the caches the runs need, train every configuration, and write `output/sweep.json`.
 
     A run that ends in NonFiniteError or OutOfMemoryError is recorded and the next one begins.
@@ -129,8 +136,10 @@ def sweep(configs: Mapping[str, TrainConfig], keys: Sequence[str], output: Path,
             if devices:
                 representative = _on(representative, devices[0])
             cache = cache_reference(representative, folder, progress=progress)
-            note(f"reference  {len(cache)} rows in {folder} for {[*asked.values()].count(questions)} runs, "
-                 f"{time.perf_counter() - began:.1f} s")
+            note(
+                f"reference  {len(cache)} rows in {folder} for {[*asked.values()].count(questions)} runs, "
+                f"{time.perf_counter() - began:.1f} s"
+            )
         jobs = [_Job(name, config, tuple(keys), caches[asked[name]][0]) for name, config in configs.items()]
         with closing(_spread(jobs, devices, note) if devices else _in_turn(jobs, display, note)) as ended:
             for outcome in ended:
@@ -159,8 +168,11 @@ class _Job:
         from pgdpo_fast.analysis.runs import read_runs
 
         config = self.config
-        cached = replace(config, model=replace(config.model, reference="cached"),
-                         data=replace(config.data, reference_cache=str(self.cache)))
+        cached = replace(
+            config,
+            model=replace(config.model, reference="cached"),
+            data=replace(config.data, reference_cache=str(self.cache)),
+        )
         began, failure, metrics = time.perf_counter(), None, {}
         try:
             train(cached, display=display)
@@ -173,10 +185,23 @@ class _Job:
 
     def ended(self, seconds: float, metrics: dict[str, float], failure: str | None) -> Outcome:
         config = self.config
-        flat = {**config.flat(), **{f"{section}.{key}": value for section in ("objective", "process")
-                                    for key, value in getattr(config, section).items()}}
-        return Outcome(self.name, Path(config.output.dir), {key: flat[key] for key in self.keys}, self.cache, seconds,
-                       metrics, failure)
+        flat = {
+            **config.flat(),
+            **{
+                f"{section}.{key}": value
+                for section in ("objective", "process")
+                for key, value in getattr(config, section).items()
+            },
+        }
+        return Outcome(
+            self.name,
+            Path(config.output.dir),
+            {key: flat[key] for key in self.keys},
+            self.cache,
+            seconds,
+            metrics,
+            failure,
+        )
 
 
 def _in_turn(jobs: Sequence[_Job], display: str, note: Callable[[str], None]) -> Iterator[Outcome]:
@@ -222,8 +247,10 @@ def _spread(jobs: Sequence[_Job], devices: Sequence[str], note: Callable[[str], 
                         result = None
                     process.join()
                     if result is None and not errors:
-                        failure = (f"its process ended with exit code {process.exitcode}; see stderr and "
-                                   f"{Path(job.config.output.dir) / 'log.txt'}")
+                        failure = (
+                            f"its process ended with exit code {process.exitcode}; see stderr and "
+                            f"{Path(job.config.output.dir) / 'log.txt'}"
+                        )
                         result = job.ended(time.perf_counter() - began, {}, failure)
                     if isinstance(result, Outcome):
                         yield result
@@ -233,8 +260,12 @@ def _spread(jobs: Sequence[_Job], devices: Sequence[str], note: Callable[[str], 
                             stop()
                 if stopping() and not errors:
                     folder = Path(jobs[0].config.output.dir).parent
-                    errors.append(Preempted("stopped by SIGTERM, the state of every run saved; resume one with: "
-                                            f"pgdpo-fast train {folder}/RUN/config.yaml"))
+                    errors.append(
+                        Preempted(
+                            "stopped by SIGTERM, the state of every run saved; resume one with: "
+                            f"pgdpo-fast train {folder}/RUN/config.yaml"
+                        )
+                    )
                     stop()
         finally:
             stop()
@@ -263,10 +294,18 @@ def _questions(config: TrainConfig) -> str:
     model, options = config.to_mapping()["model"], config.training
     for key in ("train", "lora", "reference", "gradient_checkpointing"):
         del model[key]
-    asked = [model, config.data.store, config.data.evaluation_pairs, dict(config.process), options.seed,
-             max(1, options.draws_per_pair), options.evaluation_draws * bool(config.data.evaluation_pairs),
-             options.pairs_per_step // options.accumulation, choose_format(config),
-             options.granularity * (choose_format(config) == "errors")]
+    asked = [
+        model,
+        config.data.store,
+        config.data.evaluation_pairs,
+        dict(config.process),
+        options.seed,
+        max(1, options.draws_per_pair),
+        options.evaluation_draws * bool(config.data.evaluation_pairs),
+        options.pairs_per_step // options.accumulation,
+        choose_format(config),
+        options.granularity * (choose_format(config) == "errors"),
+    ]
     return sha256_bytes(canonical_json(asked).encode())[:8]
 
 
