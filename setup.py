@@ -1,4 +1,5 @@
-"""All is declared in pyproject.toml, but for the native CPU library that PGDPO_FAST_BUILD_NATIVE=1 adds to a wheel.
+"""All is declared in pyproject.toml, but for two things: a wheel takes of `bench/` only what `pgdpo-fast bench` runs,
+and PGDPO_FAST_BUILD_NATIVE=1 adds the native CPU library to it.
 
 Such a wheel fits one platform and any Python: the library uses LibTorch's stable ABI and picks its instruction set when
 it is loaded. Building it needs a C++ compiler and torch, which is then fetched into pip's build environment.
@@ -12,8 +13,18 @@ from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
+BENCH_MODULES = ("__init__", "contenders", "harness", "report", "shapes", "table")
 
-class BuildPyAndNative(build_py):
+
+class BuildPy(build_py):
+    """Without the scripts and tests of `bench/`, which run from a clone."""
+
+    def find_package_modules(self, package, package_dir):
+        found = super().find_package_modules(package, package_dir)
+        return [item for item in found if package != "pgdpo_fast.bench" or item[1] in BENCH_MODULES]
+
+
+class BuildPyAndNative(BuildPy):
     def run(self):
         super().run()
         if self.editable_mode:
@@ -43,4 +54,4 @@ if os.environ.get("PGDPO_FAST_BUILD_NATIVE") == "1":
         setup_requires=["torch>=2.11"],
     )
 else:
-    setup()
+    setup(cmdclass={"build_py": BuildPy})

@@ -154,8 +154,8 @@ def step(folder: Path, steps: int = 10) -> list[dict]:
     from pgdpo_fast.data.encode import encode_manifest
     from pgdpo_fast.data.synthetic import render_pairs
     from pgdpo_fast.data.text import HashTextEncoder
-    from pgdpo_fast.training.cached import cache_reference
     from pgdpo_fast.training.config import TrainConfig
+    from pgdpo_fast.training.reference_pass import cache_reference
 
     manifest = render_pairs(folder / "clips", pairs=8, seed=0, frames=3, height=64, width=64)
     encode_manifest(

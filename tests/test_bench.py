@@ -3,7 +3,6 @@ measured, and the one GPU command runs end to end on a CPU, survives what its se
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -14,14 +13,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pgdpo_fast.bench import (
+    contenders,
+    correctness,
+    experiments,
+    gpu,
+    harness,
+    report,
+    sections,
+    shapes,
+    table,
+)
 
-from pgdpo_fast.cli.bench import Bench, _load
+from pgdpo_fast.cli.bench import Bench
 from pgdpo_fast.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parent.parent
-bench = _load()
-from bench import contenders, correctness, experiments, gpu, harness, report, sections, shapes, table  # noqa: E402
-
 CPU = torch.device("cpu")
 SMALL = shapes.Case(shapes.SMALL_SHAPES[1], 2)
 EAGER, RECIPE = (next(c for c in contenders.CONTENDERS if c.name == name) for name in ("eager", "diffusion-dpo"))
@@ -191,9 +198,9 @@ def test_default_cases_cover_the_shapes_and_batches():
 
 
 def test_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench.table, "QUICK", (SMALL,))
+    monkeypatch.setattr(table, "QUICK", (SMALL,))
     monkeypatch.setattr(
-        bench.table,
+        table,
         "measure",
         lambda case, device, **options: harness.measure(case, device, contenders=(EAGER, RECIPE), **options),
     )
@@ -397,13 +404,3 @@ def test_the_command_leaves_the_clone_off_the_path(tmp_path):
     kernels, harness_, where = out.stdout.split()
     assert where == str(ROOT / "kernels" / "__init__.py") and harness_ == "None"
     assert kernels == "None" or str(ROOT) not in kernels
-
-
-def test_without_a_clone_the_command_says_what_to_do(tmp_path, monkeypatch):
-    import pgdpo_fast
-
-    monkeypatch.setattr(pgdpo_fast, "__file__", str(tmp_path / "site" / "pgdpo_fast" / "__init__.py"))
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="clone"):
-        _load()
-    assert importlib.util.find_spec("bench.harness")  # the one loaded before stays usable

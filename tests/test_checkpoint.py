@@ -264,7 +264,7 @@ def test_a_run_directory_is_never_overwritten_unasked(finished):
 
 
 def test_two_processes_cannot_write_one_run(finished):
-    from pgdpo_fast.data.shards import exclusive_lock
+    from pgdpo_fast.storage import exclusive_lock
 
     config, run_dir = finished
     with exclusive_lock(run_dir), pytest.raises(DataError, match="another process"):

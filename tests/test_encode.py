@@ -18,11 +18,11 @@ from pgdpo_fast.data.codec import PixelUnshuffleCodec, codec_from_name
 from pgdpo_fast.data.encode import encode_manifest
 from pgdpo_fast.data.latent_store import LatentStore
 from pgdpo_fast.data.manifest import read_manifest
-from pgdpo_fast.data.shards import open_shard, read_json, write_json, write_shard
 from pgdpo_fast.data.synthetic import render_pairs
 from pgdpo_fast.data.text import HashTextEncoder, TransformersTextEncoder, pad_text, text_encoder_from_name
 from pgdpo_fast.data.video import read_video
 from pgdpo_fast.errors import ConfigError, DataError, Preempted
+from pgdpo_fast.storage import open_shard, read_json, write_json, write_shard
 
 
 def video_of(frames, height, width, seed=0):
@@ -511,7 +511,7 @@ def test_killed_at_any_write_and_resumed_equals_never_killed(manifest, store, tm
 
 
 def test_two_writers_never_share_a_store(manifest, tmp_path):
-    from pgdpo_fast.data.shards import exclusive_lock
+    from pgdpo_fast.storage import exclusive_lock
 
     with exclusive_lock(tmp_path / "s"), pytest.raises(DataError, match="another process is writing"):
         encode(manifest, tmp_path / "s")

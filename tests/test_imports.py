@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "pgdpo_fast"
 FLOORS = {
     "cli": 6,
+    "bench": 6,
     "training": 5,
     "analysis": 5,
     "curation": 5,
@@ -29,6 +30,9 @@ FLOORS = {
     "_csrc": 1,
     "objectives": 0,
     "diffusion": 0,
+    "storage": 0,
+    "preemption": 0,
+    "options": 0,
     "errors": 0,
 }
 OPTIONAL = (
@@ -178,14 +182,15 @@ def test_rooms_import_only_from_their_own_and_lower_floors():
 
 
 def test_the_lower_floors_import_nothing_but_torch_and_triton():
-    """Floors 0 to 3 name no third-party module but torch, and triton in the kernels and their launchers."""
+    """Floors 0 to 3 name no third-party module but torch, triton in the kernels and their launchers, and the format of
+    the files in storage."""
     foreign = []
     for path in sources():
         here = room(dotted(path))
         if FLOORS.get(here, 0) > 3:
             continue
         allowed = {"torch", "pgdpo_fast", *sys.stdlib_module_names}
-        allowed |= {"triton"} if here in ("kernels", "backends") else set()
+        allowed |= {"triton"} if here in ("kernels", "backends") else {"safetensors"} if here == "storage" else set()
         foreign += [
             f"{path.relative_to(ROOT)}:{line} imports {name}"
             for line, name in imported(path)
@@ -231,7 +236,7 @@ print(pgdpo_fast.kernels.__name__)
 def wheel(tmp_path_factory):
     """The wheel of this checkout, built beside it so that no build folder is left in the tree."""
     tree = tmp_path_factory.mktemp("tree")
-    for name in ("pgdpo_fast", "kernels", "csrc"):
+    for name in ("pgdpo_fast", "kernels", "csrc", "bench"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
@@ -276,3 +281,24 @@ def test_a_wheel_holds_the_whole_package_and_nothing_beside_it(wheel, tmp_path):
         str(site / "pgdpo_fast" / "__init__.py"),
         str(site / "pgdpo_fast" / "kernels" / "__init__.py"),
     ]
+
+
+def test_the_benchmark_runs_from_a_wheel(wheel, tmp_path):
+    """`pgdpo-fast bench` outside any clone: its modules are there, its scripts and tests are not."""
+    with zipfile.ZipFile(wheel) as archive:
+        held = {Path(name).stem for name in archive.namelist() if name.startswith("pgdpo_fast/bench/")}
+        archive.extractall(tmp_path / "site")
+    assert held == {"__init__", "contenders", "harness", "report", "shapes", "table"}
+    python(
+        """
+from pgdpo_fast.bench import contenders, harness, shapes, table
+from pgdpo_fast.cli.bench import Bench
+table.QUICK = (shapes.Case(shapes.SMALL_SHAPES[1], 1),)
+eager = tuple(c for c in contenders.CONTENDERS if c.name == "eager")
+table.measure = lambda case, device, **options: harness.measure(case, device, contenders=eager, **options)
+Bench(quick=True, seconds=0.01, seed=1, device="cpu").run()
+""",
+        cwd=tmp_path,
+        PYTHONPATH=str(tmp_path / "site"),
+    )
+    assert [path.name for path in (tmp_path / "bench-results").glob("*/quick.json")] == ["quick.json"]

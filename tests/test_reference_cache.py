@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import pgdpo_fast as pf
-from pgdpo_fast.data import shards
+from pgdpo_fast import storage
 from pgdpo_fast.diffusion import DDPM, FlowMatching
 from pgdpo_fast.errors import DataError, NonFiniteError, Preempted
 from pgdpo_fast.reference.build import build_cache
@@ -44,7 +44,7 @@ def predictions(keys):
 
 
 def hash_of(*parts):
-    return int(shards.sha256_bytes(repr(parts).encode())[:8], 16)
+    return int(storage.sha256_bytes(repr(parts).encode())[:8], 16)
 
 
 def compute_rows(keys, format="fp8", granularity="sample"):
@@ -437,7 +437,7 @@ def test_a_disk_that_fills_up_leaves_nothing_wrong(tmp_path, monkeypatch, fails_
 
 
 def test_a_disk_too_small_is_said_before_the_first_forward(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards.shutil, "disk_usage", lambda path: shards.shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: storage.shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(DataError, match=r"the reference cache \(25 rows of 1040 bytes\) needs"):
         make(tmp_path / "cache", compute=lambda keys: pytest.fail("computed"))
 

@@ -16,9 +16,9 @@ from pgdpo_fast.cli import main
 from pgdpo_fast.errors import ConfigError, DataError
 from pgdpo_fast.reference.cache import ReferenceCache
 from pgdpo_fast.training.batches import PairOrder
-from pgdpo_fast.training.cached import cache_reference, reference_visits
 from pgdpo_fast.training.config import TrainConfig, load_config
 from pgdpo_fast.training.plan import make_plan, reference_share, saved_share
+from pgdpo_fast.training.reference_pass import cache_reference, reference_visits
 from pgdpo_fast.training.trainer import train
 
 CLOCK = ("time", "step_seconds", "data_wait_seconds", "peak_memory_gib")

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from pgdpo_fast.analysis.runs import Row, RunRecord, finite, read_rows
-from pgdpo_fast.data.shards import atomic_file
 from pgdpo_fast.errors import ConfigError
 from pgdpo_fast.loss import paired_errors, preference_loss
 from pgdpo_fast.objectives import DPO, Objective
+from pgdpo_fast.storage import atomic_file
 
 __all__ = ["AdvantageProbe", "Outcome", "OneStepAdvantage", "one_step_advantage", "outcome", "timestep_table"]
 

@@ -23,8 +23,8 @@ from pgdpo_fast import __version__
 from pgdpo_fast.analysis.displacement import Outcome, outcome
 from pgdpo_fast.analysis.figures import charts, join_words, power_of_ten, unit
 from pgdpo_fast.analysis.runs import RunRecord, read_runs
-from pgdpo_fast.data.shards import atomic_file
 from pgdpo_fast.data.video import write_video
+from pgdpo_fast.storage import atomic_file
 
 __all__ = ["Clip", "ClipRow", "Report", "render_report"]
 

@@ -1,7 +1,6 @@
 """`pgdpo-fast bench`: how fast the fused loss is on this machine, against eager torch and torch.compile.
 
-The benchmarks live in the repository's `bench/` folder, which a wheel does not carry; this command loads them from the
-clone it runs in.
+What it times and how stands in the repository's `bench/` folder, installed as `pgdpo_fast.bench`.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ class Bench:
     compare: Path | None = None
     """An earlier results file to set the new figures against."""
     out: Path | None = None
-    """Folder of the results; bench/results/<device> of the clone by default."""
+    """Folder of the results; by default bench/results/<device> in a clone, else bench-results/<device> here."""
 
     def run(self) -> None:
         import json
@@ -59,9 +58,9 @@ class Bench:
 
         import torch
 
+        from pgdpo_fast.bench import harness, report, table
         from pgdpo_fast.errors import ConfigError, DataError
 
-        bench = _load()
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"--device {self.device}: expected auto, cpu or cuda")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -79,9 +78,9 @@ class Bench:
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise DataError(f"--compare {self.compare}: expected results of this command ({error!r})") from error
         cases = (
-            bench.table.QUICK
+            table.QUICK
             if self.quick
-            else bench.table.cases(self.shapes, self.batch, self.granularity, self.reference_form, dtypes=self.dtype)
+            else table.cases(self.shapes, self.batch, self.granularity, self.reference_form, dtypes=self.dtype)
         )
         if not cases:
             raise ConfigError(
@@ -89,43 +88,14 @@ class Bench:
             )
         seed = secrets.randbelow(2**31) if self.seed is None else self.seed
         with _progress() as progress:
-            result = bench.table.run(
-                cases, device, seed=seed, budget=bench.harness.Budget(self.seconds), progress=progress
-            )
-        changes = None if previous is None else bench.report.compare(previous, result)
-        bench.report.show(result, changes)
-        print(bench.report.summary(result))
-        folder = self.out or Path(bench.__file__).parent / "results" / result["environment"]["slug"]
-        for path in bench.report.write(result, folder, "quick" if self.quick else "loss", changes):
+            result = table.run(cases, device, seed=seed, budget=harness.Budget(self.seconds), progress=progress)
+        changes = None if previous is None else report.compare(previous, result)
+        report.show(result, changes)
+        print(report.summary(result))
+        kept = Path(table.__file__).parent / "results"  # a clone's; a wheel has none
+        folder = self.out or (kept if kept.is_dir() else Path("bench-results")) / result["environment"]["slug"]
+        for path in report.write(result, folder, "quick" if self.quick else "loss", changes):
             print(f"wrote {path}")
-
-
-def _load():
-    """The repository's bench package with the modules this command uses. Its folder never enters `sys.path`: next to it
-    lies `kernels/`, which would shadow the package of that name."""
-    import importlib
-    import importlib.util
-    import sys
-
-    import pgdpo_fast
-    from pgdpo_fast.errors import ConfigError
-
-    root = Path(pgdpo_fast.__file__).resolve().parent.parent
-    folder = next((base / "bench" for base in (root, Path.cwd()) if (base / "bench" / "harness.py").is_file()), None)
-    if folder is None:
-        raise ConfigError(
-            f"no bench/ folder in {root} or {Path.cwd()}: benchmarks run from a clone; clone the "
-            f"repository, change into it and run `pgdpo-fast bench` there"
-        )
-    if "bench" not in sys.modules:
-        spec = importlib.util.spec_from_file_location(
-            "bench", folder / "__init__.py", submodule_search_locations=[str(folder)]
-        )
-        sys.modules["bench"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["bench"])
-    for name in ("harness", "report", "table"):
-        importlib.import_module(f"bench.{name}")
-    return sys.modules["bench"]
 
 
 def _progress():

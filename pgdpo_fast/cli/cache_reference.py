@@ -49,10 +49,10 @@ class CacheReference:
         from rich.console import Console
 
         from pgdpo_fast.cli.progress import rows_progress
-        from pgdpo_fast.data.shards import describe_bytes
         from pgdpo_fast.errors import ConfigError
-        from pgdpo_fast.training.cached import cache_reference
+        from pgdpo_fast.storage import describe_bytes
         from pgdpo_fast.training.config import load_config
+        from pgdpo_fast.training.reference_pass import cache_reference
 
         overrides = [override for group in self.set for override in group]
         overrides += [] if self.draws is None else [f"training.draws_per_pair={self.draws}"]

@@ -26,7 +26,6 @@ from pgdpo_fast.analysis.sampling import sample
 from pgdpo_fast.data.codec import PixelUnshuffleCodec
 from pgdpo_fast.data.encode import encode_manifest
 from pgdpo_fast.data.latent_store import LatentStore
-from pgdpo_fast.data.shards import describe_bytes, read_json, write_json
 from pgdpo_fast.data.synthetic import Scene, render_pairs
 from pgdpo_fast.data.text import HashTextEncoder
 from pgdpo_fast.diffusion import FlowMatching
@@ -34,9 +33,10 @@ from pgdpo_fast.errors import ConfigError, DataError
 from pgdpo_fast.loss import paired_errors
 from pgdpo_fast.models import ModelConfig, adapter_from_config
 from pgdpo_fast.reference.cache import ReferenceCache
+from pgdpo_fast.storage import describe_bytes, read_json, write_json
 from pgdpo_fast.training.batches import PairOrder, Stage, hold_out
-from pgdpo_fast.training.cached import cache_reference
 from pgdpo_fast.training.config import TrainConfig
+from pgdpo_fast.training.reference_pass import cache_reference
 from pgdpo_fast.training.trainer import train
 
 __all__ = ["METHODS", "Plan", "discard", "run_demo"]

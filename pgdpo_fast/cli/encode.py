@@ -83,8 +83,8 @@ class Encode:
         from pgdpo_fast.cli.progress import rows_progress
         from pgdpo_fast.data.encode import encode_manifest
         from pgdpo_fast.data.manifest import Manifest, read_manifest, used_dropped_table
-        from pgdpo_fast.data.shards import describe_bytes
         from pgdpo_fast.errors import ConfigError
+        from pgdpo_fast.storage import describe_bytes
 
         console = Console(stderr=True)
         frames, height, width, fps, text_name = (

@@ -46,7 +46,7 @@ def _show(plan, config) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from pgdpo_fast.data.shards import describe_bytes as size
+    from pgdpo_fast.storage import describe_bytes as size
 
     console, options, mode = Console(highlight=False), config.training, config.reference_mode
     console.print(

@@ -24,8 +24,11 @@ from pgdpo_fast import __version__
 from pgdpo_fast.data.codec import Codec, dtype_from_name
 from pgdpo_fast.data.latent_store import INDEX_FILE, SCHEMA, STORE_FILE, LatentStore
 from pgdpo_fast.data.manifest import Manifest, Pair, read_manifest
-from pgdpo_fast.data.preemption import sigterm_watch
-from pgdpo_fast.data.shards import (
+from pgdpo_fast.data.text import TextEncoder
+from pgdpo_fast.data.video import decoder_fingerprint, read_video
+from pgdpo_fast.errors import DataError, Preempted
+from pgdpo_fast.preemption import sigterm_watch
+from pgdpo_fast.storage import (
     Shard,
     atomic_file,
     canonical_json,
@@ -38,9 +41,6 @@ from pgdpo_fast.data.shards import (
     write_json,
     write_shard,
 )
-from pgdpo_fast.data.text import TextEncoder
-from pgdpo_fast.data.video import decoder_fingerprint, read_video
-from pgdpo_fast.errors import DataError, Preempted
 
 __all__ = ["ClipRule", "encode_manifest"]
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from pgdpo_fast.data.manifest import Dropped
-from pgdpo_fast.data.shards import Shard, canonical_json, check_size, open_shard, read_json, sha256_bytes, verified
 from pgdpo_fast.errors import DataError
+from pgdpo_fast.storage import Shard, canonical_json, check_size, open_shard, read_json, sha256_bytes, verified
 
 __all__ = ["SCHEMA", "Example", "LatentStore"]
 

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pgdpo_fast.data.shards import atomic_file
 from pgdpo_fast.errors import ConfigError, DataError
+from pgdpo_fast.storage import atomic_file
 
 __all__ = [
     "CRITERIA",

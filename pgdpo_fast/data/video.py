@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from pgdpo_fast.data.shards import atomic_file
 from pgdpo_fast.errors import ConfigError, DataError
+from pgdpo_fast.storage import atomic_file
 
 __all__ = ["RULES_VERSION", "VideoInfo", "decoder_fingerprint", "probe_video", "read_video", "resample", "write_video"]
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import torch
 
-from pgdpo_fast.diffusion._options import integer
 from pgdpo_fast.diffusion.timesteps import stratify
 from pgdpo_fast.errors import ConfigError
+from pgdpo_fast.options import integer
 
 __all__ = ["draw_key", "draw_noise", "draw_uniform", "philox4x32"]
 

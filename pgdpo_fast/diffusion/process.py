@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-from pgdpo_fast.diffusion._options import build, choice, flag, integer, real
 from pgdpo_fast.diffusion.timesteps import TimestepSampler, as_sampler, shift_time
 from pgdpo_fast.errors import ConfigError
+from pgdpo_fast.options import build, choice, flag, integer, real
 
 __all__ = ["DDPM", "PROCESSES", "DiffusionProcess", "FlowMatching", "process_from_name"]
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from pgdpo_fast.diffusion._options import build, real
 from pgdpo_fast.errors import ConfigError
+from pgdpo_fast.options import build, real
 
 __all__ = [
     "SAMPLERS",

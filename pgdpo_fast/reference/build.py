@@ -20,18 +20,8 @@ from typing import Any
 import torch
 
 from pgdpo_fast import __version__
-from pgdpo_fast.data.preemption import sigterm_watch
-from pgdpo_fast.data.shards import (
-    Shard,
-    canonical_json,
-    check_disk,
-    exclusive_lock,
-    sha256_bytes,
-    sha256_file,
-    write_json,
-    write_shard,
-)
 from pgdpo_fast.errors import DataError, Preempted
+from pgdpo_fast.preemption import sigterm_watch
 from pgdpo_fast.reference.cache import (
     CACHE_FILE,
     INDEX_FILE,
@@ -45,6 +35,16 @@ from pgdpo_fast.reference.cache import (
 )
 from pgdpo_fast.reference.fingerprint import check_equal
 from pgdpo_fast.reference.rows import Rows, check_finite
+from pgdpo_fast.storage import (
+    Shard,
+    canonical_json,
+    check_disk,
+    exclusive_lock,
+    sha256_bytes,
+    sha256_file,
+    write_json,
+    write_shard,
+)
 
 __all__ = ["build_cache"]
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from pgdpo_fast.data.shards import Shard, check_size, open_shard, read_json, verified
 from pgdpo_fast.errors import DataError
 from pgdpo_fast.reference.fingerprint import check_equal
 from pgdpo_fast.reference.rows import Rows, as_reference, gather, row_tensors
+from pgdpo_fast.storage import Shard, check_size, open_shard, read_json, verified
 
 __all__ = ["SCHEMA", "Block", "Layout", "ReferenceCache"]
 

@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import nn
 
-from pgdpo_fast.data.shards import canonical_json, sha256_bytes
 from pgdpo_fast.errors import DataError
+from pgdpo_fast.storage import canonical_json, sha256_bytes
 
 __all__ = ["architecture_digest", "check_equal", "weights_digest"]
 

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from pgdpo_fast.data.shards import (
+from pgdpo_fast.errors import ConfigError, DataError
+from pgdpo_fast.models import ModelAdapter
+from pgdpo_fast.storage import (
     Shard,
     check_disk,
     describe_bytes,
@@ -28,8 +30,6 @@ from pgdpo_fast.data.shards import (
     write_json,
     write_shard,
 )
-from pgdpo_fast.errors import ConfigError, DataError
-from pgdpo_fast.models import ModelAdapter
 from pgdpo_fast.training.optimizer import MasterAdamW
 
 __all__ = ["check_checkpoint", "check_space", "find_checkpoint", "load_checkpoint", "rehearse", "save_checkpoint"]

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pgdpo_fast.data.shards import atomic_file
 from pgdpo_fast.errors import NonFiniteError
 from pgdpo_fast.loss import PreferenceLossOutput
+from pgdpo_fast.storage import atomic_file
 from pgdpo_fast.training.batches import Batch, Draw
 
 __all__ = ["PAIR_FIELDS", "Measured", "check_finite", "on_device", "timestep_bins", "to_row"]

@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pgdpo_fast.data.latent_store import LatentStore
-from pgdpo_fast.data.shards import describe_bytes
 from pgdpo_fast.models import adapter_from_config
 from pgdpo_fast.reference.cache import Layout
 from pgdpo_fast.reference.rows import FORMATS
-from pgdpo_fast.training.cached import choose_format, reference_visits
+from pgdpo_fast.storage import describe_bytes
 from pgdpo_fast.training.config import TrainConfig
+from pgdpo_fast.training.reference_pass import choose_format, reference_visits
 
 __all__ = ["Plan", "make_plan", "reference_share", "saved_share"]
 

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from pgdpo_fast.data.latent_store import LatentStore
-from pgdpo_fast.data.shards import atomic_file
 from pgdpo_fast.errors import ConfigError
 from pgdpo_fast.loss import ReferenceErrors
 from pgdpo_fast.models import ModelAdapter
 from pgdpo_fast.objectives import Objective
+from pgdpo_fast.storage import atomic_file
 from pgdpo_fast.training import checkpoint
 from pgdpo_fast.training.batches import Batch, Draw, PairOrder, Stage, hold_out
-from pgdpo_fast.training.cached import CachedReference
+from pgdpo_fast.training.cached_reference import CachedReference
 from pgdpo_fast.training.config import TrainConfig
 from pgdpo_fast.training.network import open_network, select_device
 from pgdpo_fast.training.optimizer import MasterAdamW

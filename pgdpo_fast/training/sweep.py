@@ -23,12 +23,12 @@ from typing import Any
 import torch
 
 from pgdpo_fast.data.latent_store import LatentStore
-from pgdpo_fast.data.preemption import sigterm_watch
-from pgdpo_fast.data.shards import canonical_json, sha256_bytes, write_json
 from pgdpo_fast.errors import ConfigError, NonFiniteError, OutOfMemoryError, PgdpoError, Preempted
-from pgdpo_fast.training.cached import cache_reference, choose_format, reference_visits
+from pgdpo_fast.preemption import sigterm_watch
+from pgdpo_fast.storage import canonical_json, sha256_bytes, write_json
 from pgdpo_fast.training.config import TrainConfig, load_config
 from pgdpo_fast.training.network import select_device
+from pgdpo_fast.training.reference_pass import cache_reference, choose_format, reference_visits
 from pgdpo_fast.training.trainer import train
 
 __all__ = ["Outcome", "expand", "sweep"]

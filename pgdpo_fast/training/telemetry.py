@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from pgdpo_fast.data.shards import atomic_file
+from pgdpo_fast.storage import atomic_file
 
 __all__ = ["Display", "MetricsFile", "PreferenceHealth", "RunLog", "TensorBoard", "open_display"]
 

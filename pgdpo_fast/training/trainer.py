@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from pgdpo_fast.data.preemption import sigterm_watch
-from pgdpo_fast.data.shards import exclusive_lock
 from pgdpo_fast.errors import DataError, OutOfMemoryError, PgdpoError, Preempted
 from pgdpo_fast.loss import ReferenceErrors, preference_loss
+from pgdpo_fast.preemption import sigterm_watch
+from pgdpo_fast.storage import exclusive_lock
 from pgdpo_fast.training import checkpoint, measure
 from pgdpo_fast.training.config import TrainConfig
 from pgdpo_fast.training.run import Run

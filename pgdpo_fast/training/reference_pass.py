@@ -1,37 +1,32 @@
-"""The reference of a run read from a cache: what a configuration asks of the reference, the pass that computes it once,
-and the provider that hands the rows to the loop.
+"""The pass that runs the frozen reference once over all a configuration will ask of it, and keeps the rows in a cache.
 
-A run with a cache and one that runs the reference itself see the same numbers: same draws, same number of pairs in a
-forward, same kernel for the errors.
+Same draws, same number of pairs per forward and same kernel for the errors as in a run that asks the reference itself,
+so that both see the same numbers.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pgdpo_fast.data.latent_store import LatentStore
-from pgdpo_fast.data.shards import describe_bytes
-from pgdpo_fast.errors import ConfigError, DataError
-from pgdpo_fast.loss import PackedReference, ReferenceErrors
+from pgdpo_fast.errors import ConfigError
 from pgdpo_fast.models import ModelAdapter
 from pgdpo_fast.reference.build import build_cache
 from pgdpo_fast.reference.cache import Block, Layout, ReferenceCache
 from pgdpo_fast.reference.fingerprint import architecture_digest, weights_digest
 from pgdpo_fast.reference.rows import FORMATS, Rows, pack
-from pgdpo_fast.reference.stream import RowStream
-from pgdpo_fast.training.batches import Batch, Draw, Stage, hold_out
+from pgdpo_fast.training.batches import Draw, Stage, hold_out
 from pgdpo_fast.training.config import TrainConfig
 from pgdpo_fast.training.network import open_network, select_device
 from pgdpo_fast.training.reference import needs_predictions
 
-__all__ = ["CachedReference", "cache_reference", "reference_visits"]
+__all__ = ["cache_reference", "choose_format", "reference_fingerprint", "reference_visits"]
 
 
 def reference_visits(config: TrainConfig, ids: Sequence[str]) -> list[Block]:
@@ -43,7 +38,9 @@ def reference_visits(config: TrainConfig, ids: Sequence[str]) -> list[Block]:
     return blocks + [Block(tuple(held_out), options.evaluation_draws)] * bool(held_out)
 
 
-def _fingerprint(config: TrainConfig, store: LatentStore, adapter: ModelAdapter, network: nn.Module) -> dict[str, Any]:
+def reference_fingerprint(
+    config: TrainConfig, store: LatentStore, adapter: ModelAdapter, network: nn.Module
+) -> dict[str, Any]:
     """Everything the rows depend on, from a network as loaded: without adapters, before any training."""
     options, held_out = config.training, config.data.evaluation_pairs
     return {
@@ -109,7 +106,7 @@ def cache_reference(
         device = torch.device("cuda", local_rank)
     store = LatentStore(config.data.store)
     adapter, network = open_network(config, store, device)
-    fingerprint = _fingerprint(config, store, adapter, network)
+    fingerprint = reference_fingerprint(config, store, adapter, network)
     network.eval()
     if config.model.compile:
         adapter.compile(network)
@@ -152,72 +149,3 @@ def cache_reference(
         world_size=world_size,
         resume_command=resume_command,
     )
-
-
-@dataclass
-class CachedReference:
-    """Rows of a cache as the reference of a run: no forward, no weights."""
-
-    cache: ReferenceCache
-    stream: RowStream
-    pairs: int
-
-    @classmethod
-    def open(
-        cls, config: TrainConfig, store: LatentStore, adapter: ModelAdapter, network: nn.Module, device: torch.device
-    ) -> CachedReference:
-        """The cache `config.data.reference_cache` for the network as loaded, before adapters and training.
-
-        Raises:
-            DataError: it was made for something else (naming every field), does not cover the run, or is damaged.
-        """
-        cache, options = ReferenceCache(config.data.reference_cache), config.training
-        cache.require(_fingerprint(config, store, adapter, network), reference_visits(config, store.ids)[0].draws)
-        layout, size = cache.layout, options.pairs_per_step // options.accumulation
-        if layout.format == "errors":
-            if needs_predictions(config.build_objective(), options.granularity):
-                raise DataError(
-                    f"{cache.path}: holds errors; objective {config.objective['name']} at "
-                    f"training.granularity={options.granularity} needs the reference's predictions; make a "
-                    "cache in another folder with --format predictions"
-                )
-            if layout.granularity != options.granularity:
-                raise DataError(
-                    f"{cache.path}: training.granularity was {layout.granularity!r}, is now "
-                    f"{options.granularity!r}; set it back, or make a cache for it in another folder"
-                )
-        return cls(cache, RowStream(cache, device, pairs=size, depth=2 * options.accumulation), size)
-
-    def __call__(self, batch: Batch) -> ReferenceErrors | tuple[Tensor, Tensor] | PackedReference:
-        return self.stream.take(_keys(batch.draws))
-
-    @property
-    def networks(self) -> tuple[nn.Module, ...]:
-        return ()
-
-    def prefetch(self, draws: Sequence[Draw]) -> None:
-        self.stream.prefetch(_keys(draws))
-
-    def cost(self) -> str:
-        layout = self.cache.layout
-        kind = {
-            "errors": f"errors per {layout.granularity}",
-            "predictions": "exact predictions",
-            "bf16": "predictions rounded to bf16",
-            "fp8": "predictions rounded to fp8",
-        }[layout.format]
-        other = (
-            ""
-            if layout.pairs_per_forward == self.pairs
-            else (
-                f"; made {layout.pairs_per_forward} pairs a forward, this run takes {self.pairs}: equal up to rounding"
-            )
-        )
-        return (
-            f"cached: no forward and no weights; {len(self.cache)} rows of {kind}, "
-            f"{describe_bytes(self.cache.bytes)} in {self.cache.path}{other}"
-        )
-
-
-def _keys(draws: Sequence[Draw]) -> list[tuple[str, int]]:
-    return [(draw.id, draw.draw) for draw in draws]
