@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import re
 from xml.etree import ElementTree
 
@@ -11,9 +12,10 @@ from torch import nn
 
 import pgdpo_fast as pf
 from pgdpo_fast.analysis.displacement import AdvantageProbe, one_step_advantage, outcome, timestep_table
-from pgdpo_fast.analysis.report import Clip, ClipRow, headline, render_report
+from pgdpo_fast.analysis.report import Clip, ClipRow, render_report, sentence
 from pgdpo_fast.analysis.runs import read_rows, read_runs
 from pgdpo_fast.analysis.sampling import sample, sampling_times
+from pgdpo_fast.analysis.verdict import FEWEST_PAIRS, KINDS, Verdict, headline, judge
 from pgdpo_fast.cli import main
 from pgdpo_fast.data.video import read_video
 from pgdpo_fast.diffusion import DDPM, FlowMatching
@@ -103,23 +105,24 @@ def test_a_resumed_run_rewrites_the_probes_it_makes_again(tiny_config):
 # -- runs and outcomes
 
 
-def write_run(folder, *, name="dpo", chosen=0.0, margin=0.0, spread=1e-3, steps=30, evaluated=True, **objective):
+def write_run(folder, *, name="dpo", chosen=0.0, margin=0.0, spread=1e-3, steps=30, evaluated=True, pairs=8,
+              **objective):  # fmt: skip
     """A run whose rewards move linearly to `chosen` and `margin`, its pairs scattering by `spread`."""
     folder.mkdir(parents=True)
-    weights = {"name": name, "beta": 100.0, **objective}
+    weights, count = {"name": name, "beta": 100.0, **objective}, pairs
     (folder / "config.yaml").write_text(json.dumps({"objective": weights, "training": {"seed": 0, "steps": steps}}))
 
     def row(step):
-        scatter = [spread * (-1) ** pair for pair in range(8)]
+        scatter = [spread * (-1) ** pair for pair in range(count)]
         share = step / steps
         pairs = {
-            "id": [f"pair {pair}" for pair in range(8)],
+            "id": [f"pair {pair}" for pair in range(count)],
             "chosen": [chosen * share + value for value in scatter],
             "rejected": [(chosen - margin) * share for _ in scatter],
             "margin": [margin * share + value for value in scatter],
-            "alpha": [1.0 if name == "dpo" else 0.5 + 0.04 * pair for pair in range(8)],
-            "gamma": [1.0 if name == "dpo" else 0.5 - 0.04 * pair for pair in range(8)],
-            "timestep": [124.9 * (pair + 1) for pair in range(8)],
+            "alpha": [1.0 if name == "dpo" else 0.5 + 0.04 * pair for pair in range(count)],
+            "gamma": [1.0 if name == "dpo" else 0.5 - 0.04 * pair for pair in range(count)],
+            "timestep": [124.9 * (pair + 1) for pair in range(count)],
         }
         return {
             "step": step, "loss": 0.69 - 0.1 * share, "step_seconds": 0.1, "rewards/chosen": chosen * share,
@@ -139,12 +142,107 @@ def write_run(folder, *, name="dpo", chosen=0.0, margin=0.0, spread=1e-3, steps=
 @pytest.mark.parametrize(
     ("chosen", "margin", "kind"),
     [(-0.1, 0.2, "displaced"), (0.1, 0.2, "improved"), (1e-5, 0.2, "held"), (-0.1, 1e-5, "unlearnt"),
-     (0.1, -0.2, "unlearnt"), (float("nan"), float("nan"), "unmeasured")],
+     (0.1, -0.2, "reversed"), (float("nan"), float("nan"), "unmeasured")],
 )  # fmt: skip
 @pytest.mark.parametrize("evaluated", [True, False])
 def test_an_outcome_is_called_by_two_standard_errors(tmp_path, chosen, margin, kind, evaluated):
     (run,) = read_runs([write_run(tmp_path / "run", chosen=chosen, margin=margin, evaluated=evaluated)])
     assert outcome(run).kind == kind
+
+
+SIGNS = {"below": -1.0, "zero": 0.0, "above": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "margin", "kind", "tone"),
+    [("below", "below", "reversed", "bad"), ("zero", "below", "reversed", "bad"), ("above", "below", "reversed", "bad"),
+     ("below", "zero", "unlearnt", "bad"), ("zero", "zero", "unlearnt", "bad"), ("above", "zero", "unlearnt", "bad"),
+     ("below", "above", "displaced", "bad"), ("zero", "above", "held", "neutral"),
+     ("above", "above", "improved", "good")],
+)  # fmt: skip
+@pytest.mark.parametrize("held_out", [True, False])
+def test_every_combination_of_signs_has_its_verdict(chosen, margin, kind, tone, held_out):
+    for size, error in ((1.0, 0.4), (1e-9, 4e-10), (117.0, 1e-3), (1e300, 0.0)):
+        found = judge(
+            SIGNS[chosen] * size, error * size, SIGNS[margin] * size, error * size, pairs=4, held_out=held_out
+        )
+        assert (found.kind, found.chosen, found.tone) == (kind, chosen, tone)
+
+
+def test_two_standard_errors_are_not_yet_told_from_zero():
+    assert judge(2.0, 1.0, 5.0, 1.0, pairs=8).chosen == judge(-2.0, 1.0, 5.0, 1.0, pairs=8).chosen == "zero"
+    assert judge(5.0, 1.0, 2.0, 1.0, pairs=8).kind == judge(5.0, 1.0, -2.0, 1.0, pairs=8).kind == "unlearnt"
+
+
+@pytest.mark.parametrize("pairs", range(FEWEST_PAIRS))
+@pytest.mark.parametrize("chosen", [-117.0, 0.0, 117.0])
+@pytest.mark.parametrize("margin", [-27.0, 0.0, 27.0])
+@pytest.mark.parametrize("error", [0.0, 1.0, math.nan])
+def test_too_few_pairs_are_a_verdict_of_their_own(pairs, chosen, margin, error):
+    found = judge(chosen, error, margin, error, pairs=pairs)
+    assert found.badge == "unknown: too few held-out pairs" and found.tone == "neutral"
+    assert judge(chosen, error, margin, error, pairs=pairs, held_out=False).badge == "unknown: too few pairs"
+
+
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_figure_that_is_not_finite_makes_the_outcome_unknown(place, value):
+    figures = [0.1, 0.01, 0.2, 0.01]
+    figures[place] = value
+    found = judge(*figures, pairs=8)
+    assert found.kind == "unknown" and found.tone == "neutral" and "not finite" in found.badge
+
+
+def test_a_run_without_a_reference_has_no_rewards_to_judge():
+    assert judge(*[math.nan] * 4, pairs=8, measured=False).kind == "unmeasured"
+
+
+def verdict(kind):
+    return Verdict.unknown("too few held-out pairs") if kind == "unknown" else Verdict.of(kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_headline_of_one_run_praises_only_what_was_kept(kind):
+    said = headline({"DPO": verdict(kind)}, baseline="DPO")
+    assert ("without losing" in said) == (kind == "improved") and "No displacement" not in said and said.endswith(".")
+    assert ("unknown: too few held-out pairs" in said) == (kind == "unknown")
+
+
+@pytest.mark.parametrize("first", KINDS)
+@pytest.mark.parametrize("second", KINDS)
+def test_a_headline_of_two_runs_names_both_and_credits_none_falsely(first, second):
+    said = headline({"DPO": verdict(first), "PG-DPO": verdict(second)}, baseline="DPO")
+    assert "PG-DPO" in said and "DPO" in said.replace("PG-DPO", "")
+    assert ("did not." in said) == ({first, second} in ({"displaced", "improved"}, {"displaced", "held"}))
+    assert ("No displacement" in said) == (first == second == "improved")
+    assert ("above zero" in said) == (first == second == "improved")
+
+
+def test_the_report_of_one_held_out_pair_says_that_it_cannot_tell(tmp_path):
+    folder = write_run(tmp_path / "run", chosen=-117.0, margin=-27.0, pairs=1)
+    report = render_report([folder], tmp_path)
+    page = report.html.read_text()
+    assert report.headline == "What DPO came to is unknown: too few held-out pairs."
+    assert "unknown: too few held-out pairs</span>" in page and "badge neutral" in page
+    assert "means over 1 pair, too few held-out pairs" in page
+    assert "±" not in re.search(r'class="hero">.*?</p>', page, flags=re.S)[0]
+    assert 'class="down"' not in page and 'class="up"' not in page
+
+
+def test_a_margin_surely_below_zero_is_not_called_near_zero(tmp_path):
+    (run,) = read_runs([write_run(tmp_path / "run", chosen=-117.0, margin=-27.0)])
+    said = sentence(outcome(run), 0)
+    assert "below zero by more than two standard errors" in said and "worse at the chosen clips" in said
+    assert "within two standard errors" not in said
+
+
+def test_identical_curves_are_said_to_be_identical(tmp_path):
+    runs = [write_run(tmp_path / name, name=name, chosen=0.1, margin=0.2) for name in ("dpo", "pgdpo", "ipo")]
+    other = write_run(tmp_path / "sdpo", name="sdpo", chosen=0.1, margin=0.1)
+    assert render_report([*runs, other], tmp_path).headline.startswith(
+        "DPO, PG-DPO and IPO have identical reward curves."
+    )
+    assert "identical" not in render_report([runs[0], other], tmp_path).html.read_text()
 
 
 def test_figures_come_from_held_out_pairs_where_there_are_any(tmp_path):
@@ -256,15 +354,20 @@ def test_clips_in_the_page_are_videos(tmp_path):
 @pytest.mark.parametrize(
     ("dpo", "pgdpo", "expected"),
     [((-0.1, 0.2), (0.1, 0.2), "DPO paid for its margin with the chosen clips. PG-DPO did not."),
-     ((0.1, 0.2), (0.1, 0.2), "No displacement here: DPO and PG-DPO kept the chosen reward above zero."),
+     ((0.1, 0.2), (0.1, 0.3), "No displacement here: DPO and PG-DPO kept the chosen reward above zero."),
      ((0.1, 0.2), (-0.1, 0.2), "PG-DPO paid for its margin with the chosen clips. DPO did not."),
-     ((-0.1, 0.2), (-0.1, 0.2), "DPO and PG-DPO won the margin and lost the chosen clips: displacement."),
-     ((0.0, 0.0), (0.0, 0.0), "DPO and PG-DPO did not learn the preference.")],
+     ((-0.1, 0.2), (-0.1, 0.3), "DPO and PG-DPO won the margin and lost the chosen clips: displacement."),
+     ((0.0, 0.0), (1e-5, 0.0), "DPO and PG-DPO did not learn the preference."),
+     ((0.0, 0.0), (0.0, 0.0),
+      "DPO and PG-DPO have identical reward curves. DPO and PG-DPO did not learn the preference."),
+     ((-117.0, -27.0), (0.1, 0.2), "PG-DPO learnt the preference without losing the chosen clips. "
+      "DPO learnt the opposite: the margin is below zero.")],
 )  # fmt: skip
 def test_the_headline_follows_the_figures_not_the_hope(tmp_path, dpo, pgdpo, expected):
     runs = read_runs([write_run(tmp_path / name, name=name, chosen=chosen, margin=margin)
                       for name, (chosen, margin) in (("dpo", dpo), ("pgdpo", pgdpo))])  # fmt: skip
-    assert headline(runs, {run.label: outcome(run) for run in runs}) == expected
+    report = render_report([run.path for run in runs], tmp_path / "out")
+    assert report.headline == expected
 
 
 def test_any_trained_run_can_be_reported(tiny_config, tmp_path, capsys):

@@ -50,6 +50,12 @@ def test_the_summary_holds_every_figure_of_both_methods(demo):
     assert all(math.isfinite(value) for value in leaves(summary) if isinstance(value, float))
 
 
+def test_a_fast_demo_says_that_it_is_too_short_and_not_that_a_method_failed(demo, page):
+    said = json.loads((demo / "summary.json").read_text())["headline"]
+    assert said.endswith("is unknown: 10 steps from a model trained for 30 are too few to show anything.")
+    assert "did not learn" not in page and page.count("unknown: 10 steps") >= 3
+
+
 def test_both_methods_saw_the_same_draws_from_the_same_start(demo):
     rows = [[json.loads(line) for line in (demo / "runs" / name / "metrics.jsonl").read_text().splitlines()]
             for name in ("dpo", "pgdpo")]  # fmt: skip

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pgdpo_fast.analysis.runs import Row, RunRecord, finite, read_rows
+from pgdpo_fast.analysis.verdict import Verdict, judge
 from pgdpo_fast.errors import ConfigError
 from pgdpo_fast.loss import paired_errors, preference_loss
 from pgdpo_fast.objectives import DPO, Objective
@@ -188,44 +189,57 @@ class Outcome:
     """What a run came to: rewards are means over pairs, on held-out pairs where the run had any.
 
     Attributes:
-        kind: "displaced": the margin is won, the chosen reward is below zero. "improved": won, and above zero. "held":
-            won, and not to be told from zero. "unlearnt": no margin. "unmeasured": no reference, so no rewards. Each by
-            two standard errors over pairs.
-        chosen_error, margin_error: standard errors of chosen reward and margin.
+        verdict: what the figures allow one to say.
+        chosen_error, margin_error: standard errors of chosen reward and margin over pairs; NaN where unknown.
+        pairs: how many different pairs the rewards are means over.
         lowest_chosen: the lowest chosen reward along the way.
         gamma_positive_share: share of probed steps with a one-step advantage above zero; None without probes, and for
             DPO itself, whose advantage over itself is zero.
     """
 
-    kind: str
+    verdict: Verdict
     chosen_reward: float
     rejected_reward: float
     margin: float
     accuracy: float
     chosen_error: float
     margin_error: float
+    pairs: int
     lowest_chosen: float
     gamma_positive_share: float | None
     step_seconds: float
 
+    @property
+    def kind(self) -> str:
+        return self.verdict.kind
+
 
 def outcome(run: RunRecord) -> Outcome:
-    """The figures of a run at its last step."""
+    """The figures of a run at its last step, and the verdict on them."""
     chosen, rejected, margin, accuracy = (
         run.final(f"rewards/{key}") for key in ("chosen", "rejected", "margins", "accuracies")
     )
     chosen_error, margin_error = run.standard_error("chosen"), run.standard_error("margin")
-    if math.isnan(margin):
-        kind = "unmeasured"
-    elif margin <= 2 * margin_error:
-        kind = "unlearnt"
-    else:
-        kind = "displaced" if chosen < -2 * chosen_error else "improved" if chosen > 2 * chosen_error else "held"
-    probes = [row["advantage"] for row in run.advantages]
+    measured = bool(finite(run.curve("rewards/margins")[1]))
+    verdict = judge(
+        chosen, chosen_error, margin, margin_error, pairs=run.last_pairs, held_out=run.held_out, measured=measured
+    )
+    probes = finite([row["advantage"] for row in run.advantages])
     share = sum(value > 0 for value in probes) / len(probes) if probes and run.objective != "dpo" else None
     lowest = min(finite(run.smooth_curve("rewards/chosen")[1]), default=math.nan)
-    seconds = statistics.median(row["step_seconds"] for row in run.metrics)
-    return Outcome(kind, chosen, rejected, margin, accuracy, chosen_error, margin_error, lowest, share, seconds)
+    return Outcome(
+        verdict=verdict,
+        chosen_reward=chosen,
+        rejected_reward=rejected,
+        margin=margin,
+        accuracy=accuracy if math.isfinite(margin) else math.nan,
+        chosen_error=chosen_error,
+        margin_error=margin_error,
+        pairs=run.last_pairs,
+        lowest_chosen=lowest,
+        gamma_positive_share=share,
+        step_seconds=statistics.median(row["step_seconds"] for row in run.metrics),
+    )
 
 
 def timestep_table(rows: Sequence[Row], bins: int = 5) -> list[Row]:

@@ -23,8 +23,9 @@ from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 from pgdpo_fast.analysis.displacement import outcome, timestep_table  # noqa: E402
 from pgdpo_fast.analysis.runs import RunRecord, finite, running_mean  # noqa: E402
+from pgdpo_fast.analysis.verdict import join_words  # noqa: E402
 
-__all__ = ["Chart", "charts", "join_words", "power_of_ten", "unit"]
+__all__ = ["Chart", "charts", "power_of_ten", "unit"]
 
 # stand-in colour -> CSS; the stand-ins are only ever seen by `_to_inline`
 INK, FAINT, GRID, PAPER, BAD = "#010101", "#020202", "#030303", "#040404", "#050505"
@@ -535,8 +536,3 @@ def _to_inline(svg: str, key: str, title: str) -> str:
     svg = re.sub(r'<svg([^>]*?) width="[^"]*"', r"<svg\1", svg, count=1)
     svg = re.sub(r'<svg([^>]*?) height="[^"]*"', r"<svg\1", svg, count=1)
     return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1)
-
-
-def join_words(words: Sequence[str]) -> str:
-    """'a', 'a and b', 'a, b and c'."""
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from torch import Tensor
 
 from pgdpo_fast import __version__
 from pgdpo_fast.analysis.displacement import Outcome, outcome
-from pgdpo_fast.analysis.figures import charts, join_words, power_of_ten, unit
-from pgdpo_fast.analysis.runs import RunRecord, read_runs
+from pgdpo_fast.analysis.figures import charts, power_of_ten, unit
+from pgdpo_fast.analysis.runs import RunRecord, identical_curves, read_runs
+from pgdpo_fast.analysis.verdict import FEWEST_PAIRS, Verdict, headline
 from pgdpo_fast.data.video import write_video
 from pgdpo_fast.storage import atomic_file
 
@@ -68,12 +69,14 @@ def render_report(
     clips_note: str = "",
     fps: float = 8,
     facts: Mapping[str, Any] | None = None,
+    inconclusive: str = "",
 ) -> Report:
     """Write `out/report.html` and `out/summary.json` about run directories.
 
     Args:
         introduction: a paragraph under the title. clips: sample clips, played side by side in step; fps: their rate.
         facts: settings that are in no run's configuration, for page and summary.
+        inconclusive: why these runs cannot show an effect whatever their figures; takes the place of every verdict.
 
     Raises:
         DataError: a run directory is missing or damaged.
@@ -82,12 +85,18 @@ def render_report(
 
     records = read_runs(runs)
     outcomes = {run.label: outcome(run) for run in records}
+    if inconclusive:
+        outcomes = {
+            label: replace(found, verdict=Verdict.unknown(inconclusive, found.verdict.chosen))
+            for label, found in outcomes.items()
+        }
     out = Path(out)
     common, differing = _settings(records)
     environment = next((run.environment for run in records if run.environment), {})
     exponent = power_of_ten(
         [value for found in outcomes.values() for value in (found.chosen_reward, found.rejected_reward, found.margin)]
     )
+    title_sentence = _headline(records, outcomes)
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("pgdpo_fast.analysis"),
         autoescape=True,
@@ -98,7 +107,7 @@ def render_report(
     page = templates.get_template("report.html").render(
         title=title,
         introduction=introduction,
-        headline=headline(records, outcomes),
+        headline=title_sentence,
         methods=[_method(number, run, outcomes[run.label], exponent) for number, run in enumerate(records)],
         reward_unit=unit(exponent),
         charts=charts(records),
@@ -115,7 +124,7 @@ def render_report(
     summary = {
         "title": title,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "headline": headline(records, outcomes),
+        "headline": title_sentence,
         "methods": {run.label: _summary(run, outcomes[run.label]) for run in records},
         "seed": records[0].config["training"]["seed"]
         if "training.seed" in common
@@ -124,7 +133,7 @@ def render_report(
         "differing_settings": differing,
         "versions": {"pgdpo_fast": __version__, "python": environment.get("python"), **environment.get("packages", {})},
     }
-    report = Report(out / "report.html", out / "summary.json", headline(records, outcomes), outcomes)
+    report = Report(out / "report.html", out / "summary.json", title_sentence, outcomes)
     with atomic_file(report.html) as temporary:
         temporary.write_text(page, encoding="utf-8")
     with atomic_file(report.summary) as temporary:
@@ -135,56 +144,51 @@ def render_report(
 # -- words
 
 
-def headline(runs: Sequence[RunRecord], outcomes: Mapping[str, Outcome]) -> str:
-    """The comparison in one sentence, from the outcomes alone."""
-    by_kind = {kind: [run.label for run in runs if outcomes[run.label].kind == kind] for kind in BADGES}
-    displaced, unlearnt = join_words(by_kind["displaced"]), join_words(by_kind["unlearnt"])
-    improved = join_words([run.label for run in runs if outcomes[run.label].kind in ("improved", "held")])
-    if displaced and improved:
-        return f"{displaced} paid for its margin with the chosen clips. {improved} did not."
-    if displaced:
-        return f"{displaced} won the margin and lost the chosen clips: displacement."
-    if improved and any(run.objective == "dpo" for run in runs) and len(runs) > 1:
-        return f"No displacement here: {improved} kept the chosen reward above zero."
-    if improved:
-        return f"{improved} learnt the preference without losing the chosen clips."
-    if unlearnt:
-        return f"{unlearnt} did not learn the preference."
-    return f"{join_words(by_kind['unmeasured'])} ran without a reference, so there are no rewards to show."
+def _headline(runs: Sequence[RunRecord], outcomes: Mapping[str, Outcome]) -> str:
+    return headline(
+        {label: found.verdict for label, found in outcomes.items()},
+        baseline=next((run.label for run in runs if run.objective == "dpo"), None),
+        identical=identical_curves(runs),
+    )
 
 
-def _verdict(found: Outcome, exponent: int) -> str:
-    accuracy = f"{100 * found.accuracy:.0f}%"
-    if found.kind == "unmeasured":
+def sentence(found: Outcome, exponent: int) -> str:
+    """What a verdict means, with its figures in units of 10**exponent."""
+    verdict, accuracy = found.verdict, _percent(found.accuracy)
+    if verdict.kind == "unmeasured":
         return "Trained without a reference model: no rewards."
-    if found.kind == "unlearnt":
+    if verdict.kind == "unknown":
+        return (
+            f"Nothing can be said: {verdict.reason}."
+            if found.pairs >= FEWEST_PAIRS
+            else f"The rewards are means over {found.pairs} pair{'s' * (found.pairs != 1)}, {verdict.reason} to tell "
+            "an effect from chance; raise data.evaluation_pairs."
+        )
+    chosen = {
+        "below": "worse at the chosen clips than the model it started from",
+        "zero": "as good at the chosen clips as the model it started from, within two standard errors",
+        "above": "better at the chosen clips than the model it started from",
+    }[verdict.chosen]
+    if verdict.kind == "unlearnt":
         return (
             f"The margin is within two standard errors of zero (±{_plain(2 * found.margin_error, exponent)}), accuracy "
-            f"{accuracy}: it takes more steps or a larger learning rate."
+            f"{accuracy}: it takes more steps or a larger learning rate. It is {chosen}."
         )
-    start = f"Right about {accuracy} of the draws"
-    if found.kind == "displaced":
+    if verdict.kind == "reversed":
         return (
-            f"{start}, yet worse at the chosen clips than the model it started from. The rejected reward fell further, "
-            "and the margin hides that."
+            f"The margin is below zero by more than two standard errors (±{_plain(2 * found.margin_error, exponent)}), "
+            f"accuracy {accuracy}: it prefers the rejected clips more than the model it started from did. It is "
+            f"{chosen}. Look for exchanged columns, or a learning rate that is too large."
+        )
+    if verdict.kind == "displaced":
+        return (
+            f"Right about {accuracy} of the draws, yet {chosen}. The rejected reward fell further, and the margin "
+            "hides that."
         )
     dip = ""
     if found.lowest_chosen < -2 * found.chosen_error:
         dip = f" On the way there it was as low as {_scaled(found.lowest_chosen, exponent)}."
-    if found.kind == "held":
-        return (
-            f"{start}, and as good at the chosen clips as the model it started from, within two standard errors.{dip}"
-        )
-    return f"{start}, and better at the chosen clips than the model it started from.{dip}"
-
-
-BADGES = {
-    "displaced": "displaced",
-    "improved": "no displacement",
-    "held": "no displacement",
-    "unlearnt": "not learnt",
-    "unmeasured": "no rewards",
-}
+    return f"Right about {accuracy} of the draws, and {chosen}.{dip}"
 
 
 def _method(number: int, run: RunRecord, found: Outcome, exponent: int) -> dict[str, Any]:
@@ -197,18 +201,18 @@ def _method(number: int, run: RunRecord, found: Outcome, exponent: int) -> dict[
     return {
         "label": run.label,
         "series": number % 6 + 1,
-        "kind": found.kind,
-        "badge": BADGES[found.kind],
-        "verdict": _verdict(found, exponent),
+        "tone": found.verdict.tone,
+        "badge": found.verdict.badge,
+        "verdict": sentence(found, exponent),
         "options": options,
         "step": run.step,
         "held_out": run.held_out,
         "chosen": _scaled(found.chosen_reward, exponent),
         "rejected": _scaled(found.rejected_reward, exponent),
         "margin": _scaled(found.margin, exponent),
-        "error": _plain(found.chosen_error, exponent),
-        "chosen_sign": "down" if found.chosen_reward < 0 else "up",
-        "accuracy": f"{100 * found.accuracy:.0f}%",
+        "error": _plain(found.chosen_error, exponent) if math.isfinite(found.chosen_error) else None,
+        "chosen_sign": {"below": "down", "above": "up"}.get(found.verdict.chosen, ""),
+        "accuracy": _percent(found.accuracy),
         "share": "–" if share is None else f"{100 * share:.0f}%",
         "milliseconds": f"{1000 * found.step_seconds:,.0f} ms",
     }
@@ -221,6 +225,10 @@ def _scaled(value: float, exponent: int) -> str:
     value /= 10**exponent
     digits = max(0, 2 - math.floor(math.log10(abs(value)))) if abs(value) >= 1 else 2
     return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}%" if math.isfinite(share) else "–"
 
 
 def _plain(value: float, exponent: int) -> str:
@@ -241,6 +249,7 @@ def _summary(run: RunRecord, found: Outcome) -> dict[str, Any]:
         )
     }
     return {
+        "kind": found.kind,
         **asdict(found),
         "objective": run.config["objective"],
         "steps": run.step,

@@ -16,7 +16,7 @@ from typing import Any
 
 from pgdpo_fast.errors import DataError
 
-__all__ = ["RunRecord", "finite", "read_rows", "read_runs", "running_mean"]
+__all__ = ["RunRecord", "finite", "identical_curves", "read_rows", "read_runs", "running_mean"]
 
 Row = dict[str, Any]
 LABELS = {
@@ -95,6 +95,11 @@ class RunRecord:
         if len(means) < 2 or len(finite(means)) < len(means):
             return math.nan
         return statistics.stdev(means) / math.sqrt(len(means))
+
+    @property
+    def last_pairs(self) -> int:
+        """How many different pairs the final values are means over."""
+        return len({pair for row in self._last() for pair in row["pairs"]["id"]})
 
     def _last(self) -> list[Row]:
         return self.evaluations[-1:] or self.metrics[-max(1, len(self.metrics) // 10) :]
@@ -188,6 +193,16 @@ def read_rows(path: Path, needed: Sequence[str] = ("step",)) -> list[Row]:
             )
         rows.append(row)
     return rows
+
+
+def identical_curves(runs: Sequence[RunRecord]) -> list[str]:
+    """Labels of the runs whose chosen and rejected rewards are those of another run, number by number."""
+    curves = {
+        run.label: [run.curve(f"rewards/{key}") for key in ("chosen", "rejected")]
+        for run in runs
+        if finite(run.curve("rewards/chosen")[1])
+    }
+    return [label for label in curves if sum(curves[label] == other for other in curves.values()) > 1]
 
 
 def running_mean(values: Sequence[float]) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from contextlib import contextmanager
@@ -81,6 +82,7 @@ def _progress():
 
 def _print_table(report) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(
@@ -92,17 +94,17 @@ def _print_table(report) -> None:
     )
     for label, found in report.outcomes.items():
         share = "–" if found.gamma_positive_share is None else f"{found.gamma_positive_share:.0%}"
-        colour = {"displaced": "red", "improved": "green", "held": "green"}.get(found.kind, "default")
+        colour = {"bad": "red", "good": "green"}.get(found.verdict.tone, "default")
         table.add_row(
-            label,
+            escape(label),
             f"[{colour}]{found.chosen_reward:+.4f}[/]",
             f"{found.rejected_reward:+.4f}",
             f"{found.margin:+.4f}",
-            f"{found.accuracy:.0%}",
+            f"{found.accuracy:.0%}" if math.isfinite(found.accuracy) else "–",
             share,
             f"{found.step_seconds:.3f}",
         )
     console = Console()
     console.print()
-    console.print(f"{report.headline}", style="bold", highlight=False)
+    console.print(report.headline, style="bold", highlight=False, markup=False)
     console.print(table)

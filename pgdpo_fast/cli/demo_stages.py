@@ -94,6 +94,11 @@ class Plan:
         )
 
     @property
+    def too_short(self) -> bool:
+        """Whether less than a third of the default's training is left, where no method shows anything yet."""
+        return 3 * self.steps < Plan.steps or 3 * self.pretraining_steps < Plan.pretraining_steps
+
+    @property
     def codec(self) -> PixelUnshuffleCodec:
         return PixelUnshuffleCodec(spatial=self.side // 4)
 
@@ -443,6 +448,11 @@ def _report(plan: Plan, store: LatentStore, cache: ReferenceCache, out: Path, ro
         clips_note=note,
         fps=FPS,
         facts=facts,
+        inconclusive=(
+            f"{plan.steps} steps from a model trained for {plan.pretraining_steps} are too few to show anything"
+            if plan.too_short
+            else ""
+        ),
     )
 
 
