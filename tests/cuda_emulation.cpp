@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "cuda_launch.h"
-#include "cuda_pack.h"
+#include "cuda/launch.h"
+#include "cuda/pack.h"
 #include "operands.h"
 
 // The little of the CUDA runtime that operators call themselves.

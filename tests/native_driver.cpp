@@ -1,4 +1,4 @@
-// Runs every CPU pass of csrc/pair.cpp on buffers that end where their data ends, and measures the vector functions
+// Runs every CPU pass of csrc/cpu/pair.cpp on buffers that end where their data ends, and measures the vector functions
 // against long double. Built with sanitizers by tests/test_native.py; prints "name value" lines.
 #include <stdio.h>
 #include <stdlib.h>
@@ -7,7 +7,7 @@
 #include <memory>
 #include <vector>
 
-#include "pair.cpp"
+#include "cpu/pair.cpp"
 
 namespace {
 

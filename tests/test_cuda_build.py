@@ -55,7 +55,7 @@ def emulated(tmp_path_factory):
         "-DPGDPO_NAMESPACE=pgdpo_fast_emulated",
         "-DPGDPO_CUDA=CPU",
     ]
-    calls = {"kernels": Path(__file__).with_name("cuda_emulation.cpp"), "operators": root / "cuda_ops.cpp"}
+    calls = {"kernels": Path(__file__).with_name("cuda_emulation.cpp"), "operators": root / "cuda" / "operators.cpp"}
     build._compile_and_link(
         folder / "emulated.so",
         {n: [*command, "-c", str(p)] for n, p in calls.items()},
@@ -549,7 +549,7 @@ def disassembler() -> str | None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kernels_keep_to_their_resources(architecture, tmp_path):
     def compiled(source):
-        target = tmp_path / f"{source}.o"
+        target = tmp_path / f"{Path(source).name}.o"
         command = [*build.nvcc_command((architecture,)), "-Xptxas=-v", "-c", str(build.sources() / source)]
         done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

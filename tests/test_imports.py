@@ -270,7 +270,8 @@ def test_a_wheel_holds_the_whole_package_and_nothing_beside_it(wheel, tmp_path):
     assert {n.partition("/")[0].partition("-")[0] for n in names} == {"pgdpo_fast"}
     modules = {"/".join(dotted(path)) + ".py" for path in sources()}
     assert modules <= names, modules - names
-    others = {f"pgdpo_fast/_csrc/{p.name}" for end in ("cpp", "h", "cu") for p in (ROOT / "csrc").glob(f"*.{end}")}
+    csrc = ROOT / "csrc"
+    others = {f"pgdpo_fast/_csrc/{p.relative_to(csrc)}" for p in csrc.rglob("*") if p.is_file()}
     others |= {str(p.relative_to(ROOT)) for p in PACKAGE.rglob("*.html")}
     assert others <= names, others - names
     required = [r for r in metadata.get_all("Requires-Dist") if "extra ==" not in r]

@@ -262,7 +262,7 @@ def _driver(tmp_path, *flags):
         f"-DPGDPO_ISA={name}",
         f"-I{root}",
         str(ROOT / "tests" / "native_driver.cpp"),
-        str(root / "cache.cpp"),
+        str(root / "cpu" / "cache.cpp"),
         "-o",
         str(program),
     ]
@@ -479,7 +479,7 @@ def test_a_wheel_with_the_library_fits_its_platform_and_any_python(fake_compiler
     (wheel,) = (tmp_path / "wheels").iterdir()
     assert "-py3-none-" in wheel.name and not wheel.name.endswith("-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert "pgdpo_fast/_native.so" in names and "pgdpo_fast/_csrc/native.cpp" in names
+    assert "pgdpo_fast/_native.so" in names and "pgdpo_fast/_csrc/cpu/native.cpp" in names
     compiled = log.read_text()
     assert all(f"PGDPO_ISA={name}" in compiled for name in build.all_instruction_sets())
 

@@ -27,7 +27,7 @@ PREBUILT = PACKAGE / "_native.so"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast")
 # LibTorch's stable ABI as of torch 2.11: the library also runs on every later version.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
-# One copy of the passes per instruction set; names and flags are those of csrc/native.cpp.
+# One copy of the passes per instruction set; names and flags are those of csrc/cpu/native.cpp.
 INSTRUCTION_SETS = {
     "generic": (),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
@@ -35,8 +35,8 @@ INSTRUCTION_SETS = {
 }
 # Division to 2 ulp instead of the last bit: half the instructions of the element kernels go into it otherwise.
 NVCC_FLAGS = ("-std=c++17", "-O3", "-prec-div=false", "-Xcompiler=-fPIC,-fvisibility=hidden", "-cudart=static")
-CUDA_KERNELS = ("pair.cu", "element.cu", "cache.cu")
-CUDA_HOST = ("cuda_ops.cpp", "cuda_device.cpp")
+CUDA_KERNELS = ("cuda/pair.cu", "cuda/element.cu", "cuda/cache.cu")
+CUDA_HOST = ("cuda/operators.cpp", "cuda/device.cpp")
 TIMEOUT_SECONDS = 600
 
 
@@ -45,8 +45,8 @@ class BuildError(RuntimeError):
 
 
 def sources() -> Path:
-    """The C++ sources: inside an installed package, or beside it in a checkout."""
-    return next(path for path in (PACKAGE / "_csrc", PACKAGE.parent / "csrc") if (path / "native.cpp").exists())
+    """The C++ sources, `cpu/`, `cuda/` and what both include: in an installed package, or beside it in a checkout."""
+    return next(path for path in (PACKAGE / "_csrc", PACKAGE.parent / "csrc") if (path / "cpu").is_dir())
 
 
 def compiler() -> list[str]:
@@ -87,20 +87,26 @@ def compile_library(target: Path, instruction_sets: tuple[str, ...]) -> None:
     Raises:
         BuildError: a compiler call failed; the message holds its first error.
     """
-    command, root = [*compiler(), *FLAGS], sources()
+    root = sources()
+    command = [*compiler(), *FLAGS, f"-I{root}"]
     calls = {
         "native": [
             *command,
             *_torch_flags(),
             *(f"-DPGDPO_HAVE_{name.upper()}" for name in instruction_sets),
             "-c",
-            str(root / "native.cpp"),
+            str(root / "cpu" / "native.cpp"),
         ]
     }
     for name in instruction_sets:
         own = [*command, *INSTRUCTION_SETS[name], f"-DPGDPO_ISA={name}"]
-        calls[name] = [*own, "-c", str(root / "pair.cpp")]
-        calls[f"{name}_cache"] = [*own, "-ffp-contract=off", "-c", str(root / "cache.cpp")]  # bytes are defined exactly
+        calls[name] = [*own, "-c", str(root / "cpu" / "pair.cpp")]
+        calls[f"{name}_cache"] = [
+            *own,
+            "-ffp-contract=off",
+            "-c",
+            str(root / "cpu" / "cache.cpp"),
+        ]  # bytes are defined exactly
     _compile_and_link(target, calls, command)
 
 
@@ -123,6 +129,7 @@ def nvcc_command(architectures: tuple[str, ...]) -> list[str]:
     return [
         nvcc(),
         *NVCC_FLAGS,
+        f"-I{sources()}",
         f"-ccbin={compiler()[0]}",
         *(f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures),
     ]
@@ -136,8 +143,9 @@ def compile_cuda_library(target: Path, architectures: tuple[str, ...]) -> None:
     """
     _check_toolkit()
     command, root = nvcc_command(architectures), sources()
-    calls = {name: [*command, "-c", str(root / name)] for name in CUDA_KERNELS}
-    calls |= {name: [*command, *_torch_flags(), "-DUSE_CUDA", "-c", str(root / name)] for name in CUDA_HOST}
+    calls = {Path(name).name: [*command, "-c", str(root / name)] for name in CUDA_KERNELS}
+    torch_call = [*command, *_torch_flags(), "-DUSE_CUDA", "-c"]
+    calls |= {Path(name).name: [*torch_call, str(root / name)] for name in CUDA_HOST}
     _compile_and_link(target, calls, command)
 
 
@@ -214,7 +222,7 @@ def cached_library() -> Path:
         BuildError: it cannot be built; a failed compilation is remembered until a source, flag or the compiler changes.
     """
     name = host_instruction_set()
-    files = [path for path in (*sources().glob("*.h"), *sources().glob("*.cpp")) if not path.name.startswith("cuda_")]
+    files = [*sources().glob("*.h"), *sources().glob("cpu/*")]
     return _cached(
         "native",
         f"CPU kernels for {name}",
@@ -227,7 +235,7 @@ def cached_library() -> Path:
 def cached_cuda_library(architectures: tuple[str, ...]) -> Path:
     """The CUDA library for devices of `architectures` such as ("90",), otherwise as `cached_library`."""
     name = ",".join(architectures)
-    files = [path for path in sources().iterdir() if path.suffix in (".h", ".cuh", ".cu", ".cpp")]
+    files = [path for path in sources().rglob("*") if path.suffix in (".h", ".cuh", ".cu", ".cpp")]
     identity = [name, *FLAGS, *NVCC_FLAGS, *compiler(), *_stamp(compiler()[0]), *_stamp(nvcc())]
     return _cached(
         "cuda",
@@ -249,7 +257,7 @@ def _cached(kind: str, what: str, files: list[Path], identity: list[str], build)
 
     digest = hashlib.sha256("\0".join([torch.__version__, platform.machine(), TORCH_TARGET, *identity]).encode())
     for path in sorted(files):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+        digest.update(str(path.relative_to(sources())).encode() + b"\0" + path.read_bytes())
     directory = cache_directory() / kind / digest.hexdigest()[:16]
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)

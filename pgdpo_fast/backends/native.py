@@ -117,7 +117,7 @@ def loss_and_gradients(
     """`pair_objective` and `pair_gradient` at once: loss `[]`, telemetry `[9, B, G]`, both gradients.
 
     On a device with compute capability 9.0 or more, operands that fit into its shared memory together are read once, in
-    one cooperative launch (csrc/cuda_plan.h has the rule); else it is the launches of the two.
+    one cooperative launch (csrc/cuda/plan.h has the rule); else it is the launches of the two.
 
     Args:
         incoming: `[]` in the accumulation dtype, multiplies the gradients; None for 1.

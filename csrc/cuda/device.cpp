@@ -5,7 +5,7 @@
 #include <memory>
 #include <mutex>
 
-#include "cuda_launch.h"
+#include "cuda/launch.h"
 
 namespace pgdpo {
 namespace cuda {

@@ -4,7 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "cuda_plan.h"
+#include "cuda/plan.h"
 
 namespace pgdpo {
 namespace cuda {

@@ -1,7 +1,7 @@
 // The CUDA operators as torch sees them, on LibTorch's stable ABI. A library of its own beside the CPU one, whose
 // operators it implements on CUDA; memory comes from torch's caching allocator, work goes to the current stream,
 // nothing synchronizes, so every operator can be captured into a CUDA graph.
-#include "cuda_launch.h"
+#include "cuda/launch.h"
 #include "operands.h"
 
 // Tests register the same operators elsewhere, over kernels that run on the host.

@@ -1,8 +1,8 @@
 // The reference cache on the device: predictions to rows and errors in one pass, written where they are kept (pinned
 // host memory included), and the rows of a batch brought back in one launch.
-#include "cuda_block.cuh"
-#include "cuda_pack.h"
-#include "cuda_plan.h"
+#include "cuda/block.cuh"
+#include "cuda/pack.h"
+#include "cuda/plan.h"
 
 namespace pgdpo {
 namespace cuda {

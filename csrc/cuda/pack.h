@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cache.h"
-#include "cuda_pair.h"
+#include "cuda/threads.h"
 
 namespace pgdpo {
 namespace cuda {

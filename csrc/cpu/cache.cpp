@@ -1,7 +1,7 @@
 // Packing on the CPU. Compiled once per instruction set, with PGDPO_ISA naming it and without contraction; see cache.h.
 #include "cache.h"
 
-#include "vector.h"
+#include "cpu/vector.h"
 
 namespace pgdpo {
 inline namespace PGDPO_ISA {

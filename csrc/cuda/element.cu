@@ -4,9 +4,9 @@
 // 1, partial sums [ELEMENT_SUMS, B, segments] of the telemetry beside them. The backward launch returns at once when
 // the incoming gradient is 1 and writes the gradients again when it is not. With `outer` the gradients need the video's
 // means, hence a pass of their own.
-#include "cuda_block.cuh"
-#include "cuda_launch.h"
-#include "cuda_plan.h"
+#include "cuda/block.cuh"
+#include "cuda/launch.h"
+#include "cuda/plan.h"
 
 namespace pgdpo {
 namespace cuda {

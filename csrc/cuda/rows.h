@@ -12,7 +12,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #else
-#include "vector.h"
+#include "cpu/vector.h"
 #endif
 
 namespace pgdpo {

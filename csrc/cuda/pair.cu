@@ -2,9 +2,9 @@
 // one launch where a call fits on chip. Partial sums are [STATISTICS, B, segments]; no atomics anywhere.
 #include <cooperative_groups.h>
 
-#include "cuda_block.cuh"
-#include "cuda_launch.h"
-#include "cuda_plan.h"
+#include "cuda/block.cuh"
+#include "cuda/launch.h"
+#include "cuda/plan.h"
 
 namespace pgdpo {
 namespace cuda {

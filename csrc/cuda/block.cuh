@@ -1,7 +1,7 @@
 // Sums across the threads of a block, in a fixed tree. A team is THREADS threads that work on one segment.
 #pragma once
 
-#include "cuda_launch.h"
+#include "cuda/launch.h"
 
 namespace pgdpo {
 namespace cuda {

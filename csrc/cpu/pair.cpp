@@ -4,8 +4,8 @@
 #include <type_traits>
 
 #include "cache.h"
+#include "cpu/vector.h"
 #include "epilogue.h"
-#include "vector.h"
 
 namespace pgdpo {
 inline namespace PGDPO_ISA {

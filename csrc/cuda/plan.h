@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "cache.h"
-#include "cuda_pair.h"
+#include "cuda/threads.h"
 
 namespace pgdpo {
 namespace cuda {

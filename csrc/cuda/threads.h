@@ -5,7 +5,7 @@
 // No function here knows about blocks or grids, so tests run them all on the host.
 #pragma once
 
-#include "cuda_rows.h"
+#include "cuda/rows.h"
 
 namespace pgdpo {
 namespace cuda {
