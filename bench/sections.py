@@ -449,7 +449,7 @@ def step(run: Run) -> None:
         import diffusers  # noqa: F401
         import peft  # noqa: F401
 
-        from pgdpo_fast.models import LoraConfig, ModelConfig, adapter_from_config, adapters_off
+        from pgdpo_fast.models import LoraConfig, ModelConfig, NoisedBatch, adapter_from_config, adapters_off
     except ImportError as error:
         run.add(kind="step", status="skipped", detail=f"needs diffusers and peft: {error}")
         return
@@ -466,14 +466,14 @@ def step(run: Run) -> None:
         model = adapter.make_trainable(adapter.load(run.device))
     parameters = [p for p in model.parameters() if p.requires_grad]
     height, width = (8, 8) if run.dry_run else (60, 104)
-    text = torch.randn(2, adapter.text_tokens, config.architecture["text_dim"], device=run.device)
+    text = {"text": torch.randn(2, adapter.text_tokens, config.architecture["text_dim"], device=run.device)}
     times = torch.full((2,), 500.0, device=run.device)
     for frames in (2,) if run.dry_run else (5, 21):
         noised, target = (torch.randn(2, 16, frames, height, width, device=run.device) for _ in range(2))
 
         def reference_now(noised=noised, target=target):
             with torch.no_grad(), adapters_off(model):
-                return pf.reference_errors(adapter.forward(model, noised, times, text), target)
+                return pf.reference_errors(adapter.predict(model, NoisedBatch(noised, times, text)), target)
 
         cached = reference_now()
         for reference, backend in (("cached", "auto"), ("cached", "eager"), ("adapter-off", "auto")):
@@ -500,7 +500,11 @@ def step(run: Run) -> None:
             ):
                 given = cached if reference == "cached" else reference_now()
                 loss = pf.preference_loss(
-                    adapter.forward(model, noised, times, text), target, given, objective=OBJECTIVE, backend=backend
+                    adapter.predict(model, NoisedBatch(noised, times, text)),
+                    target,
+                    given,
+                    objective=OBJECTIVE,
+                    backend=backend,
                 ).loss
                 torch.autograd.grad(loss, parameters)
 

@@ -398,13 +398,16 @@ def test_a_folder_without_a_run_is_one_line_on_the_command_line(tmp_path, capsys
 class Oracle:
     """An adapter whose network knows the clean latents and predicts exactly."""
 
-    text_tokens = 4
-
     def __init__(self, process, clean):
         self.process, self.clean = process, clean
 
-    def forward(self, model, noised, model_timestep, text):
-        t = model_timestep / 1000 if isinstance(self.process, FlowMatching) else model_timestep
+    def collate(self, rows):
+        return {"text": torch.stack([row["text"] for row in rows])}
+
+    def predict(self, model, batch):
+        noised, t = batch.noised, batch.model_timestep
+        assert batch.conditioning["text"].shape == (2, 3, 5)
+        t = t / 1000 if isinstance(self.process, FlowMatching) else t
         t = t.double() if t.is_floating_point() else t
         clean = self.clean.expand_as(noised)
         if isinstance(self.process, FlowMatching):
@@ -419,7 +422,7 @@ class Oracle:
 @pytest.mark.parametrize("steps", [1, 7])
 def test_exact_predictions_sample_the_clean_clip(process, steps):
     clean = torch.randn(1, 2, 2, 4, 4)
-    text, model = [torch.zeros(3, 5)] * 2, nn.Linear(1, 1)
+    text, model = [{"text": torch.zeros(3, 5)}] * 2, nn.Linear(1, 1)
     found = sample(Oracle(process, clean), model, process, text, (2, 2, 4, 4), seed=0, ids=["a", "b"], steps=steps)
     torch.testing.assert_close(found, clean.expand_as(found), atol=2e-4, rtol=0)
 

@@ -282,7 +282,7 @@ def test_a_store_gives_back_what_was_encoded(store, manifest):
         assert (example.id, example.prompt, example.weight) == (pair.id, pair.prompt, 1.0)
         assert torch.equal(codec.decode(example.chosen), read_video(pair.chosen))
         assert torch.equal(example.rejected, codec.encode(read_video(pair.rejected)))
-        assert torch.equal(example.text, text.encode(pair.prompt))
+        assert torch.equal(example.conditioning["text"], text.encode(pair.prompt))
     names = sorted(files_of(store.path))
     assert names == [".lock", "index.parquet", *(f"shard-{k:05d}.safetensors" for k in range(4)), "store.json"]
     assert store.row(store.ids[0])["chosen"] == "clips/0000_chosen.mp4"

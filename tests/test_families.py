@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pgdpo_fast.errors import ConfigError
-from pgdpo_fast.models import ModelConfig, adapter_from_config, adapters_off
+from pgdpo_fast.models import ModelConfig, NoisedBatch, adapter_from_config, adapters_off
 from pgdpo_fast.training.trainer import train
 
 COG2B = dict(num_attention_heads=2, attention_head_dim=8, in_channels=12, out_channels=12, time_embed_dim=16,
@@ -35,6 +35,11 @@ def adapter(name, **options):
     family, architecture = FAMILIES[name]
     base = {"family": family, "architecture": architecture, "dtype": "fp32", "text_tokens": 16}
     return adapter_from_config(ModelConfig(**{**base, **options}))
+
+
+def predict(ours, model, noised, model_timestep, text):
+    batch = NoisedBatch(noised, model_timestep, ours.collate([{"text": rows} for rows in text]))
+    return ours.predict(model, batch)
 
 
 @pytest.fixture
@@ -67,11 +72,11 @@ def test_adapters_off_is_the_frozen_network(name, dtype, inputs):
         for parameter in policy.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.3)
-        expected = ours.forward(frozen, *inputs)
+        expected = predict(ours, frozen, *inputs)
         assert expected.dtype == ours.dtype and expected.shape == inputs[0].shape
         with adapters_off(policy):
-            assert torch.equal(ours.forward(policy, *inputs), expected)
-        assert not torch.equal(ours.forward(policy, *inputs), expected)
+            assert torch.equal(predict(ours, policy, *inputs), expected)
+        assert not torch.equal(predict(ours, policy, *inputs), expected)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -80,7 +85,7 @@ def test_gradient_checkpointing_changes_no_bit_and_no_name(name, inputs):
     for checkpointing in (False, True):
         ours = adapter(name, train="full", gradient_checkpointing=checkpointing)
         policy = ours.make_trainable(ours.load())
-        ours.forward(policy, *inputs).square().mean().backward()
+        predict(ours, policy, *inputs).square().mean().backward()
         gradients.append({name: parameter.grad for name, parameter in policy.named_parameters()})
     assert gradients[0].keys() == gradients[1].keys()
     for key, gradient in gradients[0].items():
@@ -100,7 +105,7 @@ def test_a_full_export_loads_through_diffusers(name, inputs, tmp_path):
         for other in (theirs, adapter(name, architecture={}, path=str(tmp_path)).load()):
             # some CPU kernels round differently for weights that may need a gradient
             frozen = [model.requires_grad_(False).eval() for model in (policy, other)]
-            assert torch.equal(*(ours.forward(model, *inputs) for model in frozen))
+            assert torch.equal(*(predict(ours, model, *inputs) for model in frozen))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -114,7 +119,7 @@ def test_a_lora_export_is_read_back(name, inputs, tmp_path):
         ours.export(policy, tmp_path)
         other = ours.make_trainable(ours.load())
         ours.restore(other, tmp_path)
-        assert torch.equal(ours.forward(policy, *inputs), ours.forward(other, *inputs))
+        assert torch.equal(predict(ours, policy, *inputs), predict(ours, other, *inputs))
 
 
 def test_cogvideox_gets_the_positions_its_pipeline_gives(inputs):
@@ -131,7 +136,7 @@ def test_cogvideox_gets_the_positions_its_pipeline_gives(inputs):
         noised = torch.randn(2, 12, frames, 8, 6)
         with torch.no_grad():
             expected = model(noised.transpose(1, 2), inputs[2], inputs[1], image_rotary_emb=rotary)[0].transpose(1, 2)
-            assert torch.equal(ours.forward(model, noised, *inputs[1:]), expected)
+            assert torch.equal(predict(ours, model, noised, *inputs[1:]), expected)
 
 
 def test_unets_have_no_dropout_left_in_training(inputs):
@@ -139,7 +144,7 @@ def test_unets_have_no_dropout_left_in_training(inputs):
     policy = ours.make_trainable(ours.load())
     assert policy.training
     with torch.no_grad():
-        assert torch.equal(ours.forward(policy, *inputs), ours.forward(policy, *inputs))
+        assert torch.equal(predict(ours, policy, *inputs), predict(ours, policy, *inputs))
 
 
 def test_videocrafter2_is_told_the_frame_rate(inputs):
@@ -148,12 +153,12 @@ def test_videocrafter2_is_told_the_frame_rate(inputs):
     plain = adapter("unet3d").load()
     plain.load_state_dict({key: value for key, value in model.state_dict().items() if "fps" not in key})
     with torch.no_grad():
-        assert torch.equal(ours.forward(model, *inputs), adapter("unet3d").forward(plain, *inputs))  # starts at zero
+        assert torch.equal(predict(ours, model, *inputs), predict(adapter("unet3d"), plain, *inputs))  # starts at zero
         model.fps_embedding.linear_2.weight.normal_()
-        assert not torch.equal(ours.forward(model, *inputs), faster.forward(model, *inputs))
+        assert not torch.equal(predict(ours, model, *inputs), predict(faster, model, *inputs))
         twin = copy.deepcopy(model)
         twin.fps_embedding.linear_2.weight.zero_()
-        assert torch.equal(ours.forward(twin, *inputs), adapter("unet3d").forward(plain, *inputs))
+        assert torch.equal(predict(ours, twin, *inputs), predict(adapter("unet3d"), plain, *inputs))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

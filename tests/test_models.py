@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pgdpo_fast.errors import ConfigError, DataError
-from pgdpo_fast.models import LoraConfig, ModelConfig, adapter_from_config, adapters_off
+from pgdpo_fast.models import LoraConfig, ModelConfig, NoisedBatch, adapter_from_config, adapters_off
 
 WAN = dict(patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
            text_dim=16, freq_dim=32, ffn_dim=32, num_layers=2, rope_max_seq_len=32)  # fmt: skip
@@ -19,8 +19,8 @@ def wan(**options):
 @pytest.fixture
 def inputs():
     generator = torch.Generator().manual_seed(0)
-    return (torch.randn(2, 4, 3, 8, 8, generator=generator), 1000 * torch.rand(2, generator=generator),
-            torch.randn(2, 8, 16, generator=generator))  # fmt: skip
+    noised, timestep = torch.randn(2, 4, 3, 8, 8, generator=generator), 1000 * torch.rand(2, generator=generator)
+    return NoisedBatch(noised, timestep, {"text": torch.randn(2, 8, 16, generator=generator)})
 
 
 def trained_lora(adapter):
@@ -46,9 +46,9 @@ def test_a_full_export_loads_in_diffusers_and_computes_the_same_bits(tmp_path, i
     assert {n: p.dtype for n, p in theirs.named_parameters()} == {n: p.dtype for n, p in policy.named_parameters()}
     again = wan(architecture={}, path=str(tmp_path), dtype=dtype).load()
     with torch.no_grad():
-        expected = adapter.forward(policy, *inputs)
-        assert torch.equal(adapter.forward(theirs, *inputs), expected)
-        assert torch.equal(adapter.forward(again, *inputs), expected)
+        expected = adapter.predict(policy, inputs)
+        assert torch.equal(adapter.predict(theirs, inputs), expected)
+        assert torch.equal(adapter.predict(again, inputs), expected)
 
 
 def test_a_lora_export_loads_in_the_wan_pipeline_and_computes_the_same_bits(tmp_path, inputs):
@@ -65,9 +65,9 @@ def test_a_lora_export_loads_in_the_wan_pipeline_and_computes_the_same_bits(tmp_
     peft_config = base.peft_config[next(iter(base.peft_config))]
     assert (peft_config.r, peft_config.lora_alpha) == (4, 8.0)
     with torch.no_grad():
-        assert torch.equal(adapter.forward(base, *inputs), adapter.forward(policy, *inputs))
+        assert torch.equal(adapter.predict(base, inputs), adapter.predict(policy, inputs))
         with adapters_off(policy):
-            assert not torch.equal(adapter.forward(base, *inputs), adapter.forward(policy, *inputs))
+            assert not torch.equal(adapter.predict(base, inputs), adapter.predict(policy, inputs))
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])
@@ -105,12 +105,12 @@ def test_adapters_off_is_the_frozen_network_bit_for_bit_and_comes_back(inputs, d
     frozen = adapter.load()
     policy = trained_lora(adapter)
     with torch.no_grad():
-        on = adapter.forward(policy, *inputs)
+        on = adapter.predict(policy, inputs)
         trained = [parameter.requires_grad for parameter in policy.parameters()]
         with adapters_off(policy):
-            off = adapter.forward(policy, *inputs)
-        assert torch.equal(off, adapter.forward(frozen, *inputs)) and not torch.equal(off, on)
-        assert torch.equal(adapter.forward(policy, *inputs), on)
+            off = adapter.predict(policy, inputs)
+        assert torch.equal(off, adapter.predict(frozen, inputs)) and not torch.equal(off, on)
+        assert torch.equal(adapter.predict(policy, inputs), on)
     assert trained == [parameter.requires_grad for parameter in policy.parameters()] and any(trained)
 
 
@@ -132,8 +132,8 @@ def test_gradient_checkpointing_changes_no_bit(inputs, train):
         assert policy.training and policy.gradient_checkpointing == checkpointing
         if train == "lora":
             with torch.no_grad(), adapters_off(policy):
-                adapter.forward(policy, *inputs)
-        adapter.forward(policy, *inputs).square().mean().backward()
+                adapter.predict(policy, inputs)
+        adapter.predict(policy, inputs).square().mean().backward()
         gradients.append([parameter.grad for parameter in policy.parameters() if parameter.requires_grad])
     assert len(gradients[0]) == len(gradients[1]) > 0
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
@@ -220,7 +220,7 @@ def test_a_deep_copy_is_the_same_network(inputs):
     adapter = wan(dtype="bf16")
     model = adapter.load()
     with torch.no_grad():
-        assert torch.equal(adapter.forward(model, *inputs), adapter.forward(copy.deepcopy(model), *inputs))
+        assert torch.equal(adapter.predict(model, inputs), adapter.predict(copy.deepcopy(model), inputs))
 
 
 @pytest.mark.slow
@@ -229,7 +229,7 @@ def test_compiled_blocks_compute_the_same_within_rounding_and_keep_their_names(i
     policy = trained_lora(adapter)
     names = [name for name, _ in policy.named_parameters()]
     with torch.no_grad():
-        plain = adapter.forward(policy, *inputs)
+        plain = adapter.predict(policy, inputs)
         adapter.compile(policy)
-        assert torch.allclose(adapter.forward(policy, *inputs), plain, atol=1e-5)
+        assert torch.allclose(adapter.predict(policy, inputs), plain, atol=1e-5)
     assert names == [name for name, _ in policy.named_parameters()]

@@ -152,7 +152,7 @@ class AdvantageProbe:
         baseline = self.baseline or DPO(beta=getattr(run.objective, "beta", 100.0))
 
         def predict() -> Tensor:
-            return run.adapter.forward(run.policy, batch.noised, batch.model_timestep, batch.text)
+            return run.adapter.predict(run.policy, batch)
 
         rate = run.optimizer.learning_rate(step)
         found = one_step_advantage(

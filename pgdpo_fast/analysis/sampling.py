@@ -5,15 +5,14 @@ Noise comes from the same draws as training, so equal (seed, id) start equal cli
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from pgdpo_fast.data.text import pad_text
 from pgdpo_fast.diffusion import DiffusionProcess, FlowMatching, draw_noise
 from pgdpo_fast.errors import ConfigError
-from pgdpo_fast.models import ModelAdapter
+from pgdpo_fast.models import ModelAdapter, NoisedBatch
 
 __all__ = ["sample", "sampling_times"]
 
@@ -33,17 +32,17 @@ def sample(
     adapter: ModelAdapter,
     model: nn.Module,
     process: DiffusionProcess,
-    texts: Sequence[Tensor],
+    conditioning: Sequence[Mapping[str, Tensor]],
     shape: Sequence[int],
     *,
     seed: int,
     ids: Sequence[str],
     steps: int = 32,
 ) -> Tensor:
-    """Sample one clip a text.
+    """Sample one clip per prompt.
 
     Args:
-        texts: N embeddings `[L, D]`, as stored.
+        conditioning: of N prompts, as `Example.conditioning` holds it.
         shape: (C, F, H, W) of the latents.
         ids: N names; with `seed` they decide the noise.
 
@@ -51,12 +50,12 @@ def sample(
         Latents `[N, C, F, H, W]`, fp32, on the model's device.
     """
     device = next(model.parameters()).device
-    text = pad_text(texts, adapter.text_tokens).to(device)
+    given = {name: tensor.to(device) for name, tensor in adapter.collate(conditioning).items()}
     x = draw_noise(seed, ids, [0] * len(ids), tuple(shape), device)
     times = sampling_times(process, steps, device)
     for now, after in zip(times, [*times[1:], None], strict=True):
         t = now.expand(len(ids))
-        prediction = adapter.forward(model, x, process.model_timestep(t), text).float()
+        prediction = adapter.predict(model, NoisedBatch(x, process.model_timestep(t), given)).float()
         clean = process.clean_from_prediction(x, prediction, t)
         if after is None:
             return clean

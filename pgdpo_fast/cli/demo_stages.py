@@ -268,7 +268,7 @@ def _pretrain(plan: Plan, store: LatentStore, folder: Path, update: Update) -> P
         model = adapter.make_trainable(_align(adapter.load()))
         ids, _ = hold_out(store.ids, plan.held_out, plan.seed)
         order = PairOrder(ids, plan.pretraining_pairs, plan.seed)
-        batches = Stage(store, plan.process, adapter.text_tokens, plan.seed, torch.device("cpu"))
+        batches = Stage(store, plan.process, adapter.collate, plan.seed, torch.device("cpu"))
         matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("blocks.")]
         others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
         # Muon reaches AdamW's loss in three quarters of the steps here; embeddings, norms and both ends get AdamW.
@@ -285,7 +285,7 @@ def _pretrain(plan: Plan, store: LatentStore, folder: Path, update: Update) -> P
                 )
             draws = order.visits(step)
             batch = batches.noise(draws, batches.read(draws))
-            prediction = adapter.forward(model, batch.noised, batch.model_timestep, batch.text)
+            prediction = adapter.predict(model, batch)
             errors = paired_errors(prediction, batch.target)
             loss = (errors.policy_chosen + errors.policy_rejected).mean() / 2
             loss.backward()
@@ -401,7 +401,7 @@ def _sample(plan: Plan, store: LatentStore, models: Mapping[str, Path], clips: P
             adapter,
             adapter.load(),
             plan.process,
-            [example.text for example in examples],
+            [example.conditioning for example in examples],
             store.shape,
             seed=plan.seed,
             ids=[f"sample {example.id}" for example in examples],

@@ -7,7 +7,7 @@ is hashed in full before its first row is handed out by this process, so damage 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,13 +25,16 @@ STORE_FILE, INDEX_FILE = "store.json", "index.parquet"
 
 @dataclass(frozen=True)
 class Example:
-    """One pair as the trainer sees it: fp32 latents [C, F, H, W] of both clips, fp32 prompt embedding [L, D]."""
+    """One pair as the trainer sees it: fp32 latents [C, F, H, W] of both clips and, by name, what the network is told.
+
+    `conditioning` always has "text", the fp32 prompt embedding [L, D].
+    """
 
     id: str
     prompt: str
     chosen: torch.Tensor
     rejected: torch.Tensor
-    text: torch.Tensor
+    conditioning: Mapping[str, torch.Tensor]
     weight: float = 1.0
 
 
@@ -132,7 +135,7 @@ class LatentStore:
         chosen, rejected, text = (
             handle.get_tensor(f"{row['row']:08d}.{name}").float() for name in ("chosen", "rejected", "text")
         )
-        return Example(id, row["prompt"], chosen, rejected, text, row["weight"])
+        return Example(id, row["prompt"], chosen, rejected, {"text": text}, row["weight"])
 
     def verify(self) -> None:
         """Hash every file now. Raises DataError naming the first damaged one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from pgdpo_fast.models.base import ModelAdapter, adapters_off
+from pgdpo_fast.models.base import ModelAdapter, NoisedBatch, adapters_off
 from pgdpo_fast.models.config import LoraConfig, ModelConfig
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "LoraConfig",
     "ModelAdapter",
     "ModelConfig",
+    "NoisedBatch",
     "adapter_class",
     "adapter_from_config",
     "adapters_off",

@@ -8,8 +8,9 @@ diffusers and an exported one compute the same bits.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import ClassVar
@@ -17,21 +18,37 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from pgdpo_fast.data.text import pad_text
 from pgdpo_fast.errors import ConfigError, DataError
 from pgdpo_fast.models.config import ModelConfig
 
-__all__ = ["ModelAdapter", "adapters_off"]
+__all__ = ["ModelAdapter", "NoisedBatch", "adapters_off"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ADAPTER = "default"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
+@dataclass(frozen=True)
+class NoisedBatch:
+    """What a network is called with, N rows.
+
+    Attributes:
+        noised: `[N, C, F, H, W]`, any float dtype; cast to the compute dtype.
+        model_timestep: `[N]`, what `process.model_timestep` returns.
+        conditioning: everything else the network is told, by name, N rows each; see `ModelAdapter.collate`.
+    """
+
+    noised: Tensor
+    model_timestep: Tensor
+    conditioning: Mapping[str, Tensor]
+
+
 class ModelAdapter:
     """One model family behind one interface.
 
-    Subclasses set the class attributes and implement `network_class`, `forward` and `text_dim`; `check_store` where
-    the family has rules of its own.
+    Subclasses set the class attributes and implement `network_class`, `predict` and `text_dim`; `check_store` and
+    `collate` where the family has rules of its own.
     """
 
     family: ClassVar[str]
@@ -61,18 +78,21 @@ class ModelAdapter:
         """The diffusers class of the network."""
         raise NotImplementedError
 
-    def forward(self, model: nn.Module, noised: Tensor, model_timestep: Tensor, text: Tensor) -> Tensor:
-        """Predict.
-
-        Args:
-            noised: `[N, C, F, H, W]`, any float dtype; cast to the compute dtype.
-            model_timestep: `[N]`, what `process.model_timestep` returns.
-            text: `[N, text_tokens, D]`, zero-padded.
-
-        Returns:
-            `[N, C, F, H, W]` in the compute dtype.
-        """
+    def predict(self, model: nn.Module, batch: NoisedBatch) -> Tensor:
+        """The network's prediction, `[N, C, F, H, W]` in the compute dtype."""
         raise NotImplementedError
+
+    def collate(self, rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The conditioning of a batch from that of its N rows, as a store holds it; on the host.
+
+        Here "text" `[N, text_tokens, D]`, zero-padded, and every other tensor stacked. Families add what else they
+        tell their network: masks, guidance, the frame rate.
+
+        Raises:
+            DataError: a text has more rows than `text_tokens`.
+        """
+        stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0] if name != "text"}
+        return {"text": pad_text([row["text"] for row in rows], self.text_tokens), **stacked}
 
     def check_store(self, model: nn.Module, shape: Sequence[int], text_dim: int) -> list[str]:
         """Why latents of `shape` [C, F, H, W] with text embeddings `[L, text_dim]` do not fit; empty when they do."""

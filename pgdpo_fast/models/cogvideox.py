@@ -26,14 +26,14 @@ class CogVideoX(ModelAdapter):
 
         return CogVideoXTransformer3DModel
 
-    def forward(self, model, noised, model_timestep, text):
+    def predict(self, model, batch):
         rotary = None
         if model.config.use_rotary_positional_embeddings:
-            rotary = _rotary(_Grid.of(model.config, noised.shape), noised.device)
+            rotary = _rotary(_Grid.of(model.config, batch.noised.shape), batch.noised.device)
         prediction = model(
-            hidden_states=noised.to(self.dtype).transpose(1, 2),
-            encoder_hidden_states=text.to(self.dtype),
-            timestep=model_timestep,
+            hidden_states=batch.noised.to(self.dtype).transpose(1, 2),
+            encoder_hidden_states=batch.conditioning["text"].to(self.dtype),
+            timestep=batch.model_timestep,
             image_rotary_emb=rotary,
             return_dict=False,
         )[0]

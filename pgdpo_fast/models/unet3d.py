@@ -30,8 +30,9 @@ class UNet3D(ModelAdapter):
 
         return UNet3DConditionModel
 
-    def forward(self, model, noised, model_timestep, text):
-        return model(noised.to(self.dtype), model_timestep, text.to(self.dtype), return_dict=False)[0]
+    def predict(self, model, batch):
+        text = batch.conditioning["text"].to(self.dtype)
+        return model(batch.noised.to(self.dtype), batch.model_timestep, text, return_dict=False)[0]
 
     def text_dim(self, model):
         return model.config.cross_attention_dim
@@ -50,9 +51,12 @@ class VideoCrafter2(UNet3D):
     def network_class(self):
         return _videocrafter2_class()
 
-    def forward(self, model, noised, model_timestep, text):
-        fps = torch.full_like(model_timestep, self.config.fps)
-        return model(noised.to(self.dtype), model_timestep, text.to(self.dtype), fps=fps, return_dict=False)[0]
+    def collate(self, rows):
+        return {**super().collate(rows), "frame_rate": torch.full((len(rows),), self.config.fps)}
+
+    def predict(self, model, batch):
+        text, fps = batch.conditioning["text"].to(self.dtype), batch.conditioning["frame_rate"]
+        return model(batch.noised.to(self.dtype), batch.model_timestep, text, fps=fps, return_dict=False)[0]
 
 
 def _recomputed(forward, *arguments, **options):

@@ -21,11 +21,11 @@ class Wan(ModelAdapter):
 
         return WanTransformer3DModel
 
-    def forward(self, model, noised, model_timestep, text):
+    def predict(self, model, batch):
         return model(
-            hidden_states=noised.to(self.dtype),
-            timestep=model_timestep,
-            encoder_hidden_states=text.to(self.dtype),
+            hidden_states=batch.noised.to(self.dtype),
+            timestep=batch.model_timestep,
+            encoder_hidden_states=batch.conditioning["text"].to(self.dtype),
             return_dict=False,
         )[0]
 

@@ -7,20 +7,21 @@ Nothing here has state. The order of the pairs is a pure function of (seed, step
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pgdpo_fast.data.latent_store import LatentStore
-from pgdpo_fast.data.text import pad_text
 from pgdpo_fast.diffusion import DiffusionProcess, draw_noise, draw_uniform
 from pgdpo_fast.errors import ConfigError
 from pgdpo_fast.loss import NoisedTarget
+from pgdpo_fast.models import NoisedBatch
 
-__all__ = ["Batch", "Draw", "PairOrder", "Stage", "hold_out"]
+__all__ = ["Batch", "Draw", "HostBatch", "PairOrder", "Stage", "hold_out"]
 
 
 @dataclass(frozen=True)
@@ -31,27 +32,35 @@ class Draw:
     draw: int
 
 
+class HostBatch(NamedTuple):
+    """What is read of B pairs, on the host, pinned for a GPU.
+
+    Attributes:
+        clean: `[2B, C, F, H, W]` latents, the chosen half first.
+        conditioning: tensors of B rows by name; a pair shares them.
+        weight: `[B]` fp32.
+    """
+
+    clean: Tensor
+    conditioning: Mapping[str, Tensor]
+    weight: Tensor
+
+
 @dataclass(frozen=True)
-class Batch:
-    """What one forward needs, B pairs; tensors of 2B rows hold the chosen half first.
+class Batch(NoisedBatch):
+    """What one forward and its loss need, B pairs; the network's input has 2B rows, the chosen half first.
 
     Attributes:
         draws: the B visits.
         weight: `[B]` fp32, the pairs' weights.
         timestep: `[B]`, process time.
-        model_timestep: `[2B]`, what the network is called with.
-        noised: `[2B, C, F, H, W]` fp32.
         target: what the network should output, built inside the loss from clean latents and noise.
-        text: `[2B, L, D]`.
     """
 
     draws: tuple[Draw, ...]
     weight: Tensor
     timestep: Tensor
-    model_timestep: Tensor
-    noised: Tensor
     target: NoisedTarget
-    text: Tensor
 
     @property
     def ids(self) -> list[str]:
@@ -111,7 +120,7 @@ class Stage:
     """Turns visits into batches: reads the store on the host, draws and noises on the device.
 
     Args:
-        text_tokens: length the text is zero-padded to.
+        collate: makes the conditioning of a batch out of that of its pairs (`ModelAdapter.collate`).
         strata: number of strata the timesteps of a pair's consecutive draws visit in turn (`draw_uniform`).
     """
 
@@ -119,27 +128,29 @@ class Stage:
         self,
         store: LatentStore,
         process: DiffusionProcess,
-        text_tokens: int,
+        collate: Callable[[Sequence[Mapping[str, Tensor]]], Mapping[str, Tensor]],
         seed: int,
         device: torch.device,
         strata: int = 1,
     ):
-        self.store, self.process, self.text_tokens, self.seed, self.device = store, process, text_tokens, seed, device
+        self.store, self.process, self.collate, self.seed, self.device = store, process, collate, seed, device
         self.strata = strata
 
-    def read(self, draws: Sequence[Draw]) -> tuple[Tensor, Tensor, Tensor]:
-        """Clean latents `[2B, C, F, H, W]`, padded text `[B, L, D]` and weights `[B]` on the host, pinned for a GPU."""
+    def read(self, draws: Sequence[Draw]) -> HostBatch:
+        """The pairs of the visits, from the store."""
         examples = [self.store.get(draw.id) for draw in draws]
-        tensors = (
-            torch.stack([example.chosen for example in examples] + [example.rejected for example in examples]),
-            pad_text([example.text for example in examples], self.text_tokens),
-            torch.tensor([example.weight for example in examples], dtype=torch.float32),
-        )
-        return tuple(tensor.pin_memory() for tensor in tensors) if self.device.type == "cuda" else tensors
+        clean = torch.stack([example.chosen for example in examples] + [example.rejected for example in examples])
+        conditioning = self.collate([example.conditioning for example in examples])
+        weight = torch.tensor([example.weight for example in examples], dtype=torch.float32)
+        if self.device.type == "cuda":
+            conditioning = {name: tensor.pin_memory() for name, tensor in conditioning.items()}
+            clean, weight = clean.pin_memory(), weight.pin_memory()
+        return HostBatch(clean, conditioning, weight)
 
-    def noise(self, draws: Sequence[Draw], tensors: tuple[Tensor, Tensor, Tensor]) -> Batch:
-        """Noise what `read` returned; chosen and rejected of a pair share timestep and noise."""
-        clean, text, weight = (tensor.to(self.device, non_blocking=True) for tensor in tensors)
+    def noise(self, draws: Sequence[Draw], host: HostBatch) -> Batch:
+        """Noise what `read` returned; chosen and rejected of a pair share timestep, noise and conditioning."""
+        clean, weight = (tensor.to(self.device, non_blocking=True) for tensor in (host.clean, host.weight))
+        conditioning = {name: tensor.to(self.device, non_blocking=True) for name, tensor in host.conditioning.items()}
         ids, indices = [draw.id for draw in draws], [draw.draw for draw in draws]
         timestep = self.process.timestep(draw_uniform(self.seed, ids, indices, self.strata))
         timestep = timestep.to(self.device, non_blocking=True)
@@ -152,5 +163,5 @@ class Stage:
             model_timestep=self.process.model_timestep(both),
             noised=self.process.add_noise(clean, torch.cat([noise, noise]), both),
             target=NoisedTarget(clean, noise, *self.process.target_coefficients(timestep)),
-            text=torch.cat([text, text]),
+            conditioning={name: torch.cat([tensor, tensor]) for name, tensor in conditioning.items()},
         )

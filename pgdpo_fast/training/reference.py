@@ -62,7 +62,7 @@ class _NetworkReference:
         return prediction if self.predictions else reference_errors(prediction, batch.target, **self.options)
 
     def _predict(self, batch: Batch) -> Tensor:
-        return self.adapter.forward(self.model, batch.noised, batch.model_timestep, batch.text)
+        return self.adapter.predict(self.model, batch)
 
 
 class AdapterOffReference(_NetworkReference):

@@ -113,7 +113,7 @@ def cache_reference(
     blocks, size = reference_visits(config, store.ids), options.pairs_per_step // options.accumulation
     held_out = frozenset(blocks[1].ids) if len(blocks) > 1 else frozenset()
     stage, evaluation_stage = (
-        Stage(store, config.build_process(), adapter.text_tokens, options.seed, device, strata)
+        Stage(store, config.build_process(), adapter.collate, options.seed, device, strata)
         for strata in (max(1, options.draws_per_pair), options.evaluation_draws)
     )
 
@@ -125,7 +125,7 @@ def cache_reference(
         else:  # training has none: its batches are always full
             draws = list(islice(cycle(draws), size))
             batch = stage.noise(draws, stage.read(draws))
-        prediction = adapter.forward(network, batch.noised, batch.model_timestep, batch.text)
+        prediction = adapter.predict(network, batch)
         rows = pack(prediction, batch.target, format, options.granularity, options.backend)
         return {name: values[: len(keys)] for name, values in rows.items()}
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pgdpo_fast.data.latent_store import LatentStore
 from pgdpo_fast.errors import ConfigError
@@ -24,7 +24,7 @@ from pgdpo_fast.models import ModelAdapter
 from pgdpo_fast.objectives import Objective
 from pgdpo_fast.storage import atomic_file
 from pgdpo_fast.training import checkpoint
-from pgdpo_fast.training.batches import Batch, Draw, PairOrder, Stage, hold_out
+from pgdpo_fast.training.batches import Batch, Draw, HostBatch, PairOrder, Stage, hold_out
 from pgdpo_fast.training.cached_reference import CachedReference
 from pgdpo_fast.training.config import TrainConfig
 from pgdpo_fast.training.network import open_network, select_device
@@ -114,7 +114,7 @@ class Run:
             warmup_steps=options.warmup_steps,
         )
         training, held_out = hold_out(store.ids, config.data.evaluation_pairs, options.seed)
-        root, stage = Path(config.output.dir), partial(Stage, store, process, adapter.text_tokens, options.seed, device)
+        root, stage = Path(config.output.dir), partial(Stage, store, process, adapter.collate, options.seed, device)
         identity = {key: value for key, value in config.flat().items() if key not in FREE_SETTINGS}
         identity["store.fingerprint"] = store.fingerprint
         return cls(
@@ -214,7 +214,7 @@ class Run:
 
     # -- the parts of a step
 
-    def read(self, step: int) -> list[tuple[list[Draw], tuple[Tensor, Tensor, Tensor]]]:
+    def read(self, step: int) -> list[tuple[list[Draw], HostBatch]]:
         """The visits of a step and their tensors on the host, one entry a forward."""
         visits, count = self.order.visits(step), self.config.training.accumulation
         size = len(visits) // count

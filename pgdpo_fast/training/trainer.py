@@ -116,7 +116,7 @@ def _loop(run: Run, start: int, display: Display, stopping: Callable[[], bool], 
             for draws, tensors in micro_batches:
                 batch = run.stage.noise(draws, tensors)
                 reference = run.reference(batch)  # before the policy's forward: see `adapters_off`
-                prediction = run.adapter.forward(run.policy, batch.noised, batch.model_timestep, batch.text)
+                prediction = run.adapter.predict(run.policy, batch)
                 # a forward's share of the step is a pair weight: fp32, before gradients are rounded
                 out = preference_loss(
                     prediction,
@@ -171,7 +171,7 @@ def _evaluate(run: Run, step: int, stopping: Callable[[], bool], hooks: Sequence
             reference = run.reference(batch)
             if isinstance(reference, ReferenceErrors):  # fixed draws: a few numbers save every later pass
                 run.reference_cache[place] = reference
-        prediction = run.adapter.forward(run.policy, batch.noised, batch.model_timestep, batch.text)
+        prediction = run.adapter.predict(run.policy, batch)
         out = preference_loss(prediction, batch.target, reference, **run.loss_options(batch))
         measured.append(measure.on_device(batch, out))
     if measured:
