@@ -1,8 +1,13 @@
 # Two commands do all set-up on a fresh machine: `make demo` and `make test`.
+# PYTHON=python3.13 takes another interpreter, TORCH=2.11.0 another torch than the pinned one (with the triton it asks for),
+# VENV=DIR keeps such an environment beside the usual one.
 PYTHON ?= python3
+TORCH ?=
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PINS := $(VENV)/constraints.txt
+CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu tests/*.cpp)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: demo test gradcheck bench gpu lint clean
@@ -22,8 +27,11 @@ bench: $(READY)  ## fused loss against eager and torch.compile on this machine
 gpu:  ## everything that needs a GPU: correctness, then speed; uses the environment's own torch and triton
 	$(PYTHON) bench/gpu.py
 
-lint: $(READY)
+lint: $(READY)  ## style, format of Python and C++, types: all that .pre-commit-config.yaml runs, on the whole tree
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	$(BIN)/mypy
 
 clean:
 	rm -rf $(VENV) out build *.egg-info
@@ -31,6 +39,7 @@ clean:
 # The venv counts as ready only once everything is installed; a broken install is redone.
 $(READY): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --constraint constraints.txt torch setuptools wheel
-	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[train,bench,dev]'
+	sed -e '' $(if $(TORCH),-e 's/^torch==.*/torch==$(TORCH)/' -e '/^triton==/d') constraints.txt > $(PINS)
+	$(PIP) install --quiet --constraint $(PINS) torch setuptools wheel
+	$(PIP) install --quiet --constraint $(PINS) --no-build-isolation --editable '.[train,bench,dev]'
 	touch $@
