@@ -13,8 +13,7 @@ beta multiplies the mean over the group with the 1/2 of Diffusion-DPO: logits z 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from difflib import get_close_matches
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from pgdpo_fast.errors import ConfigError
+from pgdpo_fast.options import build, number, wrong
 
 # The ratio of PG-DPO has a pole; beyond this size every sigmoid of it is saturated, so it is cut here, never NaN.
 RATIO_LIMIT = 1e6
@@ -71,19 +71,14 @@ RATIOS = ("logit", "symmetric", "abs", "signed")
 
 
 def _number(objective, name: str, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False) -> None:
-    value = getattr(objective, name)
-    where = f"{type(objective).__name__}({name}={value!r})"
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= MAX_NUMBER:
-        raise ConfigError(f"{where}: expected a finite number")
-    if value < low or value > high or (open_low and value == low):
-        raise ConfigError(f"{where}: expected a number in {'(' if open_low else '['}{low:g}, {high:g}]")
+    where = f"{type(objective).__name__}.{name}"
+    number(where, getattr(objective, name), low, high, open_low=open_low, limit=MAX_NUMBER)
 
 
 def _choice(objective, name: str, allowed: tuple) -> None:
     value = getattr(objective, name)
     if not isinstance(value, type(allowed[0])) or value not in allowed:
-        where = f"{type(objective).__name__}({name}={value!r})"
-        raise ConfigError(f"{where}: expected one of {', '.join(map(repr, allowed))}")
+        raise wrong(f"{type(objective).__name__}.{name}", value, f"one of {', '.join(map(repr, allowed))}")
 
 
 @dataclass(frozen=True)
@@ -521,20 +516,7 @@ def from_name(name: str, **hyperparameters) -> Objective:
     Raises:
         ConfigError: the name or a hyper-parameter is unknown, or a value is out of range.
     """
-    if not isinstance(name, str) or name not in _BY_NAME:
-        raise ConfigError(f"objective.name={name!r}: expected one of {', '.join(NAMES)}{_did_you_mean(name, NAMES)}")
-    known = [field.name for field in fields(_BY_NAME[name])]
-    for key in hyperparameters:
-        if key not in known:
-            raise ConfigError(
-                f"objective.{key}: {name} takes {', '.join(known) or 'no hyper-parameters'}{_did_you_mean(key, known)}"
-            )
-    return _BY_NAME[name](**hyperparameters)
-
-
-def _did_you_mean(word: str, known) -> str:
-    close = get_close_matches(str(word).lower(), known, 1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return build("objective", {known: (cls, {}) for known, cls in _BY_NAME.items()}, name, hyperparameters)
 
 
 def beta_from_sum(beta_sum: float, numel: int) -> float:

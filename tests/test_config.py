@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from pgdpo_fast.errors import ConfigError
-from pgdpo_fast.training.config import _KEYS, TrainConfig, describe_settings, load_config
+from pgdpo_fast.options import DECISIONS
+from pgdpo_fast.training.config import _DECLARED, _KEYS, TrainConfig, describe_settings, load_config
+from pgdpo_fast.training.reference_pass import reference_settings
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NEEDED = ["data.store=store", "output.dir=runs/x", "model.architecture={num_layers: 1}"]
@@ -42,7 +44,7 @@ outputs: {dir: x}
         "data.stor: unknown key; did you mean data.store?", "objective.bta", "did you mean 'beta'?",
         "did you mean 'shift'?",
         "training.stepps: unknown key; did you mean training.steps?", "training.accumulation=2: expected a divisor",
-        "training.clip_norm=-1.0: expected at least 0", "training.learning_rate=0.0: expected more than 0",
+        "training.clip_norm=-1.0: expected at least 0", "training.learning_rate=0.0: expected a number above 0",
         "training.seed=1.5: expected a whole number", "outputs: unknown key; did you mean output?",
         "data.store: required", "output.dir: required",
     ):  # fmt: skip
@@ -113,6 +115,31 @@ def test_the_resolved_configuration_reads_back_as_itself(tmp_path):
     assert again == config and again.to_mapping() == config.to_mapping()
     assert TrainConfig.from_mapping(config.to_mapping()) == config
     assert "beta: 5000.0  # default" in config.to_yaml() and "clip: 0.2  # command line" in config.to_yaml()
+
+
+def test_every_setting_says_what_it_decides():
+    lacking = [key for key, declared in _DECLARED.items() if declared.get("decides") not in DECISIONS]
+    assert not lacking
+
+
+def test_identity_fingerprint_and_sweep_key_follow_from_what_a_setting_decides():
+    config = load_config(None, [*NEEDED, "process.shift=5"])
+    numbers, reference = config.deciding("numbers"), config.deciding("reference")
+    assert {**numbers, **reference, **config.deciding("nothing")} == config.flat()
+    assert "objective.beta" in numbers and "process.shift" in reference and "training.seed" in reference
+    assert "data.store" in reference and "data.store" not in config.deciding("reference", without=["store"])
+    # the names and values under which caches have been kept since the first version
+    assert reference_settings(config, without=["store", "weights"]) == {
+        "model.family": "wan",
+        "model.dtype": "bf16",
+        "model.text_tokens": None,
+        "model.fps": 24.0,
+        "data.evaluation_pairs": 0,
+        "process": repr(config.build_process()),
+        "training.seed": 0,
+        "training.draws_per_pair (strata of the timesteps)": 1,
+        "training.evaluation_draws": 0,
+    }
 
 
 def test_every_setting_is_explained():

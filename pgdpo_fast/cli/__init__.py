@@ -9,11 +9,11 @@ from __future__ import annotations
 import inspect
 import sys
 import textwrap
-from difflib import get_close_matches
 from importlib import import_module
 
 from pgdpo_fast import __version__
 from pgdpo_fast.errors import ConfigError, PgdpoError
+from pgdpo_fast.options import did_you_mean
 
 # verb -> (module under pgdpo_fast.cli, class in it), in the order the help lists them
 COMMANDS = {
@@ -44,8 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         print(__version__)
         return 0
     if argv[0] not in COMMANDS:
-        close = get_close_matches(argv[0], COMMANDS, 1)
-        hint = f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(COMMANDS)}"
+        hint = did_you_mean(argv[0], COMMANDS) or f"; expected one of {', '.join(COMMANDS)}"
         print(f"error: no command {argv[0]!r}{hint}", file=sys.stderr)
         return ConfigError.exit_code
     command_class = _command(argv[0])

@@ -7,7 +7,6 @@ A row is used or it is dropped with a reason that reaches the user; nothing disa
 from __future__ import annotations
 
 import csv
-import difflib
 import hashlib
 import json
 import math
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pgdpo_fast.errors import ConfigError, DataError
+from pgdpo_fast.options import choice, did_you_mean
 from pgdpo_fast.storage import atomic_file
 
 __all__ = [
@@ -104,10 +104,9 @@ def read_manifest(
     With `strict`, the first dropped row is a DataError. Raises DataError when the file is missing or malformed, has
     unknown or missing columns, gives one id to different pairs, or has no usable row; ConfigError on a bad argument.
     """
-    if format is not None and format not in FORMATS:
-        raise ConfigError(f"format {format!r} is not known; expected one of {', '.join(FORMATS)}")
-    if criterion not in CRITERIA:
-        raise ConfigError(f"criterion {criterion!r} is not known; expected one of {', '.join(CRITERIA)}")
+    if format is not None:
+        choice("format", format, FORMATS)
+    choice("criterion", criterion, CRITERIA)
     path = Path(path).absolute()
     if path.is_dir():
         if not (path / "pair.json").is_file():
@@ -266,9 +265,8 @@ def _check_columns(path: Path, columns: list[str]) -> None:
     known = REQUIRED + OPTIONAL
     for name in columns:
         if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]!r}?" if close else "remove it"
-            raise DataError(f"{path}: unknown column {name!r}; {hint} Known columns: {', '.join(known)}")
+            hint = did_you_mean(name, known, cutoff=0.5) or "; remove it."
+            raise DataError(f"{path}: unknown column {name!r}{hint} Known columns: {', '.join(known)}")
     missing = [name for name in REQUIRED if name not in columns]
     if missing:
         raise DataError(

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from pgdpo_fast.data.manifest import Pair, write_manifest
 from pgdpo_fast.data.video import write_video
 from pgdpo_fast.errors import ConfigError
+from pgdpo_fast.options import choice
 
 __all__ = ["DISTANCES", "FAULTS", "Scene", "make_scene", "render_pairs", "render_scene"]
 
@@ -106,8 +107,7 @@ def render_pairs(
     drawn from the range of `distance` ("near": mild, "far": gross, "mixed": both) and has score 1 - s. `scene_of`
     draws the scene in place of `make_scene`. Same arguments, same bytes. Raises ConfigError on impossible arguments.
     """
-    if distance not in DISTANCES:
-        raise ConfigError(f"distance={distance!r}; expected one of {', '.join(DISTANCES)}")
+    choice("distance", distance, DISTANCES)
     for name, value, least in (
         ("pairs", pairs, 1),
         ("frames", frames, 2),

@@ -96,7 +96,7 @@ def draw_uniform(seed, pair_ids, draws, strata=1):
     starts at random for each run: a lower-variance set of timesteps, each still uniform, still a pure function.
     Raises ConfigError for an impossible seed, id, draw or number of strata.
     """
-    integer("draw_uniform", "strata", strata, 1, 1 << 16)
+    integer("strata", strata, 1, 1 << 16)
     key, draws_b = _keys_and_draws(seed, pair_ids, draws, torch.device("cpu"))
     uniform = _uniform(key, draws_b, _TIMESTEP)
     if strata == 1:

@@ -13,7 +13,7 @@ import torch
 
 from pgdpo_fast.diffusion.timesteps import TimestepSampler, as_sampler, shift_time
 from pgdpo_fast.errors import ConfigError
-from pgdpo_fast.options import build, choice, flag, integer, real
+from pgdpo_fast.options import build, choice, flag, integer, number, wrong
 
 __all__ = ["DDPM", "PROCESSES", "DiffusionProcess", "FlowMatching", "process_from_name"]
 
@@ -106,11 +106,11 @@ class FlowMatching(DiffusionProcess):
         name = type(self).__name__
         _set(
             self,
-            shift=real(name, "shift", self.shift, "a number above 0", lambda value: value > 0),
+            shift=number(f"{name}.shift", self.shift, 0, open_low=True),
             timestep_sampler=as_sampler(self.timestep_sampler),
             timestep_range=_range(name, self.timestep_range),
-            sde_steps=integer(name, "sde_steps", self.sde_steps, 2, 100_000),
-            sde_noise=real(name, "sde_noise", self.sde_noise, "a number above 0", lambda value: value > 0),
+            sde_steps=integer(f"{name}.sde_steps", self.sde_steps, 2, 100_000),
+            sde_noise=number(f"{name}.sde_noise", self.sde_noise, 0, open_low=True),
         )
 
     def timestep(self, u):
@@ -169,22 +169,16 @@ class DDPM(DiffusionProcess):
 
     def __post_init__(self):
         name = type(self).__name__
-        choice(name, "prediction", self.prediction, ("epsilon", "v"))
-        choice(name, "beta_schedule", self.beta_schedule, ("linear", "scaled_linear"))
-        flag(name, "zero_terminal_snr", self.zero_terminal_snr)
-        integer(name, "num_timesteps", self.num_timesteps, 2, 1_000_000)
-        start = real(name, "beta_start", self.beta_start, "a number in (0, 1)", lambda value: 0 < value < 1)
-        end = real(
-            name,
-            "beta_end",
-            self.beta_end,
-            f"a number from beta_start={start} to 1, exclusive",
-            lambda value: start <= value < 1,
-        )
+        choice(f"{name}.prediction", self.prediction, ("epsilon", "v"))
+        choice(f"{name}.beta_schedule", self.beta_schedule, ("linear", "scaled_linear"))
+        flag(f"{name}.zero_terminal_snr", self.zero_terminal_snr)
+        integer(f"{name}.num_timesteps", self.num_timesteps, 2, 1_000_000)
+        start = number(f"{name}.beta_start", self.beta_start, 0, 1, open_low=True, open_high=True)
+        end = number(f"{name}.beta_end", self.beta_end, start, 1, open_high=True)
         rescale = self.dynamic_rescale
         if rescale is not None:
-            rescale = real(name, "dynamic_rescale", rescale, "null or a number in (0, 1]", lambda value: 0 < value <= 1)
-            integer(name, "dynamic_rescale_steps", self.dynamic_rescale_steps, 2, self.num_timesteps)
+            rescale = number(f"{name}.dynamic_rescale", rescale, 0, 1, open_low=True, kind="null or a number in (0, 1]")
+            integer(f"{name}.dynamic_rescale_steps", self.dynamic_rescale_steps, 2, self.num_timesteps)
         if self.zero_terminal_snr and self.prediction != "v":
             raise ConfigError(
                 f"{name}.zero_terminal_snr=True with prediction={self.prediction!r}: the last step has "
@@ -195,9 +189,7 @@ class DDPM(DiffusionProcess):
             beta_start=start,
             beta_end=end,
             dynamic_rescale=rescale,
-            snr_shift_scale=real(
-                name, "snr_shift_scale", self.snr_shift_scale, "a number above 0", lambda value: value > 0
-            ),
+            snr_shift_scale=number(f"{name}.snr_shift_scale", self.snr_shift_scale, 0, open_low=True),
             timestep_sampler=as_sampler(self.timestep_sampler),
             timestep_range=_range(name, self.timestep_range),
         )
@@ -297,12 +289,12 @@ def _set(instance, **values):
 
 def _range(owner, value):
     """A pair (low, high) with 0 <= low < high <= 1, as floats."""
-    expected = "two numbers, 0 <= low < high <= 1"
+    where, expected = f"{owner}.timestep_range", "two numbers, 0 <= low < high <= 1"
     if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise ConfigError(f"{owner}.timestep_range={value!r}: expected {expected}")
-    low, high = (real(owner, "timestep_range", edge, expected, lambda number: 0 <= number <= 1) for edge in value)
+        raise wrong(where, value, expected)
+    low, high = (number(where, edge, 0, 1, kind=expected) for edge in value)
     if low >= high:
-        raise ConfigError(f"{owner}.timestep_range={value!r}: expected {expected}")
+        raise wrong(where, value, expected)
     return low, high
 
 
@@ -369,4 +361,4 @@ def process_from_name(name, **options):
     "videocrafter2" carry the settings those models were trained with.
     Raises ConfigError, listing what is known and what was probably meant, for an unknown name or option.
     """
-    return build("diffusion process", PROCESSES, name, options)
+    return build("process", PROCESSES, name, options)

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pgdpo_fast.errors import ConfigError
-from pgdpo_fast.options import build, real
+from pgdpo_fast.options import build, number, wrong
 
 __all__ = [
     "SAMPLERS",
@@ -68,8 +67,8 @@ class LogitNormal(TimestepSampler):
     std: float = 1.0
 
     def __post_init__(self):
-        mean = real("LogitNormal", "mean", self.mean, "a finite number", lambda value: True)
-        std = real("LogitNormal", "std", self.std, "a number above 0", lambda value: value > 0)
+        mean = number("LogitNormal.mean", self.mean)
+        std = number("LogitNormal.std", self.std, 0, open_low=True)
         object.__setattr__(self, "mean", mean)
         object.__setattr__(self, "std", std)
 
@@ -87,7 +86,7 @@ class Shifted(TimestepSampler):
     shift: float = 3.0
 
     def __post_init__(self):
-        shift = real("Shifted", "shift", self.shift, "a number above 0", lambda value: value > 0)
+        shift = number("Shifted.shift", self.shift, 0, open_low=True)
         object.__setattr__(self, "shift", shift)
 
     def quantile(self, u):
@@ -102,7 +101,7 @@ SAMPLERS = {"uniform": (Uniform, {}), "logit-normal": (LogitNormal, {}), "shifte
 
 def sampler_from_name(name, **options):
     """The sampler called `name` ("uniform", "logit-normal", "shifted") with its options; ConfigError if unknown."""
-    return build("timestep sampler", SAMPLERS, name, options)
+    return build("timestep_sampler", SAMPLERS, name, options)
 
 
 def as_sampler(value):
@@ -113,10 +112,8 @@ def as_sampler(value):
         return sampler_from_name(value)
     if isinstance(value, dict) and "name" in value:
         return sampler_from_name(**value)
-    raise ConfigError(
-        f"timestep_sampler={value!r}: expected a name ({', '.join(SAMPLERS)}), "
-        "a mapping with the key 'name', or a TimestepSampler"
-    )
+    expected = f"a name ({', '.join(SAMPLERS)}), a mapping with the key 'name', or a TimestepSampler"
+    raise wrong("timestep_sampler", value, expected)
 
 
 def stratify(u, draws, rotation, strata):

@@ -11,7 +11,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from pgdpo_fast.data.text import pad_text
 from pgdpo_fast.errors import ConfigError, DataError
 from pgdpo_fast.models.config import ModelConfig
+from pgdpo_fast.options import did_you_mean
 
 __all__ = ["ModelAdapter", "NoisedBatch", "adapters_off"]
 
@@ -264,10 +264,8 @@ class ModelAdapter:
                 known = sorted(
                     {".".join(part for part in name.split(".")[-3:] if not part.isdigit()) for name in linear}
                 )
-                close = get_close_matches(target, known, 1)
                 raise ConfigError(
-                    f"model.lora.targets: no linear layer is called {target!r}"
-                    f"{f'; did you mean {close[0]!r}?' if close else ''}"
+                    f"model.lora.targets: no linear layer is called {target!r}{did_you_mean(target, known)}"
                 )
         peft_config = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets)
         with torch.random.fork_rng(devices=[]):

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 from pgdpo_fast.errors import ConfigError
 from pgdpo_fast.models import adapter_class
-from pgdpo_fast.models.config import ModelConfig, setting
+from pgdpo_fast.models.config import ModelConfig
+from pgdpo_fast.options import close_to, convert, setting, type_name, wrong
 
 __all__ = ["DataConfig", "OutputConfig", "TrainConfig", "TrainingConfig", "describe_settings", "load_config"]
 
@@ -27,44 +26,63 @@ __all__ = ["DataConfig", "OutputConfig", "TrainConfig", "TrainingConfig", "descr
 class DataConfig:
     """Where the encoded pairs are."""
 
-    store: str = setting("", "folder written by `pgdpo-fast encode` (required)")
-    evaluation_pairs: int = setting(0, "pairs held out of training and used for evaluation", minimum=0)
-    reference_cache: str = setting("", "folder written by `pgdpo-fast cache-reference`; empty: none")
+    store: str = setting("", "folder written by `pgdpo-fast encode` (required)", decides="reference", content="store")
+    evaluation_pairs: int = setting(
+        0, "pairs held out of training and used for evaluation", minimum=0, decides="reference"
+    )
+    reference_cache: str = setting("", "folder written by `pgdpo-fast cache-reference`; empty: none", decides="nothing")
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """The loop: how many steps of how many pairs, the optimizer, and what is measured and saved on the way."""
 
-    steps: int = setting(1000, "optimizer steps", minimum=1)
-    pairs_per_step: int = setting(8, "pairs in one optimizer step", minimum=1)
-    accumulation: int = setting(1, "forwards one step is split into: less memory, same result", minimum=1)
-    draws_per_pair: int = setting(
-        0, "distinct (timestep, noise) draws a pair cycles through; 0: a new one every visit", minimum=0
+    steps: int = setting(1000, "optimizer steps", minimum=1, decides="nothing")
+    pairs_per_step: int = setting(8, "pairs in one optimizer step", minimum=1, decides="numbers")
+    accumulation: int = setting(
+        1, "forwards one step is split into: less memory, same result", minimum=1, decides="nothing"
     )
-    granularity: Literal["sample", "frame", "element"] = setting("sample", "the latent elements one reward covers")
-    backend: Literal["auto", "eager", "triton", "native"] = setting("auto", "implementation of the loss")
-    learning_rate: float = setting(1e-5, "of AdamW, after the warm-up", above=0)
-    warmup_steps: int = setting(0, "steps of linear warm-up from 0", minimum=0)
-    betas: tuple[float, float] = setting((0.9, 0.999), "of AdamW")
-    adam_eps: float = setting(1e-8, "of AdamW", above=0)
-    weight_decay: float = setting(0.0, "of AdamW", minimum=0)
-    clip_norm: float = setting(1.0, "largest global gradient norm; 0 only measures it", minimum=0)
-    seed: int = setting(0, "of the pair order and the draws")
-    checkpoint_every: int = setting(500, "steps between checkpoints; one is always written at the end", minimum=1)
-    checkpoint_keep: int = setting(2, "newest checkpoints kept", minimum=1)
-    evaluation_every: int = setting(100, "steps between evaluations, with data.evaluation_pairs > 0", minimum=1)
-    evaluation_draws: int = setting(8, "fixed draws of every held-out pair, spread over the timesteps", minimum=1)
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    draws_per_pair: int = setting(
+        0,
+        "distinct (timestep, noise) draws a pair cycles through; 0: a new one every visit",
+        minimum=0,
+        decides="reference",
+    )
+    granularity: Literal["sample", "frame", "element"] = setting(
+        "sample", "the latent elements one reward covers", decides="numbers"
+    )
+    backend: Literal["auto", "eager", "triton", "native"] = setting(
+        "auto", "implementation of the loss", decides="nothing"
+    )
+    learning_rate: float = setting(1e-5, "of AdamW, after the warm-up", above=0, decides="numbers")
+    warmup_steps: int = setting(0, "steps of linear warm-up from 0", minimum=0, decides="numbers")
+    betas: tuple[float, float] = setting((0.9, 0.999), "of AdamW", decides="numbers")
+    adam_eps: float = setting(1e-8, "of AdamW", above=0, decides="numbers")
+    weight_decay: float = setting(0.0, "of AdamW", minimum=0, decides="numbers")
+    clip_norm: float = setting(1.0, "largest global gradient norm; 0 only measures it", minimum=0, decides="numbers")
+    seed: int = setting(0, "of the pair order and the draws", decides="reference")
+    checkpoint_every: int = setting(
+        500, "steps between checkpoints; one is always written at the end", minimum=1, decides="nothing"
+    )
+    checkpoint_keep: int = setting(2, "newest checkpoints kept", minimum=1, decides="nothing")
+    evaluation_every: int = setting(
+        100, "steps between evaluations, with data.evaluation_pairs > 0", minimum=1, decides="nothing"
+    )
+    evaluation_draws: int = setting(
+        8, "fixed draws of every held-out pair, spread over the timesteps", minimum=1, decides="reference"
+    )
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N", decides="nothing")
 
 
 @dataclass(frozen=True)
 class OutputConfig:
     """What is written where."""
 
-    dir: str = setting("", "run directory (required)")
-    log_every: int = setting(10, "steps between lines of the log and of a display that is not a terminal", minimum=1)
-    tensorboard: bool = setting(True, "also write TensorBoard events when it is installed")
+    dir: str = setting("", "run directory (required)", decides="nothing")
+    log_every: int = setting(
+        10, "steps between lines of the log and of a display that is not a terminal", minimum=1, decides="nothing"
+    )
+    tensorboard: bool = setting(True, "also write TensorBoard events when it is installed", decides="nothing")
 
 
 @dataclass(frozen=True)
@@ -77,8 +95,12 @@ class TrainConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    process: dict[str, Any] = setting({}, "diffusion process: a name and its settings; unset means the family's")
-    objective: dict[str, Any] = setting({"name": "pgdpo"}, "objective: a name and its hyper-parameters")
+    process: dict[str, Any] = setting(
+        {}, "diffusion process: a name and its settings; unset means the family's", decides="reference"
+    )
+    objective: dict[str, Any] = setting(
+        {"name": "pgdpo"}, "objective: a name and its hyper-parameters", decides="numbers"
+    )
     training: TrainingConfig = field(default_factory=TrainingConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
@@ -101,6 +123,19 @@ class TrainConfig:
     def flat(self) -> dict[str, Any]:
         """Every value by its dotted key."""
         return dict(_leaves(self.to_mapping()))
+
+    def deciding(self, *what: str, without: Sequence[str] = ()) -> dict[str, Any]:
+        """Every value that decides one of `what` (see `setting`), by its dotted key.
+
+        without: left out are settings that only say where this content is ("weights", "store"); a caller that has the
+        content at hand puts its digest in their place.
+        """
+        declared = {key: _DECLARED.get(key) or _DECLARED[key.partition(".")[0]] for key in self.flat()}
+        return {
+            key: value
+            for key, value in self.flat().items()
+            if declared[key]["decides"] in what and declared[key]["content"] not in without
+        }
 
     def to_yaml(self) -> str:
         """The configuration as YAML, each value followed by its origin; `load_config` reads it back."""
@@ -172,7 +207,8 @@ class TrainConfig:
             try:
                 built = builder()
             except (ConfigError, TypeError) as error:
-                problems.append(f"{section}: {error}")
+                named = str(error).startswith(f"{section}.")
+                problems.append(str(error) if named else f"{section}: {error}")
                 continue
             if section == "process":
                 expected = adapter_class(self.model.family).process_class
@@ -217,7 +253,7 @@ def describe_settings() -> str:
             elif "help" in item.metadata:
                 default = item.default if item.default is not dataclasses.MISSING else item.default_factory()
                 shown = "" if default in ("", None) or default == {} or default == () else f" [{_show(default)}]"
-                lines.append(f"  {prefix}{item.name} ({_type_name(hints[item.name])}){shown}: {item.metadata['help']}")
+                lines.append(f"  {prefix}{item.name} ({type_name(hints[item.name])}){shown}: {item.metadata['help']}")
 
     section(TrainConfig, "")
     return "\n".join(lines)
@@ -324,7 +360,7 @@ def _leaves(values: Mapping, prefix: str = ""):
 def _construct(cls: type, values: Any, prefix: str, problems: list[str]) -> Any:
     """A `cls` of the valid values; what is wrong with the others is appended to `problems`."""
     if not isinstance(values, Mapping):
-        problems.append(f"{prefix.rstrip('.')}={values!r}: expected a section of settings")
+        problems.append(str(wrong(prefix.rstrip("."), values, "a section of settings")))
         return cls()
     hints = typing.get_type_hints(cls)
     known = [item for item in dataclasses.fields(cls) if item.name != "origins"]
@@ -341,47 +377,10 @@ def _construct(cls: type, values: Any, prefix: str, problems: list[str]) -> Any:
             given[item.name] = _construct(kind, value, f"{dotted}.", problems)
             continue
         try:
-            value = _convert(value, kind)
-        except TypeError:
-            problems.append(f"{dotted}={value!r}: expected {_type_name(kind)}")
-            continue
-        minimum, above = item.metadata.get("minimum"), item.metadata.get("above")
-        if value is not None and minimum is not None and value < minimum:
-            problems.append(f"{dotted}={value!r}: expected at least {minimum}")
-        elif value is not None and above is not None and value <= above:
-            problems.append(f"{dotted}={value!r}: expected more than {above}")
-        else:
-            given[item.name] = value
+            given[item.name] = convert(dotted, value, kind, item.metadata)
+        except ConfigError as error:
+            problems.append(str(error))
     return cls(**given)
-
-
-def _convert(value: Any, kind: Any) -> Any:
-    """`value` as `kind`; raises TypeError when it is something else. Nothing but int -> float is converted."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in arguments:
-            return None
-        return _convert(value, next(kind for kind in arguments if kind is not type(None)))
-    if origin is Literal:
-        if value in arguments and type(value) is type(arguments[0]):
-            return value
-        raise TypeError
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)) or (arguments[-1] is not ... and len(value) != len(arguments)):
-            raise TypeError
-        kinds = [arguments[0]] * len(value) if arguments[-1] is ... else arguments
-        return tuple(_convert(item, kind) for item, kind in zip(value, kinds, strict=True))
-    if origin is dict:
-        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-            raise TypeError
-        return dict(value)
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    if kind is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if kind in (str, bool) and isinstance(value, kind):
-        return value
-    raise TypeError
 
 
 def _with_defaults(given: Mapping[str, Any], built: Any) -> dict[str, Any]:
@@ -398,48 +397,34 @@ def _with_defaults(given: Mapping[str, Any], built: Any) -> dict[str, Any]:
     return settings
 
 
-def _all_keys(cls: type = TrainConfig, prefix: str = "") -> tuple[list[str], list[str]]:
-    """(dotted keys of values, dotted keys of sections)."""
-    keys, sections = [], []
+def _declarations(cls: type = TrainConfig, prefix: str = "") -> tuple[dict[str, Mapping[str, Any]], list[str]]:
+    """(what `setting` declared of every setting, by dotted key; dotted keys of sections)."""
+    declared, sections = {}, []
     hints = typing.get_type_hints(cls)
     for item in dataclasses.fields(cls):
         dotted = f"{prefix}{item.name}"
         if dataclasses.is_dataclass(hints[item.name]):
-            below_keys, below_sections = _all_keys(hints[item.name], f"{dotted}.")
-            keys, sections = keys + below_keys, [*sections, dotted, *below_sections]
-        elif dotted in ("process", "objective"):
-            sections.append(dotted)
-        elif item.metadata:
-            keys.append(dotted)
-    return keys, sections
+            below, below_sections = _declarations(hints[item.name], f"{dotted}.")
+            declared, sections = declared | below, [*sections, dotted, *below_sections]
+        elif dotted != "origins":
+            declared[dotted] = item.metadata
+            if dotted in ("process", "objective"):  # a name and its own settings, all of one kind
+                sections.append(dotted)
+    return declared, sections
 
 
-_KEYS, _SECTIONS = _all_keys()
+_DECLARED, _SECTIONS = _declarations()
+_KEYS = [key for key in _DECLARED if key not in _SECTIONS]
 
 
 def _suggest(dotted: str) -> str:
     last = dotted.rsplit(".", 1)[-1]
     close = [key for key in _KEYS if key.rsplit(".", 1)[-1] == last]  # the right word in the wrong section
-    close = close or get_close_matches(dotted, _KEYS + _SECTIONS, 1, cutoff=0.75)
-    if not close:
-        near = get_close_matches(last, [key.rsplit(".", 1)[-1] for key in _KEYS], 1)
-        close = [key for key in _KEYS if key.rsplit(".", 1)[-1] in near]
+    close = close or [close_to(dotted, _KEYS + _SECTIONS, cutoff=0.75)]
+    if close == [None]:
+        near = close_to(last, [key.rsplit(".", 1)[-1] for key in _KEYS])
+        close = [key for key in _KEYS if key.rsplit(".", 1)[-1] == near]
     return f"; did you mean {close[0]}?" if close else ""
-
-
-def _type_name(kind: Any) -> str:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        return " or ".join("null" if kind is type(None) else _type_name(kind) for kind in arguments)
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, arguments))
-    if origin is tuple:
-        return f"a list of {_type_name(arguments[0])}" + (
-            "" if arguments[-1] is ... else f" of length {len(arguments)}"
-        )
-    if origin is dict:
-        return "a mapping"
-    return {str: "text", int: "a whole number", float: "a number", bool: "true or false"}[kind]
 
 
 def _show(value: Any) -> str:

@@ -26,7 +26,14 @@ from pgdpo_fast.training.config import TrainConfig
 from pgdpo_fast.training.network import open_network, select_device
 from pgdpo_fast.training.reference import needs_predictions
 
-__all__ = ["cache_reference", "choose_format", "reference_fingerprint", "reference_visits"]
+__all__ = [
+    "cache_layout",
+    "cache_reference",
+    "choose_format",
+    "reference_fingerprint",
+    "reference_settings",
+    "reference_visits",
+]
 
 
 def reference_visits(config: TrainConfig, ids: Sequence[str]) -> list[Block]:
@@ -38,26 +45,37 @@ def reference_visits(config: TrainConfig, ids: Sequence[str]) -> list[Block]:
     return blocks + [Block(tuple(held_out), options.evaluation_draws)] * bool(held_out)
 
 
+def reference_settings(config: TrainConfig, without: Sequence[str] = ()) -> dict[str, Any]:
+    """The settings that decide the reference's numbers, as far as they do: of the draws per pair only the strata of
+    their timesteps, of the process what its name stands for. `without`: see `TrainConfig.deciding`."""
+    found = config.deciding("reference", without=without)
+    settings = {key: value for key, value in found.items() if not key.startswith("process.")}
+    draws = settings.pop("training.draws_per_pair")
+    return settings | {
+        "process": repr(config.build_process()),
+        "training.draws_per_pair (strata of the timesteps)": max(1, draws),
+        "training.evaluation_draws": config.training.evaluation_draws if config.data.evaluation_pairs else 0,
+    }
+
+
 def reference_fingerprint(
     config: TrainConfig, store: LatentStore, adapter: ModelAdapter, network: nn.Module
 ) -> dict[str, Any]:
     """Everything the rows depend on, from a network as loaded: without adapters, before any training."""
-    options, held_out = config.training, config.data.evaluation_pairs
-    return {
-        "model.family": config.model.family,
+    return reference_settings(config, without=["store", "weights"]) | {
         "model.architecture": architecture_digest(network.config),
         "model.weights": weights_digest(network),
-        "model.dtype": config.model.dtype,
         "model.adapters": "off",
         "model.text_tokens": adapter.text_tokens,
-        "model.fps": config.model.fps,
         "data.store (content)": store.fingerprint,
-        "data.evaluation_pairs": held_out,
-        "process": repr(config.build_process()),
-        "training.seed": options.seed,
-        "training.draws_per_pair (strata of the timesteps)": max(1, options.draws_per_pair),
-        "training.evaluation_draws": options.evaluation_draws if held_out else 0,
     }
+
+
+def cache_layout(config: TrainConfig, format: str, shape: Sequence[int]) -> Layout:
+    """How the rows of `format` lie for latents of `shape`: as many pairs per forward as in training."""
+    options = config.training
+    size = options.pairs_per_step // options.accumulation
+    return Layout.of(format, options.granularity, shape, config.model.dtype, size)
 
 
 def choose_format(config: TrainConfig, format: str = "auto") -> str:
@@ -143,7 +161,7 @@ def cache_reference(
         blocks=blocks,
         compute=compute,
         provenance=provenance,
-        layout=Layout.of(format, options.granularity, store.shape, config.model.dtype, size),
+        layout=cache_layout(config, format, store.shape),
         progress=progress,
         rank=rank,
         world_size=world_size,

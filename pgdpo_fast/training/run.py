@@ -34,28 +34,6 @@ from pgdpo_fast.training.telemetry import MetricsFile, PreferenceHealth, TensorB
 
 __all__ = ["Run"]
 
-# Settings that may change between the parts of a run: they decide when and where things happen, not what is computed.
-FREE_SETTINGS = frozenset(
-    (
-        "data.store",
-        "data.reference_cache",
-        "training.steps",
-        "training.accumulation",
-        "training.backend",
-        "training.device",
-        "training.checkpoint_every",
-        "training.checkpoint_keep",
-        "training.evaluation_every",
-        "model.gradient_checkpointing",
-        "model.attention_backend",
-        "model.compile",
-        "model.reference",
-        "output.dir",
-        "output.log_every",
-        "output.tensorboard",
-    )
-)
-
 
 @dataclass
 class Run:
@@ -115,7 +93,8 @@ class Run:
         )
         training, held_out = hold_out(store.ids, config.data.evaluation_pairs, options.seed)
         root, stage = Path(config.output.dir), partial(Stage, store, process, adapter.collate, options.seed, device)
-        identity = {key: value for key, value in config.flat().items() if key not in FREE_SETTINGS}
+        # what decides nothing may change between the parts of a run
+        identity = config.deciding("numbers", "reference", without=["store"])
         identity["store.fingerprint"] = store.fingerprint
         return cls(
             config=config,

@@ -1,8 +1,8 @@
 """Many configurations over one reference pass: the grid, the caches it needs, the runs, and their comparison.
 
-Configurations that ask the reference the same questions share a cache; only a setting that changes the questions (seed,
-draws, process, network, store) costs another pass. Runs go one after the other, or several at once on devices of their
-own. Every part resumes where it stood.
+Configurations that differ in no setting that decides the reference's numbers share a cache; only a setting that does
+(seed, draws, process, network, store) costs another pass. Runs go one after the other, or several at once on devices of
+their own. Every part resumes where it stood.
 """
 
 from __future__ import annotations
@@ -25,10 +25,17 @@ import torch
 from pgdpo_fast.data.latent_store import LatentStore
 from pgdpo_fast.errors import ConfigError, NonFiniteError, OutOfMemoryError, PgdpoError, Preempted
 from pgdpo_fast.preemption import sigterm_watch
+from pgdpo_fast.reference.cache import layout_mapping
 from pgdpo_fast.storage import canonical_json, sha256_bytes, write_json
 from pgdpo_fast.training.config import TrainConfig, load_config
 from pgdpo_fast.training.network import select_device
-from pgdpo_fast.training.reference_pass import cache_reference, choose_format, reference_visits
+from pgdpo_fast.training.reference_pass import (
+    cache_layout,
+    cache_reference,
+    choose_format,
+    reference_settings,
+    reference_visits,
+)
 from pgdpo_fast.training.trainer import train
 
 __all__ = ["Outcome", "expand", "sweep"]
@@ -129,18 +136,16 @@ def sweep(
         raise ConfigError("--grid training.device: --devices chooses it for every run; leave one of them out")
     for device in devices:
         select_device(device)
-    caches, asked, outcomes = _caches(configs, output), {name: _questions(c) for name, c in configs.items()}, {}
+    cache_of, outcomes = {}, {}
     try:
-        for questions, (folder, representative) in caches.items():
+        for folder, representative, names in _caches(configs, output).values():
             began = time.perf_counter()
             if devices:
                 representative = _on(representative, devices[0])
             cache = cache_reference(representative, folder, progress=progress)
-            note(
-                f"reference  {len(cache)} rows in {folder} for {[*asked.values()].count(questions)} runs, "
-                f"{time.perf_counter() - began:.1f} s"
-            )
-        jobs = [_Job(name, config, tuple(keys), caches[asked[name]][0]) for name, config in configs.items()]
+            cache_of |= dict.fromkeys(names, folder)
+            note(f"reference  {len(cache)} rows in {folder} for {len(names)} runs, {time.perf_counter() - began:.1f} s")
+        jobs = [_Job(name, config, tuple(keys), cache_of[name]) for name, config in configs.items()]
         with closing(_spread(jobs, devices, note) if devices else _in_turn(jobs, display, note)) as ended:
             for outcome in ended:
                 outcomes[outcome.name] = outcome
@@ -289,36 +294,24 @@ def _on(config: TrainConfig, device: str) -> TrainConfig:
     return replace(config, training=replace(config.training, device=device))
 
 
-def _questions(config: TrainConfig) -> str:
-    """Hash of the settings that decide what is asked of the reference, the number of draws aside."""
-    model, options = config.to_mapping()["model"], config.training
-    for key in ("train", "lora", "reference", "gradient_checkpointing"):
-        del model[key]
-    asked = [
-        model,
-        config.data.store,
-        config.data.evaluation_pairs,
-        dict(config.process),
-        options.seed,
-        max(1, options.draws_per_pair),
-        options.evaluation_draws * bool(config.data.evaluation_pairs),
-        options.pairs_per_step // options.accumulation,
-        choose_format(config),
-        options.granularity * (choose_format(config) == "errors"),
-    ]
-    return sha256_bytes(canonical_json(asked).encode())[:8]
+def _reference_key(config: TrainConfig, store: LatentStore) -> str:
+    """Equal for configurations that one cache serves: hash of the settings that decide the reference's numbers, and of
+    how its rows lie. The number of draws does not count, a cache with more serves all."""
+    layout = cache_layout(config, choose_format(config), store.shape)
+    return sha256_bytes(canonical_json([reference_settings(config), layout_mapping(layout)]).encode())[:8]
 
 
-def _caches(configs: Mapping[str, TrainConfig], output: Path) -> dict[str, tuple[Path, TrainConfig]]:
-    """Folder of the cache, and the configuration with the most draws, for every different set of questions."""
-    groups: dict[str, list[TrainConfig]] = {}
-    for config in configs.values():
-        groups.setdefault(_questions(config), []).append(config)
+def _caches(configs: Mapping[str, TrainConfig], output: Path) -> dict[str, tuple[Path, TrainConfig, list[str]]]:
+    """For every different reference key: the cache's folder, the configuration with the most draws, and the runs."""
+    stores = {path: LatentStore(path) for path in {config.data.store for config in configs.values()}}
+    served: dict[str, list[str]] = {}
+    for name, config in configs.items():
+        served.setdefault(_reference_key(config, stores[config.data.store]), []).append(name)
     caches = {}
-    for key, members in groups.items():
-        ids = LatentStore(members[0].data.store).ids
-        most = max(members, key=lambda config: reference_visits(config, ids)[0].draws)
+    for key, names in served.items():
+        ids = stores[configs[names[0]].data.store].ids
+        most = max((configs[name] for name in names), key=lambda config: reference_visits(config, ids)[0].draws)
         given = most.data.reference_cache
-        folder = Path(given) if given and len(groups) == 1 else Path(given or output / "reference") / key
-        caches[key] = folder, most
+        folder = Path(given) if given and len(served) == 1 else Path(given or output / "reference") / key
+        caches[key] = folder, most, names
     return caches
