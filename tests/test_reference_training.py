@@ -194,19 +194,19 @@ def test_with_a_cache_the_reference_is_neither_loaded_nor_run(tiny_config, tmp_p
     cache = cache_reference(tiny_config("unused", **sections), tmp_path / "cache")
     gc.collect()
     loaded, forwards, networks = [], [], []
-    load, forward = Wan.load, Wan.forward
+    load, forward = Wan.load, Wan.predict
 
     def counted_load(self, *arguments):
         loaded.append(load(self, *arguments))
         return loaded[-1]
 
-    def counted_forward(self, model, *arguments):
+    def counted_forward(self, model, batch):
         forwards.append(torch.is_grad_enabled())
         networks.append(sum(type(item) is type(loaded[0]) for item in gc.get_objects()))
-        return forward(self, model, *arguments)
+        return forward(self, model, batch)
 
     monkeypatch.setattr(Wan, "load", counted_load)
-    monkeypatch.setattr(Wan, "forward", counted_forward)
+    monkeypatch.setattr(Wan, "predict", counted_forward)
     for module in (reference, base):
         monkeypatch.setattr(module, "adapters_off", lambda model: pytest.fail("adapters switched off"))
     monkeypatch.setattr(reference.CopyReference, "__init__", lambda *arguments: pytest.fail("network copied"))

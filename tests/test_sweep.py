@@ -38,18 +38,18 @@ def reference_forwards(monkeypatch):
     from pgdpo_fast.models.wan import Wan
     from pgdpo_fast.training import reference
 
-    forwards, forward, predict = [], Wan.forward, reference._NetworkReference._predict
+    forwards, forward, predict = [], Wan.predict, reference._NetworkReference._predict
 
-    def counted(self, model, noised, *arguments):
+    def counted(self, model, batch):
         if torch.is_inference_mode_enabled():
-            forwards.append(len(noised) // 2)
-        return forward(self, model, noised, *arguments)
+            forwards.append(len(batch.noised) // 2)
+        return forward(self, model, batch)
 
     def counted_online(self, batch):
         forwards.append(len(batch.draws))
         return predict(self, batch)
 
-    monkeypatch.setattr(Wan, "forward", counted)
+    monkeypatch.setattr(Wan, "predict", counted)
     monkeypatch.setattr(reference._NetworkReference, "_predict", counted_online)
     return forwards
 
