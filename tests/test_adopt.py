@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pgdpo_fast.bench.logit_error import CONTENDERS, logit_errors
 from torch.nn import functional as F
 
 import pgdpo_fast as pf
@@ -562,6 +563,18 @@ def test_a_cast_to_float_before_the_call_changes_nothing(dtype):
     plain = pf.preference_loss(*args, objective=pf.DPO(50.0))
     casted = pf.preference_loss(*(t.float() for t in args), objective=pf.DPO(50.0))
     torch.testing.assert_close(plain.logits, casted.logits, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("step", [1e-3, 1e-4])
+def test_in_bfloat16_the_recipe_has_no_digit_of_the_logit_and_ours_has_seven(step):
+    recipe, after_float, ours, cached = logit_errors(torch.bfloat16, step, shape=(16, 5, 24, 40), pairs=4).values()
+    assert recipe > 0.5 and ours < 1e-6
+    assert ours < after_float < recipe and cached < recipe
+
+
+def test_the_readme_names_the_columns_that_are_measured():
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    assert f"| dtype, s | {' | '.join(CONTENDERS)} |" in readme.replace("`.float()`", ".float()")
 
 
 def test_a_scheduler_noising_bfloat16_latents_does_not_match_a_target_built_in_float32():
