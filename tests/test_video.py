@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 import struct
+import time
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
 
-from pgdpo_fast.data.video import probe_video, read_video, resample, write_video
-from pgdpo_fast.errors import ConfigError, DataError
+from pgdpo_fast.data.video import VideoLimits, probe_video, read_video, resample, write_video
+from pgdpo_fast.errors import ConfigError, DataError, Preempted
 
 
 def numbered(frames, height=64, width=96):
@@ -149,6 +151,40 @@ def test_stored_rotation_is_applied(tmp_path, clip):
     assert torch.equal(read_video(turned), read_video(clip).rot90(-1, (1, 2)))
 
 
+def with_display_matrix(clip, path, *entries):
+    """The clip with other first two rows [a b; c d] in its display matrix."""
+    data = bytearray(clip.read_bytes())
+    matrix = data.index(b"tkhd") + 4 + 4 + 20 + 8 + 8
+    a, b, c, d = (entry << 16 for entry in entries)
+    data[matrix : matrix + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("entries", "upright"),
+    [((1, 0, 0, 1), lambda v: v), ((-1, 0, 0, 1), lambda v: v.flip(2)), ((1, 0, 0, -1), lambda v: v.flip(1)),
+     ((-1, 0, 0, -1), lambda v: v.rot90(2, (1, 2))), ((0, 1, -1, 0), lambda v: v.rot90(-1, (1, 2))),
+     ((0, -1, 1, 0), lambda v: v.rot90(1, (1, 2))), ((0, 1, 1, 0), lambda v: v.transpose(1, 2)),
+     ((0, -1, -1, 0), lambda v: v.transpose(1, 2).flip(1, 2))],
+    ids=str,
+)  # fmt: skip
+def test_every_stored_turn_and_mirror_is_undone(tmp_path, entries, upright):
+    corner = torch.zeros(3, 64, 96, 3, dtype=torch.uint8)
+    corner[:, :20, :50] = 255
+    plain = write_video(tmp_path / "plain.mp4", corner, 8)
+    turned = with_display_matrix(plain, tmp_path / "turned.mp4", *entries)
+    expected = upright(read_video(plain))
+    assert torch.equal(read_video(turned), expected)
+    info = probe_video(turned)
+    assert (info.height, info.width) == tuple(expected.shape[1:3])
+
+
+def test_a_slanted_display_matrix_is_refused(tmp_path, clip):
+    slanted = with_display_matrix(clip, tmp_path / "slanted.mp4", 1, 1, -1, 1)
+    assert "no quarter turn or mirror" in one_line(read_video, slanted)
+
+
 def test_impossible_arguments_are_config_errors(clip):
     for options in ({"height": 32}, {"frames": 0}, {"fps": -1}, {"start": "end"}, {"short": "loop"}):
         with pytest.raises(ConfigError, match=next(iter(options))):
@@ -166,6 +202,166 @@ def as_container(clip, path):
                 packet.stream = stream
                 target.mux(packet)
     return path
+
+
+def with_sound(path, frames=48, side=128, first=0, format=None, pixels="yuv420p", silent=False, **options):
+    """Noise at 12 fps beside noise at 48 kHz (or, `silent`, alone), from `first` seconds on."""
+    import av
+    import numpy as np
+
+    draw, rate = np.random.default_rng(0), 48_000
+    codecs = {".webm": ("libvpx-vp9", "libopus"), ".avi": ("libx264", "mp3")}.get(path.suffix, ("libx264", "aac"))
+    with av.open(str(path), "w", format=format) as container:
+        video = container.add_stream(codecs[0], rate=12, options=options)
+        sound = None if silent else container.add_stream(codecs[1], rate)
+        video.width = video.height = side
+        video.pix_fmt = pixels
+        resampler = None if silent else av.AudioResampler(format=sound.codec_context.format, layout="stereo", rate=rate)
+        for index in range(frames):
+            picture = draw.integers(0, 256, (side, side, 3), dtype=np.uint8)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pixels)
+            frame.pts, frame.time_base = index + 12 * first, Fraction(1, 12)
+            container.mux(video.encode(frame))
+            if silent:
+                continue
+            noise = av.AudioFrame.from_ndarray(draw.normal(0, 0.1, (1, 8000)).astype("float32"), "flt", "stereo")
+            noise.rate, noise.pts, noise.time_base = rate, index * 4000 + rate * first, Fraction(1, rate)
+            for block in resampler.resample(noise):
+                container.mux(sound.encode(block))
+        for stream in filter(None, (video, sound)):
+            container.mux(stream.encode())
+    return path
+
+
+@pytest.fixture(scope="module", params=["mkv", "webm", "ts", "avi", "flv", "mp4"])
+def sounding(request, tmp_path_factory):
+    return with_sound(tmp_path_factory.mktemp("sound") / f"whole.{request.param}",
+                      format={"ts": "mpegts"}.get(request.param))  # fmt: skip
+
+
+def test_a_truncated_file_with_sound_is_an_error_in_every_container(tmp_path, sounding):
+    assert len(read_video(sounding)) == 48
+    data = sounding.read_bytes()
+    for share in (0.3, 0.6, 0.9, 0.97):
+        cut = tmp_path / f"cut{sounding.suffix}"
+        cut.write_bytes(data[: int(share * len(data)) | 1])
+        one_line(lambda path: read_video(path, frames=4), cut)
+        one_line(probe_video, cut)
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "webm", "ts", "flv"])
+def test_a_whole_file_whose_first_stamp_is_not_zero_is_whole(tmp_path, suffix):
+    format = {"ts": "mpegts"}.get(suffix)
+    for silent in (False, True):
+        late = with_sound(tmp_path / f"late.{suffix}", frames=24, first=3, format=format, silent=silent)
+        assert len(read_video(late)) == 24
+
+
+def test_what_8_bit_frames_lose_is_noted(tmp_path, clip):
+    import av
+    import numpy as np
+
+    assert probe_video(clip).notes == ()
+    interlaced = with_sound(tmp_path / "fields.mkv", frames=4, **{"x264-params": "tff=1"}, flags="+ilme+ildct")
+    assert "interlaced" in " ".join(probe_video(interlaced).notes)
+    deep = with_sound(tmp_path / "deep.mkv", frames=4, pixels="yuv420p10le",
+                      **{"x264-params": "transfer=smpte2084:colorprim=bt2020:colormatrix=bt2020nc"})  # fmt: skip
+    notes = " ".join(probe_video(deep).notes)
+    assert "10 bits a channel" in notes and "HDR (PQ)" in notes
+    with av.open(str(tmp_path / "clear.mov"), "w") as container:
+        stream = container.add_stream("png", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "rgba"
+        frame = av.VideoFrame.from_ndarray(np.full((32, 32, 4), 100, dtype=np.uint8), format="rgba")
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert "alpha" in " ".join(probe_video(tmp_path / "clear.mov").notes)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ffconcat"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        "ffconcat version 1.0\nfile {}\n",
+        "ffconcat version 1.0\nfile '{}'\nduration 1\n",
+        "#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\nfile://{}\n#EXT-X-ENDLIST\n",
+    ],
+    ids=["concat", "concat with duration", "hls"],
+)
+def test_a_script_that_names_other_files_opens_none(tmp_path, clip, suffix, script):
+    victim = tmp_path / "victim.mp4"
+    victim.write_bytes(clip.read_bytes())
+    for named in ("victim.mp4", str(victim)):
+        path = tmp_path / f"script.{suffix}"
+        path.write_text(script.format(named))
+        one_line(read_video, path)
+        one_line(probe_video, path)
+
+
+def test_a_file_name_is_never_an_address_or_a_pattern(tmp_path, clip, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("concat:a|b.mp4", "x[v2].mp4", "%03d.mp4", "pipe:0", "subfile,,start,0,end,9,,:a"):
+        Path(name).write_bytes(clip.read_bytes())
+        assert len(read_video(name)) == 24
+
+
+# -- limits
+
+
+def far_stamp(clip, path, seconds):
+    """The clip in Matroska with its last frame moved to `seconds`."""
+    import av
+
+    with av.open(str(clip)) as source, av.open(str(path), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        packets = [packet for packet in source.demux(video=0) if packet.dts is not None]
+        last = max(packets, key=lambda packet: packet.dts)
+        last.pts = last.dts = int(seconds / last.time_base)
+        for packet in packets:
+            packet.stream = stream
+            target.mux(packet)
+    return path
+
+
+def test_a_far_time_stamp_is_refused_at_once_and_a_gap_within_the_limit_is_read(tmp_path, clip):
+    far = far_stamp(clip, tmp_path / "far.mkv", 1_000_000)
+    started = time.monotonic()
+    for call in (probe_video, lambda path: read_video(path, frames=17, fps=8)):
+        assert "span 1000000 s, expected at most 86400 s" in one_line(call, far)
+    gap = far_stamp(clip, tmp_path / "gap.mkv", 80_000)
+    assert len(read_video(gap, frames=17, fps=900, start="center")) == 17  # 72 million steps of 1/900 s
+    assert "more than 250000 frames" in one_line(lambda path: read_video(path, fps=900), gap)
+    assert time.monotonic() - started < 5
+
+
+def test_every_limit_is_a_setting_that_is_kept(clip):
+    for limits, said in ((VideoLimits(pixels=64 * 96 - 1), "pictures of 96x64, expected at most 6143 pixels"),
+                         (VideoLimits(frames=23), "more than 23 frames"), (VideoLimits(seconds=1.5), "span 2 s"),
+                         (VideoLimits(patience=1e-9), "took longer than 1e-09 s")):  # fmt: skip
+        assert said in one_line(lambda path, limits=limits: read_video(path, limits=limits), clip)
+        assert said in one_line(lambda path, limits=limits: probe_video(path, limits=limits), clip)
+    assert len(read_video(clip, limits=VideoLimits(64 * 96, 24, 2.0, 60))) == 24
+    for options in ({"fps": 1e9}, {"frames": 10**9}, {"height": 10**5, "width": 10**5}):
+        with pytest.raises(ConfigError, match=next(iter(options))):
+            read_video(clip, **options)
+    with pytest.raises(ConfigError, match="limit frames=0"):
+        VideoLimits(frames=0)
+
+
+def test_a_huge_picture_is_refused_before_it_is_decoded(tmp_path):
+    """A GIF of 16000 x 16000 in 200 bytes: header, one descriptor, and too little data to matter."""
+    data = b"GIF89a" + struct.pack("<HHBBB", 16000, 16000, 0x80, 0, 0) + bytes(6)
+    data += b"," + struct.pack("<HHHHB", 0, 0, 16000, 16000, 0) + b"\x02\x03\x44\x01\x05\x00;"
+    path = tmp_path / "huge.gif"
+    path.write_bytes(data)
+    started = time.monotonic()
+    assert "pixels" in one_line(read_video, path)
+    assert time.monotonic() - started < 2
+
+
+def test_reading_stops_when_asked(clip):
+    for call in (read_video, probe_video):
+        with pytest.raises(Preempted, match="clip.mp4: reading was stopped"):
+            call(clip, stop=lambda: True)
 
 
 def busy(frames=40, side=128):
