@@ -15,7 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pgdpo_fast as pf
 from pgdpo_fast import backends
+from pgdpo_fast.backends import native
 from pgdpo_fast.diffusion import draw_noise
+from pgdpo_fast.reference import rows
 
 from .contenders import Contender, Inputs, make_inputs, select
 from .harness import check
@@ -356,9 +358,34 @@ def draws(device: torch.device) -> str:
     return f"{int((ulps > 0).sum())} of {ulps.numel()} values differ, by one ulp"
 
 
+def cached_rows(device: torch.device, dry_run: bool) -> str:
+    """Rows packed on the device and into pinned memory are the bytes of plain torch, and come back as they were."""
+    if reason := native.rows_unavailable(device):
+        raise Skip(reason)
+    count = 0
+    shapes = SMALL_SHAPES[:2] if dry_run else (SMALL_SHAPES[1], SHAPES["wan2.1-480p"])
+    for shape, dtype, form in product(shapes, BYTES, ("bf16", "fp8")):
+        for target_form in TARGET_FORMS:
+            x = make_inputs(Case(shape, 2, "element", "predictions", target_form, dtype), device, 19)
+            plain, *packed = (
+                vars(pf.PackedReference.pack(x.reference, x.target, form, backend=backend, to_host=to_host))
+                for backend, to_host in (("eager", False), ("native", False), ("native", True))
+            )
+            for name, value in plain.items():
+                same = value is None or all(torch.equal(other[name].to(device), value) for other in packed)
+                expect(same, f"{shape.name} {dtype} {target_form} {form}: {name} differs")
+            held = {name: value for name, value in packed[1].items() if value is not None}
+            for tables in (held, {name: value.to(device) for name, value in held.items()}):
+                for name, value in rows.bring(tables, [1, 0, 1], device).items():
+                    expect(torch.equal(value, plain[name][[1, 0, 1]]), f"{shape.name} {form}: gathered {name} differs")
+            count += 1
+    return f"{count} forms, packed to the device and to the host, gathered from both"
+
+
 def checks(device: torch.device, dry_run: bool) -> Iterator[tuple[str, str, Callable[[], str]]]:
     """(name, backend, check) of every property on every backend that runs here."""
     yield "draws", "", lambda: draws(device)
+    yield "cached_rows", "native", lambda: cached_rows(device, dry_run)
     names, _ = usable_backends(device)
     for function, backend in product(PROPERTIES, names):
         yield function.__name__, backend, lambda f=function, b=backend: f(b, device, dry_run)

@@ -206,7 +206,11 @@ def withheld_by(red: list[dict]) -> Callable[[Contender, Case], str | None]:
                 record.get("granularity", case.granularity) == case.granularity
                 and record.get("reference_form", case.reference_form) == case.reference_form
             )
-            if record["backend"] in ("", contender.name) and record["check"] != "draws" and same_form:
+            if (
+                record["backend"] in ("", contender.name)
+                and record["check"] not in ("draws", "cached_rows")
+                and same_form
+            ):
                 return f"withheld: {record['check']} is red ({record['detail']})"
         return None
 
@@ -386,32 +390,27 @@ def cache(run: Run) -> None:
         if run.left() < 0:
             run.add(kind="left_out", check="cache", count=1, of=2)
             return
-        packed = rows.pack(x.reference, x.target, form)
+        packed = vars(pf.PackedReference.pack(x.reference, x.target, form))
+        packed = {name: value for name, value in packed.items() if value is not None}
         host = {k: torch.empty(v.shape, dtype=v.dtype, pin_memory=on_gpu) for k, v in packed.items()}
-        nbytes = sum(v.numel() * v.element_size() for v in packed.values())
-
-        def keep(source, host=host):
-            for name, value in source.items():
-                host[name].copy_(value, non_blocking=True)
-
         table = {k: torch.empty((count, *v.shape[1:]), dtype=v.dtype, pin_memory=on_gpu) for k, v in packed.items()}
         for k, v in table.items():
             v.copy_(packed[k].cpu().repeat((count // case.pairs, *[1] * (v.ndim - 1))))
-        places = [(0, (7 * i) % count) for i in range(case.pairs)]
+        numbers = [(7 * i) % count for i in range(case.pairs)]
 
-        def fetch(table=table, places=places, host=host):
-            for value in rows.gather([table], places, out=host).values():
-                value.to(run.device, non_blocking=True)
+        def copy_out(packed=packed, host=host):
+            for name, value in packed.items():
+                host[name].copy_(value, non_blocking=True)
 
         run.add(
             kind="cache",
             form=form,
-            bytes=nbytes,
+            bytes=sum(v.numel() * v.element_size() for v in packed.values()),
             pairs=case.pairs,
             shape=case.shape.name,
-            pack_s=timed(lambda form=form, keep=keep: keep(rows.pack(x.reference, x.target, form))),
-            copy_out_s=timed(lambda keep=keep, packed=packed: keep(packed)),
-            gather_s=timed(fetch),
+            pack_s=timed(lambda form=form: rows.pack(x.reference, x.target, form)),
+            copy_out_s=timed(copy_out),
+            gather_s=timed(lambda table=table, numbers=numbers: rows.bring(table, numbers, run.device)),
             copy_in_s=timed(lambda host=host: [v.to(run.device, non_blocking=True) for v in host.values()]),
         )
 

@@ -1,8 +1,8 @@
 // The scalar end of every objective: group errors in, loss, weights and derivatives out.
 //
 // The formulas are those of pgdpo_fast/objectives.py with their derivatives written out, torch's conventions at kinks
-// included. One template serves host scalars, CUDA threads and the CPU's vectors: T is float, double or a Vec
-// (cpu/vector.h). With kind and flags compile-time constants at the call, inlining leaves only the branches taken.
+// included. One template serves host scalars and the CPU's vectors: T is float, double or a Vec (cpu/vector.h). With
+// kind and flags compile-time constants at the call, inlining leaves only the branches taken.
 #pragma once
 
 #include <math.h>

@@ -45,28 +45,45 @@ class PackedReference:
 
     @classmethod
     @torch.no_grad()
-    def pack(cls, reference, target, format: str = "bf16", *, backend: str = "auto") -> PackedReference:
+    def pack(
+        cls, reference, target, format: str = "bf16", *, backend: str = "auto", to_host: bool = False
+    ) -> PackedReference:
         """Pack reference predictions against their targets, both in any form `preference_loss` takes.
 
         Args:
             format: "bf16", or "fp8": one byte an element, scaled so that a block's largest residual is 448 and its sum
                 of squares is kept. Rounding to 4 bits loses 0.07% of it, which at the start of training is more than
                 the gaps themselves; with it kept, sample and frame errors are those of the predictions.
-            backend: as in `preference_loss`; "native" packs in one pass, the others in plain torch, to the same bytes.
+            backend: "native" packs in one pass, "eager" in plain torch, to the same bytes; the others take the native
+                pass where it is there.
+            to_host: rows lie in host memory, complete on return; for CUDA predictions it is pinned and the native pass
+                writes it itself.
         """
         if format not in ("bf16", "fp8"):
             raise ValueError(f"format={format!r}: expected 'bf16' or 'fp8'")
         tensors = _check(reference, target, None, "reference").tensors
-        if backends.select(backend, tensors[0].device) == "native":
+        x, device = gather(*tensors), tensors[0].device
+        pinned = to_host and device.type == "cuda"
+        if backends.packs_natively(backend, device):
             from pgdpo_fast.backends import native
 
-            return cls(**native.pack(tensors, format)[0])
-        x = gather(*tensors)
+            place = {"device": "cpu" if pinned else device, "pin_memory": pinned}
+            shape, dtype = x.policy.chosen.shape, torch.uint8 if format == "fp8" else torch.bfloat16
+            rows = {name: torch.empty(shape, dtype=dtype, **place) for name in ("chosen", "rejected")}
+            if format == "fp8":
+                blocks = (x.pairs, -(-x.numel // PACK_BLOCK))
+                rows |= {f"{name}_scale": torch.empty(blocks, dtype=torch.float32, **place) for name in rows}
+            native.pack(tensors, rows)
+            if pinned:
+                torch.cuda.current_stream(device).synchronize()
+            return cls(**rows)
         residuals = [(q.to(y.dtype) - y).float() for q, y in zip(x.policy, eager.targets(x), strict=True)]
         if format == "bf16":
-            return cls(*(r.bfloat16() for r in residuals))
-        rows, scales = zip(*(_quantise(r) for r in residuals), strict=True)
-        return cls(*rows, *scales)
+            plain = [r.bfloat16() for r in residuals]
+        else:
+            rows, scales = zip(*(_quantise(r) for r in residuals), strict=True)
+            plain = [*rows, *scales]
+        return cls(*(r.cpu() if to_host else r for r in plain))
 
 
 def _quantise(residual: Tensor) -> tuple[Tensor, Tensor]:

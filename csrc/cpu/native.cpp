@@ -171,10 +171,11 @@ std::tuple<Tensor, Tensor, Tensor> pair_objective(PGDPO_OPERANDS, const MaybeTen
                    {reference_errors, weight, posterior_scale, anchor, cross, kind, flags, parameters});
 }
 
-std::tuple<Tensor, Tensor> gradients(const Operands& x, bool anchor, const Tensor& coefficients,
-                                     const MaybeTensor& incoming) {
+std::tuple<Tensor, Tensor> pair_gradient(PGDPO_OPERANDS, const Tensor& coefficients, const Tensor& incoming,
+                                         int64_t form, int64_t groups, int64_t length, bool anchor) {
+  const Operands x(PGDPO_PASS_OPERANDS, form, groups, length);
   std::vector<double> scaled = numbers(coefficients, "coefficients", 3 * x.pair.pairs * x.pair.groups);
-  const double factor = incoming ? numbers(*incoming, "incoming", 1)[0] : 1.0;
+  const double factor = numbers(incoming, "incoming", 1)[0];
   for (double& c : scaled) c *= factor;
   const Tensor chosen = x.chosen_gradient(), rejected = x.rejected_gradient();
   MutableRows out[2];
@@ -182,22 +183,6 @@ std::tuple<Tensor, Tensor> gradients(const Operands& x, bool anchor, const Tenso
   const Passes& run = passes(x.float64);
   x.over_chunks([&](int64_t begin, int64_t end) { run.gradients(x.pair, anchor, scaled.data(), out, begin, end); });
   return {chosen, rejected};
-}
-
-std::tuple<Tensor, Tensor> pair_gradient(PGDPO_OPERANDS, const Tensor& coefficients, const Tensor& incoming,
-                                         int64_t form, int64_t groups, int64_t length, bool anchor) {
-  return gradients(Operands(PGDPO_PASS_OPERANDS, form, groups, length), anchor, coefficients, incoming);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, bool> loss_and_gradients(
-    PGDPO_OPERANDS, const MaybeTensor& reference_errors, const MaybeTensor& weight, const MaybeTensor& posterior_scale,
-    const MaybeTensor& incoming, int64_t form, int64_t groups, int64_t length, bool anchor, bool cross, int64_t kind,
-    int64_t flags, std::vector<double> parameters) {
-  const Operands x(PGDPO_PASS_OPERANDS, form, groups, length);
-  const auto [loss, telemetry, coefficients] =
-      objective(x, {reference_errors, weight, posterior_scale, anchor, cross, kind, flags, parameters});
-  const auto [chosen, rejected] = gradients(x, anchor, coefficients, incoming);
-  return {loss, telemetry, chosen, rejected, false};
 }
 
 struct ElementCall : Elements {
@@ -300,17 +285,6 @@ Tensor pack(PGDPO_OPERANDS, Tensor chosen, Tensor rejected, MaybeTensor chosen_s
   return means;
 }
 
-void gather_rows(std::vector<Tensor> tables, std::vector<int64_t> rows, std::vector<Tensor> out) {
-  const std::vector<RowCopy> copies = row_copies(tables, rows, out);
-  for (size_t k = 0; k < copies.size(); ++k)
-    STD_TORCH_CHECK(tables[k].is_cpu() && out[k].is_cpu(), "tables: expected CPU tensors");
-  for (const RowCopy& copy : copies)
-    torch::stable::parallel_for(0, int64_t(rows.size()), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        memcpy(copy.to + i * copy.bytes, copy.from + rows[i] * copy.bytes, copy.bytes);
-    });
-}
-
 STABLE_TORCH_LIBRARY_IMPL(pgdpo_fast_native, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", TORCH_BOX(&instruction_set));
 }
@@ -321,9 +295,7 @@ STABLE_TORCH_LIBRARY_IMPL(pgdpo_fast_native, CPU, m) {
   m.impl("pair_gradient", TORCH_BOX(&pair_gradient));
   m.impl("pair_elements", TORCH_BOX(&pair_elements));
   m.impl("pair_elements_gradient", TORCH_BOX(&pair_elements_gradient));
-  m.impl("loss_and_gradients", TORCH_BOX(&loss_and_gradients));
   m.impl("pack", TORCH_BOX(&pack));
-  m.impl("gather_rows", TORCH_BOX(&gather_rows));
 }
 
 }  // namespace

@@ -1,28 +1,99 @@
-// What one CUDA thread computes of packing: a lane holds WIDTH residuals, PACK_BLOCK / WIDTH neighbouring lanes one
-// block. Between the steps lanes exchange the block's largest residual and its sums; no function here knows how.
+// What one CUDA thread computes of packing, and how the host picks the kernel. No function here knows about blocks or
+// grids, so tests run them all on the host.
+//
+// THREADS threads share a segment; thread t takes elements t * WIDTH, (t + THREADS) * WIDTH, ... in that order whatever
+// the alignment, the grid or the number of pairs, and sums meet in a fixed tree: results depend on the shape alone. A
+// lane holds WIDTH residuals, PACK_BLOCK / WIDTH neighbouring lanes one block; between the steps lanes exchange the
+// block's largest residual and its sums.
 #pragma once
 
+#include <type_traits>
+
 #include "cache.h"
-#include "cuda/threads.h"
+#include "cuda/rows.h"
 
 namespace pgdpo {
 namespace cuda {
 
-// WIDTH residuals of both videos from element `at` on, zeros past the end; adds their squared errors to `sums`.
-template <class S, int P, int ACCESS>
-PGDPO_HD void lane_residuals(const Segment<S>& s, int at, float (&residual)[2][width_of(P)], S (&sums)[STATISTICS]) {
-  using Block = Stretch<S, P, ACCESS, REFERENCE_NONE, STREAM, STREAM>;
+constexpr int THREADS = 128;  // that work on one segment
+
+// One segment of one pair: where its operands start, and what is the same for all of its elements.
+template <class S>
+struct Segment {
+  View prediction[2], target[2], noise;
+  int64_t pair, start;
+  int count;
+  bool shared_target, built_target;
+  S noise_scale, clean_scale;
+
+  PGDPO_HD static View view(const Rows& rows, int64_t pair, int64_t start) {
+    return {rows.data == nullptr ? nullptr : rows.data + (pair * rows.stride + start) * size_of(rows.dtype),
+            rows.dtype};
+  }
+
+  PGDPO_HD Segment(const Pair& x, int64_t pair_, int64_t index) : pair(pair_) {
+    start = index * x.length;
+    count = int(x.numel - start < x.length ? x.numel - start : x.length);
+    shared_target = x.shared_target;
+    built_target = x.built_target;
 #pragma unroll
-  for (int i = 0; i < Block::WIDTH; ++i) residual[0][i] = residual[1][i] = 0.0f;
+    for (int side = 0; side < 2; ++side) {
+      prediction[side] = view(x.policy[side], pair, start);
+      target[side] = view(x.target[side], pair, start);
+    }
+    noise = view(x.noise, pair, start);
+    noise_scale = S(0);
+    clean_scale = S(1);
+    if (built_target) {
+      noise_scale = reinterpret_cast<const S*>(x.target_scale.data)[pair];
+      clean_scale = reinterpret_cast<const S*>(x.target_scale.data)[x.pairs + pair];
+    }
+  }
+};
+
+// WIDTH residuals q - y of both videos from element `at` on, zeros past the end; adds their squares to `sums`.
+template <class S, int P, bool VECTORS>
+PGDPO_HD void lane_residuals(const Segment<S>& s, int at, float (&residual)[2][width_of(P)], S (&sums)[2]) {
+  constexpr int WIDTH = width_of(P);
+#pragma unroll
+  for (int i = 0; i < WIDTH; ++i) residual[0][i] = residual[1][i] = 0.0f;
   if (at >= s.count) return;
-  Block block;
-  block.load(s, at);
-  block.each(s, at, false, [&](int i, const Differences<S>& d) {
-    sums[0] = fused(d.u_w, d.u_w, sums[0]);
-    sums[1] = fused(d.u_l, d.u_l, sums[1]);
-    residual[0][i] = float(d.u_w);
-    residual[1][i] = float(d.u_l);
-  });
+  Vector<S, WIDTH, P, VECTORS> predictions[2];
+  Vector<S, WIDTH, ANY, VECTORS> targets[2], noise;
+  predictions[0].load(s.prediction[0], at, s.count);
+  predictions[1].load(s.prediction[1], at, s.count);
+  targets[0].load(s.target[0], at, s.count);
+  if (!s.shared_target) targets[1].load(s.target[1], at, s.count);
+  if (s.built_target) noise.load(s.noise, at, s.count);
+  S q[2][WIDTH], y[2][WIDTH];
+  predictions[0].values(s.prediction[0], q[0]);
+  predictions[1].values(s.prediction[1], q[1]);
+  targets[0].values(s.target[0], y[0]);
+  if (s.shared_target) {
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i) y[1][i] = y[0][i];
+  } else {
+    targets[1].values(s.target[1], y[1]);
+  }
+  if (s.built_target) {
+    S drawn[WIDTH];
+    noise.values(s.noise, drawn);
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i) {
+      const S scaled = product(s.noise_scale, drawn[i]);
+      y[0][i] = scaled + product(s.clean_scale, y[0][i]);
+      y[1][i] = scaled + product(s.clean_scale, y[1][i]);
+    }
+  }
+#pragma unroll
+  for (int side = 0; side < 2; ++side)
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i)
+      if (VECTORS || at + i < s.count) {
+        const S difference = q[side][i] - y[side][i];
+        sums[side] = fused(difference, difference, sums[side]);
+        residual[side][i] = float(difference);
+      }
 }
 
 template <int WIDTH>
@@ -64,25 +135,16 @@ PGDPO_HD void lane_bytes(const float (&residual)[WIDTH], float scale, uint32_t (
 }
 
 // Writes a lane's part of a row: bfloat16 residuals, or bytes.
-template <int WIDTH, int ACCESS>
+template <int WIDTH, bool VECTORS>
 PGDPO_HD void put_row(const MutableRows& rows, const Pair& x, int64_t pair, int64_t position,
                       const float (&residual)[WIDTH], const uint32_t (&bytes)[WIDTH / 4]) {
   const bool halves = rows.dtype == BFLOAT16;
   char* to = rows.data + (pair * rows.stride + position) * (halves ? 2 : 1);
-  if constexpr (ACCESS == SCALAR) {
-#pragma unroll
-    for (int i = 0; i < WIDTH; ++i) {
-      if (position + i >= x.numel) break;
-      if (halves)
-        put_one<float>(BFLOAT16, to, i, residual[i]);
-      else
-        to[i] = char(bytes[i / 4] >> 8 * (i % 4));
-    }
-  } else {
+  if constexpr (VECTORS) {
     uint32_t words[WIDTH / 2];
 #pragma unroll
     for (int k = 0; k < WIDTH / 2; ++k)
-      words[k] = halves ? pack_halves(BFLOAT16, residual[2 * k], residual[2 * k + 1]) : bytes[k < WIDTH / 4 ? k : 0];
+      words[k] = halves ? pack_bfloat16(residual[2 * k], residual[2 * k + 1]) : bytes[k < WIDTH / 4 ? k : 0];
 #if defined(__CUDA_ARCH__)
     if (halves && WIDTH == 8)
       *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[WIDTH / 2 - 2], words[WIDTH / 2 - 1]);
@@ -93,6 +155,68 @@ PGDPO_HD void put_row(const MutableRows& rows, const Pair& x, int64_t pair, int6
 #else
     memcpy(to, words, halves ? 2 * WIDTH : WIDTH);
 #endif
+  } else {
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i) {
+      if (position + i >= x.numel) break;
+      if (halves) {
+        const uint16_t half = uint16_t(pack_bfloat16(residual[i], 0.0f));
+        reinterpret_cast<uint16_t*>(to)[i] = half;
+      } else {
+        to[i] = char(bytes[i / 4] >> 8 * (i % 4));
+      }
+    }
+  }
+}
+
+// Thread `t`'s part of one pair's sum: a plane of partial sums, one a segment.
+template <class S>
+PGDPO_HD S thread_fold(const S* partial, int64_t segments, int t) {
+  S sum = S(0);
+  for (int64_t part = t; part < segments; part += THREADS) sum += partial[part];
+  return sum;
+}
+
+// Whether vectors of `width` elements of every row start at a multiple of their size.
+template <class Some>
+bool aligned(const Some& rows, int width, int64_t pairs) {
+  if (rows.data == nullptr) return true;
+  const int bytes = width * size_of(rows.dtype), unit = bytes < 16 ? bytes : 16;
+  return rows.dtype != FLOAT64 && reinterpret_cast<uintptr_t>(rows.data) % unit == 0 &&
+         (pairs == 1 || rows.stride % width == 0);
+}
+
+// Whether these operands can be read and written in vectors. Which thread sees which element is the same either way.
+inline bool in_vectors(const Pair& x, const Packed& out) {
+  const int width = width_of(x.policy[0].dtype);
+  bool vectors = x.numel % width == 0 && x.length % width == 0 && aligned(x.noise, width, x.pairs);
+  for (int side = 0; side < 2; ++side)
+    vectors = vectors && aligned(x.policy[side], width, x.pairs) && aligned(x.target[side], width, x.pairs) &&
+              aligned(out.rows[side], width, x.pairs);
+  return vectors;
+}
+
+template <auto V>
+using Constant = std::integral_constant<decltype(V), V>;
+
+// run(prediction dtype, vectors) as compile-time constants. float64 has one pass, the one that reads anything.
+template <class S, class Run>
+void with_pack(const Pair& x, const Packed& out, const Run& run) {
+  if constexpr (sizeof(S) == 8) {
+    run(Constant<int(FLOAT64)>{}, Constant<false>{});
+  } else {
+    const auto with_vectors = [&](auto dtype) {
+      if (in_vectors(x, out))
+        run(dtype, Constant<true>{});
+      else
+        run(dtype, Constant<false>{});
+    };
+    if (x.policy[0].dtype == BFLOAT16)
+      with_vectors(Constant<int(BFLOAT16)>{});
+    else if (x.policy[0].dtype == FLOAT16)
+      with_vectors(Constant<int(FLOAT16)>{});
+    else
+      with_vectors(Constant<int(FLOAT32)>{});
   }
 }
 

@@ -1,6 +1,6 @@
 """Which backend computes the loss, and why. This floor alone knows about devices.
 
-`eager` is plain torch and always works; `triton` and `native` compute the same numbers in fused passes.
+`eager` is plain torch and always works; `triton` (CUDA) and `native` (CPU) compute the same numbers in fused passes.
 """
 
 from __future__ import annotations
@@ -45,6 +45,26 @@ def _native_reason(device_type: str, index: int | None) -> str | None:
     if reason is None:
         _native_loaded.add((device_type, index))
     return reason
+
+
+def packs_natively(name: str, device: torch.device) -> bool:
+    """Whether rows of the reference cache are packed on `device` in one native pass, for the backend `name`; else in
+    plain torch, to the same bytes.
+
+    Raises:
+        BackendUnavailable: a backend asked for by name cannot run here.
+        ValueError: no such backend.
+    """
+    if device.type != "cuda" or name == "eager":
+        return select(name, device) == "native"
+    from pgdpo_fast.backends import native
+
+    reason = native.rows_unavailable(device)
+    if name == "native" and reason is not None:
+        raise BackendUnavailable(f"backend={name!r} cannot pack on {device}: {reason}")
+    if name != "native":
+        select(name, device)
+    return reason is None
 
 
 @constant_when_compiled

@@ -33,9 +33,8 @@ INSTRUCTION_SETS = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
 }
-# Division to 2 ulp instead of the last bit: half the instructions of the element kernels go into it otherwise.
-NVCC_FLAGS = ("-std=c++17", "-O3", "-prec-div=false", "-Xcompiler=-fPIC,-fvisibility=hidden", "-cudart=static")
-CUDA_KERNELS = ("cuda/pair.cu", "cuda/element.cu", "cuda/cache.cu")
+NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-cudart=static")
+CUDA_KERNELS = ("cuda/cache.cu",)
 CUDA_HOST = ("cuda/operators.cpp", "cuda/device.cpp")
 TIMEOUT_SECONDS = 600
 

@@ -1,20 +1,22 @@
-"""Loads the native passes of csrc/, which come with the wheel or are built on first use, and calls those of its own.
+"""Loads the native libraries of csrc/, which come with the wheel or are built on first use.
 
-Loaded, they implement the operators of operators.py. On the CPU sums leave the passes in double, so the fold and the
-objective run in double whatever the predictions are.
+The CPU library implements the operators of the loss (operators.py) and packs rows of the reference cache; its sums
+leave the passes in double, so the fold and the objective run in double whatever the predictions are. The CUDA library
+packs rows, into pinned host memory if wanted, and brings the rows of a batch back; the loss on CUDA is Triton's.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pgdpo_fast.backends import build, operators  # noqa: F401  (defines what the libraries implement)
-from pgdpo_fast.backends.operands import PACK_BLOCK, segment_length
+from pgdpo_fast.backends.operands import segment_length
 
 SWITCHED_OFF = "switched off by PGDPO_FAST_NATIVE=0"
 CUDA_CAPABILITY = (8, 0)
@@ -64,7 +66,7 @@ class _Library:
 
 
 class _CudaLibrary(_Library):
-    """The same operators on CUDA; one library for all devices of this machine."""
+    """`pack` and `gather_rows` on CUDA; one library for all devices of this machine."""
 
     def _find(self) -> os.PathLike:
         devices = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
@@ -75,17 +77,24 @@ _library, _cuda_library = _Library(), _CudaLibrary()
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Why the native kernels cannot serve tensors on `device`, or None when they can. The first call may build them."""
+    """Why the native loss cannot serve tensors on `device`, or None when it can. The first call may build it."""
     if device.type == "cpu":
         return _library.load().reason
+    if device.type == "cuda":
+        return "the native loss is for CPU tensors; use backend='triton'"
+    return f"the native loss is for CPU tensors, these are on {device}; use backend='eager'"
+
+
+def rows_unavailable(device: torch.device) -> str | None:
+    """Why `pack` cannot serve predictions on `device`, or None when it can. The first call may build the library."""
     if device.type != "cuda":
-        return f"the native kernels are for CPU and CUDA tensors, these are on {device}"
+        return unavailable(device)
     if torch.version.hip or not torch.cuda.is_available():
-        return "the native CUDA kernels need an NVIDIA GPU that torch can use; run nvidia-smi and pgdpo-fast doctor"
+        return "the kernels of the reference cache need an NVIDIA GPU that torch can use; run nvidia-smi"
     capability = torch.cuda.get_device_capability(device)
     if capability < CUDA_CAPABILITY:
         have, need = (".".join(map(str, pair)) for pair in (capability, CUDA_CAPABILITY))
-        return f"compute capability {have} is below the {need} the native CUDA kernels need; use backend='eager'"
+        return f"compute capability {have} is below the {need} the kernels of the reference cache need"
     return _cuda_library.load().reason
 
 
@@ -99,86 +108,50 @@ def status() -> Status:
     return Status(reason, _library.path, None if reason else _operators.instruction_set(), compiler)
 
 
-def loss_and_gradients(
-    tensors,
-    reference_form: int,
-    groups: int,
-    length: int,
-    anchor: bool,
-    cross: bool,
-    reference_errors: Tensor | None,
-    weight: Tensor | None,
-    posterior_scale: Tensor | None,
-    kind: int,
-    flags: int,
-    parameters: tuple[float, ...],
-    incoming: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`pair_objective` and `pair_gradient` at once: loss `[]`, telemetry `[9, B, G]`, both gradients.
-
-    On a device with compute capability 9.0 or more, operands that fit into its shared memory together are read once, in
-    one cooperative launch (csrc/cuda/plan.h has the rule); else it is the launches of the two.
-
-    Args:
-        incoming: `[]` in the accumulation dtype, multiplies the gradients; None for 1.
-    """
-    return _operators.loss_and_gradients.default(
-        *tensors,
-        reference_errors,
-        weight,
-        posterior_scale,
-        incoming,
-        reference_form,
-        groups,
-        length,
-        anchor,
-        cross,
-        kind,
-        flags,
-        parameters,
-    )[:4]
+_in_flight: list[tuple[torch.cuda.Event, list[Tensor]]] = []
+_in_flight_lock = threading.Lock()
 
 
-def pack(tensors, format: str, out: dict[str, Tensor] | None = None) -> tuple[dict[str, Tensor], Tensor]:
+def _keep(tensors: Sequence[Tensor], device: torch.device) -> None:
+    """Hold the host memory among `tensors` until work queued on `device` so far is done: a kernel that was given its
+    address is unknown to torch, which would hand freed pinned memory to the next one who asks."""
+    host = [x for x in tensors if x.device.type == "cpu"]
+    if device.type != "cuda" or not host:
+        return
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    with _in_flight_lock:
+        _in_flight[:] = [held for held in _in_flight if not held[0].query()]
+        _in_flight.append((event, host))
+
+
+def pack(tensors: Sequence[Tensor | None], out: Mapping[str, Tensor]) -> Tensor:
     """Rows of the reference cache, the bytes of `PackedReference.pack`, and the reference's errors, in one pass.
 
     Args:
         tensors: the reference's predictions in the policy's place, and their targets.
-        format: "bf16" or "fp8".
-        out: where rows go, `PackedReference`'s tensors by name; for CUDA predictions also pinned host memory, which the
-            kernel then writes itself. New tensors beside the predictions otherwise.
+        out: where rows go, `PackedReference`'s tensors by name: chosen and rejected `[B, ...]` bfloat16, or uint8 with
+            chosen_scale and rejected_scale `[B, ceil(N / 128)]` float32. On the predictions' device; for CUDA
+            predictions also pinned host memory, which the kernel writes itself, to be read once the current stream has
+            come that far.
 
     Returns:
-        The rows by name, and `[2, B]` mean squared errors.
+        `[2, B]` mean squared errors of chosen and rejected, in the accumulation dtype.
     """
-    if out is None:
-        like, fp8 = tensors[0], format == "fp8"
-        pairs, *video = like.shape if tensors[1] is not None else (like.shape[0] // 2, *like.shape[1:])
-        rows = [like.new_empty((pairs, *video), dtype=torch.uint8 if fp8 else torch.bfloat16) for _ in "wl"]
-        out = dict(zip(("chosen", "rejected"), rows, strict=True))
-        if fp8:
-            out |= {
-                f"{name}_scale": like.new_empty((pairs, -(-rows[0][0].numel() // PACK_BLOCK)), dtype=torch.float32)
-                for name in ("chosen", "rejected")
-            }
-    errors = _operators.pack.default(
-        *tensors,
-        out["chosen"],
-        out["rejected"],
-        out.get("chosen_scale"),
-        out.get("rejected_scale"),
-        segment_length(tensors[0].shape[1:], 1),
-    )
-    return out, errors
+    names = ("chosen", "rejected", "chosen_scale", "rejected_scale")
+    length = segment_length(tensors[0].shape[1:], 1)
+    errors = _operators.pack.default(*tensors, *map(out.get, names), length)
+    _keep(list(out.values()), tensors[0].device)
+    return errors
 
 
-def gather_rows(tables: list[Tensor], rows: list[int], out: list[Tensor]) -> list[Tensor]:
-    """Copy `tables[k][rows]` into `out[k]` for every k: one launch for CUDA outputs, whose tables may be pinned memory.
+def gather_rows(tables: Sequence[Tensor], rows: Sequence[int], out: Sequence[Tensor]) -> None:
+    """Copy `tables[k][rows]` into `out[k]` for every k, in one launch for up to four tables and 64 rows.
 
     Args:
-        tables: `[rows, ...]` contiguous.
+        tables: `[rows, ...]` contiguous, on the outputs' device or in pinned host memory.
         rows: which rows of every table.
-        out: `[len(rows), ...]` contiguous, of the tables' dtypes.
+        out: `[len(rows), ...]` contiguous CUDA tensors of the tables' dtypes.
     """
-    _operators.gather_rows.default(tables, rows, out)
-    return out
+    _operators.gather_rows.default(list(tables), list(rows), list(out))
+    _keep(tables, out[0].device)

@@ -72,13 +72,12 @@ FUSED = {
     f"Tensor(a!) chosen, Tensor(b!) rejected, {_ELEMENT_SETTINGS}, bool speculative) -> ()": lambda *_: None,
 }
 # What csrc/ has besides; called by native.py alone.
-NATIVE = {
-    "instruction_set() -> str": None,
-    f"loss_and_gradients({OPERANDS}, {_NUMBERS}, Tensor? incoming, {_SETTINGS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, bool)": None,
+ROWS = {
+    # writes rows of the reference cache; the reference's mean squared errors [2, B]
     f"pack({OPERANDS}, Tensor(a!) chosen, Tensor(b!) rejected, Tensor(c!)? chosen_scale, "
-    "Tensor(d!)? rejected_scale, int length) -> Tensor": None,
-    "gather_rows(Tensor[] tables, int[] rows, Tensor(a!)[] out) -> ()": None,
+    "Tensor(d!)? rejected_scale, int length) -> Tensor": lambda *args: _statistics_like(*args[:2], 2, 1)[..., 0],
+    # tables[k][rows] into out[k]; for CUDA outputs
+    "gather_rows(Tensor[] tables, int[] rows, Tensor(a!)[] out) -> ()": lambda *_: None,
 }
 
 
@@ -93,4 +92,4 @@ def define(namespace: str, operators: dict) -> torch.library.Library:
 
 
 triton_library = define("pgdpo_fast_triton", FUSED)
-native_library = define("pgdpo_fast_native", FUSED | NATIVE)
+native_library = define("pgdpo_fast_native", FUSED | ROWS | {"instruction_set() -> str": None})

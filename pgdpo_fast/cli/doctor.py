@@ -91,6 +91,7 @@ def _backends() -> list[Row]:
     import torch
 
     from pgdpo_fast import backends
+    from pgdpo_fast.backends import native
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
@@ -99,6 +100,9 @@ def _backends() -> list[Row]:
         found = f"runs on {device.type}" if reason is None else reason
         what, _, fix = found.partition("; ")
         rows.append(Row(f"loss backend {name}", "ok" if reason is None else "optional", what, fix))
+    reason = native.rows_unavailable(device)
+    found, _, fix = (reason or f"rows are packed in one pass on {device.type}").partition("; ")
+    rows.append(Row("reference cache", "optional" if reason else "ok", found, fix))
     rows.append(Row("loss backend auto", "ok", f"picks {backends.select('auto', device)} on {device.type}"))
     return rows
 
@@ -107,8 +111,8 @@ def _tools() -> list[Row]:
     from shutil import which
 
     tools = {
-        "g++": "install a C++17 compiler  (native CPU backend)",
-        "nvcc": "install the CUDA toolkit  (native CUDA backend)",
+        "g++": "install a C++17 compiler  (native extension)",
+        "nvcc": "install the CUDA toolkit  (kernels of the reference cache)",
     }
     return [
         Row(tool, "ok" if which(tool) else "optional", which(tool) or "not found", "" if which(tool) else fix)

@@ -12,11 +12,12 @@ from math import prod
 import torch
 from torch import Tensor
 
+from pgdpo_fast.backends import native
 from pgdpo_fast.backends.operands import PACK_BLOCK
 from pgdpo_fast.errors import NonFiniteError
 from pgdpo_fast.loss import NoisedTarget, PackedReference, ReferenceErrors, reference_errors
 
-__all__ = ["FORMATS", "Rows", "as_reference", "check_finite", "gather", "pack", "row_tensors"]
+__all__ = ["FORMATS", "Rows", "as_reference", "bring", "check_finite", "gather", "pack", "row_tensors"]
 
 FORMATS = ("errors", "predictions", "bf16", "fp8")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -49,14 +50,14 @@ def row_tensors(
 def pack(
     prediction: Tensor, target: Tensor | NoisedTarget, format: str, granularity: str = "sample", backend: str = "auto"
 ) -> Rows:
-    """Rows of a batch of reference predictions, on the predictions' device.
+    """Rows of a batch of reference predictions; packed ones in host memory, others on the predictions' device.
 
     Args:
         prediction: `[2B, C, F, H, W]`, chosen half first.
         target: what it should have been, in any form `preference_loss` takes.
         format: one of `FORMATS`.
         granularity: of the errors; the other formats serve any.
-        backend: as in `preference_loss`.
+        backend: as in `preference_loss` and `PackedReference.pack`.
     """
     if format == "errors":
         errors = reference_errors(prediction, target, granularity=granularity, backend=backend)
@@ -64,7 +65,7 @@ def pack(
     if format == "predictions":
         pairs = prediction.shape[0] // 2
         return {"chosen": prediction[:pairs], "rejected": prediction[pairs:]}
-    packed = PackedReference.pack(prediction, target, format, backend=backend)
+    packed = PackedReference.pack(prediction, target, format, backend=backend, to_host=True)
     return {name: rows for name, rows in vars(packed).items() if rows is not None}
 
 
@@ -107,6 +108,28 @@ def gather(tables: Sequence[Mapping[str, Tensor]], places: Sequence[tuple[int, i
         return {name: table.index_select(0, index) for name, table in first.items()}
     into = {name: None if out is None else out[name][: len(places)] for name in first}
     return {name: torch.stack([tables[shard][name][row] for shard, row in places], out=into[name]) for name in first}
+
+
+def bring(tables: Mapping[str, Tensor], rows: Sequence[int], device: torch.device) -> Rows:
+    """Rows of a batch on `device`, `[B, ...]` each, complete once its current stream has come that far.
+
+    One launch where the CUDA kernels can be had, a copy a row by torch otherwise.
+
+    Args:
+        tables: `[rows, ...]` contiguous, on the device or in pinned host memory, which may be written again once an
+            event recorded after this call is over.
+        rows: which row of the tables each of the B is.
+    """
+    if device.type == "cuda" and native.rows_unavailable(device) is None:
+        out = {
+            name: torch.empty((len(rows), *table.shape[1:]), dtype=table.dtype, device=device)
+            for name, table in tables.items()
+        }
+        native.gather_rows(list(tables.values()), rows, list(out.values()))
+        return out
+    return {
+        name: torch.stack([table[row].to(device, non_blocking=True) for row in rows]) for name, table in tables.items()
+    }
 
 
 def as_reference(rows: Rows, format: str) -> ReferenceErrors | tuple[Tensor, Tensor] | PackedReference:

@@ -1,7 +1,7 @@
 """Brings cached rows to where the loss runs before it asks: disk to host in another thread, host to device beside it.
 
 Two scalars a row (format "errors") live on the device as one table. Predictions are read ahead from the memory-mapped
-shards; for a GPU they pass through pinned slots and a side stream, so neither the disk nor the bus is
+shards; for a GPU they pass through pinned slots and a side stream, in one launch, so neither the disk nor the bus is
 waited for while a step computes.
 """
 
@@ -19,7 +19,7 @@ import torch
 
 from pgdpo_fast.loss import PackedReference, ReferenceErrors
 from pgdpo_fast.reference.cache import ReferenceCache
-from pgdpo_fast.reference.rows import Rows, as_reference, gather
+from pgdpo_fast.reference.rows import Rows, as_reference, bring, gather
 
 __all__ = ["RowStream"]
 
@@ -72,8 +72,10 @@ class RowStream:
             DataError: the cache does not hold one of the rows, or its file is damaged.
         """
         if self._table is not None:
-            places = [(0, number) for number in self.cache.numbers(keys)]
-            return as_reference(gather([self._table], places), "errors")
+            numbers = self.cache.numbers(keys)
+            if self.device.type == "cuda":
+                return as_reference(bring(self._table, numbers, self.device), "errors")
+            return as_reference(gather([self._table], [(0, number) for number in numbers]), "errors")
         with self._lock:
             future = self._ahead.pop(tuple(keys), None) or self._pool.submit(self._fetch, list(keys))
         began = time.perf_counter()
@@ -99,7 +101,7 @@ class RowStream:
             slot.taken.synchronize()
             host = self.cache.rows(keys, out=slot.rows)
             with torch.cuda.stream(self._side):
-                rows = {name: values.to(self.device, non_blocking=True) for name, values in host.items()}
+                rows = bring(host, range(len(keys)), self.device)
                 slot.taken = torch.cuda.Event()  # a new one: the batch keeps waiting on this copy, not on a later one
                 slot.taken.record(self._side)
             return rows, slot.taken
