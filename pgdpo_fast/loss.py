@@ -15,6 +15,7 @@ from pgdpo_fast import backends
 from pgdpo_fast.backends import eager, fused
 from pgdpo_fast.backends.operands import PACK_BLOCK, gather
 from pgdpo_fast.errors import NonFiniteError
+from pgdpo_fast.metrics import METRICS
 from pgdpo_fast.objectives import GroupErrors, Objective
 
 GRANULARITIES = ("sample", "frame", "element")
@@ -164,6 +165,11 @@ class PreferenceLossOutput:
         return self.rejected_gap - self.chosen_gap
 
     @property
+    def accuracy(self) -> Tensor:
+        """1 where the margin is above zero, else 0; NaN without a reference."""
+        return torch.where(self.margin.isnan(), torch.full_like(self.margin, float("nan")), self.margin > 0)
+
+    @property
     def gradient_factor(self) -> Tensor:
         """sigmoid(-z), the size of the preference gradient: near 0 the pair is learnt, 1/2 it is undecided."""
         return torch.sigmoid(-self.logits)
@@ -178,23 +184,7 @@ class PreferenceLossOutput:
 
     def metrics(self) -> dict[str, Tensor]:
         """Means over the batch as 0-d tensors, under TRL's names where those exist. No device sync."""
-        nan = torch.full_like(self.margin, float("nan"))
-        values = {
-            "rewards/chosen": self.chosen_reward,
-            "rewards/rejected": self.rejected_reward,
-            "rewards/margins": self.margin,
-            "rewards/accuracies": torch.where(self.margin.isnan(), nan, self.margin > 0),
-            "logits": self.logits,
-            "gradient_factor": self.gradient_factor,
-            "weights/alpha": self.alpha,
-            "weights/gamma": self.gamma,
-            "weights/importance": self.importance,
-            "errors/policy_chosen": self.policy_chosen_error,
-            "errors/policy_rejected": self.policy_rejected_error,
-            "errors/reference_chosen": self.reference_chosen_error,
-            "errors/reference_rejected": self.reference_rejected_error,
-        }
-        return {name: value.mean() for name, value in values.items()}
+        return {name: getattr(self, attribute).mean() for name, attribute in METRICS.items()}
 
     def check_finite(self, pair_ids=None) -> None:
         """Raise `NonFiniteError` naming the pairs whose loss is NaN or infinite (by index, or by `pair_ids`). Syncs."""

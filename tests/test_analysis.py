@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import pgdpo_fast as pf
-from pgdpo_fast.analysis.displacement import AdvantageProbe, one_step_advantage, outcome, timestep_table
+from pgdpo_fast.analysis.displacement import AdvantageProbe, one_step_advantage, outcome
 from pgdpo_fast.analysis.report import Clip, ClipRow, render_report, sentence
 from pgdpo_fast.analysis.runs import read_rows, read_runs
 from pgdpo_fast.analysis.sampling import sample, sampling_times
@@ -20,6 +20,7 @@ from pgdpo_fast.cli import main
 from pgdpo_fast.data.video import read_video
 from pgdpo_fast.diffusion import DDPM, FlowMatching
 from pgdpo_fast.errors import ConfigError, DataError
+from pgdpo_fast.metrics import timestep_bins
 from pgdpo_fast.training.trainer import train
 
 # -- the one-step advantage
@@ -256,7 +257,8 @@ def test_figures_come_from_held_out_pairs_where_there_are_any(tmp_path):
 def test_timestep_bins_hold_every_pair_once():
     pairs = {"timestep": [0.0, 199.9, 200.0, 999.9, 1000.0], "margin": [1.0, -1.0, 1.0, 1.0, -1.0]}
     pairs |= {name: [1.0, 3.0, 5.0, 7.0, 9.0] for name in ("chosen", "rejected", "alpha", "gamma")}
-    table = timestep_table([{"pairs": pairs}, {"pairs": pairs}])
+    rows = [{"pairs": pairs}, {"pairs": pairs}]
+    table = [item for item in timestep_bins(rows, ("chosen", "rejected", "alpha", "gamma")) if item["pairs"]]
     bins = [(row["low"], row["high"], row["pairs"]) for row in table]
     assert bins == [(0, 200, 4), (200, 400, 2), (800, 1000, 4)]
     assert [row["accuracy"] for row in table] == [0.5, 1.0, 0.5] and [row["chosen"] for row in table] == [2, 5, 8]

@@ -33,6 +33,7 @@ FLOORS = {
     "storage": 0,
     "preemption": 0,
     "options": 0,
+    "metrics": 0,
     "errors": 0,
 }
 OPTIONAL = (

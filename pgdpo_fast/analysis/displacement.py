@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pgdpo_fast.analysis.runs import Row, RunRecord, finite, read_rows
+from pgdpo_fast.analysis.runs import RunRecord, finite, read_rows
 from pgdpo_fast.analysis.verdict import Verdict, judge
 from pgdpo_fast.errors import ConfigError
 from pgdpo_fast.loss import paired_errors, preference_loss
+from pgdpo_fast.metrics import ACCURACIES, CHOSEN, MARGINS, REJECTED
 from pgdpo_fast.objectives import DPO, Objective
 from pgdpo_fast.storage import atomic_file
 
-__all__ = ["AdvantageProbe", "Outcome", "OneStepAdvantage", "one_step_advantage", "outcome", "timestep_table"]
+__all__ = ["AdvantageProbe", "Outcome", "OneStepAdvantage", "one_step_advantage", "outcome"]
 
 FILE = "displacement.jsonl"
 
@@ -216,17 +217,15 @@ class Outcome:
 
 def outcome(run: RunRecord) -> Outcome:
     """The figures of a run at its last step, and the verdict on them."""
-    chosen, rejected, margin, accuracy = (
-        run.final(f"rewards/{key}") for key in ("chosen", "rejected", "margins", "accuracies")
-    )
+    chosen, rejected, margin, accuracy = (run.final(metric) for metric in (CHOSEN, REJECTED, MARGINS, ACCURACIES))
     chosen_error, margin_error = run.standard_error("chosen"), run.standard_error("margin")
-    measured = bool(finite(run.curve("rewards/margins")[1]))
+    measured = bool(finite(run.curve(MARGINS)[1]))
     verdict = judge(
         chosen, chosen_error, margin, margin_error, pairs=run.last_pairs, held_out=run.held_out, measured=measured
     )
     probes = finite([row["advantage"] for row in run.advantages])
     share = sum(value > 0 for value in probes) / len(probes) if probes and run.objective != "dpo" else None
-    lowest = min(finite(run.smooth_curve("rewards/chosen")[1]), default=math.nan)
+    lowest = min(finite(run.smooth_curve(CHOSEN)[1]), default=math.nan)
     return Outcome(
         verdict=verdict,
         chosen_reward=chosen,
@@ -240,35 +239,3 @@ def outcome(run: RunRecord) -> Outcome:
         gamma_positive_share=share,
         step_seconds=statistics.median(row["step_seconds"] for row in run.metrics),
     )
-
-
-def timestep_table(rows: Sequence[Row], bins: int = 5) -> list[Row]:
-    """Rewards of the pairs of many rows by equal bins of the model's timestep over [0, 1000].
-
-    Args:
-        rows: of metrics.jsonl, with per-pair "timestep", "chosen", "rejected", "margin", "alpha", "gamma".
-
-    Returns:
-        For every bin that holds pairs: low, high, pairs, accuracy; means chosen, rejected, margin, alpha, gamma.
-    """
-    quantities = ("chosen", "rejected", "margin", "alpha", "gamma")
-    found: list[dict[str, list[float]]] = [{name: [] for name in quantities} for _ in range(bins)]
-    for row in rows:
-        pairs = row["pairs"]
-        for index, timestep in enumerate(pairs["timestep"]):
-            inside = found[min(int(timestep / 1000 * bins), bins - 1)]
-            for name in quantities:
-                inside[name].append(pairs[name][index])
-    table = []
-    for place, inside in enumerate(found):
-        if count := len(inside["margin"]):
-            table.append(
-                {
-                    "low": 1000 * place / bins,
-                    "high": 1000 * (place + 1) / bins,
-                    "pairs": count,
-                    "accuracy": sum(value > 0 for value in inside["margin"]) / count,
-                    **{name: statistics.fmean(inside[name]) for name in quantities},
-                }
-            )
-    return table

@@ -21,9 +21,10 @@ from matplotlib import rc_context  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import MaxNLocator  # noqa: E402
 
-from pgdpo_fast.analysis.displacement import outcome, timestep_table  # noqa: E402
+from pgdpo_fast.analysis.displacement import outcome  # noqa: E402
 from pgdpo_fast.analysis.runs import RunRecord, finite, running_mean  # noqa: E402
 from pgdpo_fast.analysis.verdict import join_words  # noqa: E402
+from pgdpo_fast.metrics import ACCURACIES, CHOSEN, MARGINS, REJECTED, timestep_bins  # noqa: E402
 
 __all__ = ["Chart", "charts", "power_of_ten", "unit"]
 
@@ -129,7 +130,7 @@ def _source(runs: Sequence[RunRecord]) -> str:
 
 def _chosen(runs, colours):
     """All curves, and beside them those that the largest would press flat against zero."""
-    curves, exponent = _reward_curves(runs, "rewards/chosen")
+    curves, exponent = _reward_curves(runs, CHOSEN)
     if not curves:
         return None
     sizes = {label: max(map(abs, finite(values)), default=0.0) for label, (_, values) in curves.items()}
@@ -185,12 +186,12 @@ def _rejected(runs, colours):
     reading = (
         "The same for the rejected clips. Every objective may push it down; the question is what that costs above."
     )
-    return _reward(runs, colours, "rejected", "Rejected reward", reading, "rewards/rejected")
+    return _reward(runs, colours, "rejected", "Rejected reward", reading, REJECTED)
 
 
 def _margin(runs, colours):
     reading = "Chosen minus rejected reward: the only thing DPO's loss looks at."
-    return _reward(runs, colours, "margin", "Margin", reading, "rewards/margins")
+    return _reward(runs, colours, "margin", "Margin", reading, MARGINS)
 
 
 def _reward(runs, colours, key: str, title: str, reading: str, metric: str) -> Chart | None:
@@ -214,7 +215,7 @@ def _reward_curves(runs, metric: str) -> tuple[dict[str, tuple[list[int], list[f
 
 
 def _accuracy(runs, colours):
-    curves = {run.label: run.smooth_curve("rewards/accuracies") for run in runs}
+    curves = {run.label: run.smooth_curve(ACCURACIES) for run in runs}
 
     def draw(figure):
         axes = figure.subplots()
@@ -370,8 +371,13 @@ def _late(run: RunRecord) -> list:
     return run.metrics[-max(1, len(run.metrics) // 3) :]
 
 
+def _by_timestep(run: RunRecord) -> list:
+    quantities = ("chosen", "rejected", "margin", "alpha", "gamma")
+    return [item for item in timestep_bins(_late(run), quantities) if item["pairs"]]
+
+
 def _timestep_lines(runs, colours, key, title, reading, quantity, scale, label, floor=None):
-    tables = {run.label: timestep_table(_late(run)) for run in runs}
+    tables = {run.label: _by_timestep(run) for run in runs}
 
     def draw(figure):
         axes = figure.subplots()
@@ -403,7 +409,7 @@ def _timestep_accuracy(runs, colours):
 
 
 def _timestep_chosen(runs, colours):
-    values = [row["chosen"] for run in runs for row in timestep_table(_late(run))]
+    values = [row["chosen"] for run in runs for row in _by_timestep(run)]
     exponent = power_of_ten(values)
     return _timestep_lines(
         runs,

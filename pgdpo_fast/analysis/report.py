@@ -25,6 +25,7 @@ from pgdpo_fast.analysis.figures import charts, power_of_ten, unit
 from pgdpo_fast.analysis.runs import RunRecord, identical_curves, read_runs
 from pgdpo_fast.analysis.verdict import FEWEST_PAIRS, Verdict, headline
 from pgdpo_fast.data.video import write_video
+from pgdpo_fast.metrics import ACCURACIES, CHOSEN, MARGINS, METRICS, REJECTED
 from pgdpo_fast.storage import atomic_file
 
 __all__ = ["Clip", "ClipRow", "Report", "render_report"]
@@ -240,13 +241,8 @@ def _plain(value: float, exponent: int) -> str:
 
 def _summary(run: RunRecord, found: Outcome) -> dict[str, Any]:
     curves = {
-        key: list(zip(*run.curve(f"rewards/{metric}"), strict=True))
-        for key, metric in (
-            ("chosen_reward", "chosen"),
-            ("rejected_reward", "rejected"),
-            ("margin", "margins"),
-            ("accuracy", "accuracies"),
-        )
+        METRICS[metric]: list(zip(*run.curve(metric), strict=True))
+        for metric in (CHOSEN, REJECTED, MARGINS, ACCURACIES)
     }
     return {
         "kind": found.kind,

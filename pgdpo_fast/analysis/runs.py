@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pgdpo_fast.errors import DataError
+from pgdpo_fast.metrics import CHOSEN, REJECTED
 
 __all__ = ["RunRecord", "finite", "identical_curves", "read_rows", "read_runs", "running_mean"]
 
@@ -131,13 +132,13 @@ def read_runs(paths: Sequence[str | os.PathLike]) -> list[RunRecord]:
 
 
 def _read_run(folder: Path, label: str, config: Row) -> RunRecord:
-    metrics = read_rows(folder / "metrics.jsonl", ("step", "loss", "step_seconds", "rewards/chosen", "pairs"))
+    metrics = read_rows(folder / "metrics.jsonl", ("step", "loss", "step_seconds", CHOSEN, "pairs"))
     if not metrics:
         raise DataError(f"{folder / 'metrics.jsonl'}: no finished step yet; report again once the run has made one")
     evaluations, advantages = (
         read_rows(folder / f"{name}.jsonl", needed) if (folder / f"{name}.jsonl").exists() else []
         for name, needed in (
-            ("evaluation", ("step", "rewards/chosen", "pairs")),
+            ("evaluation", ("step", CHOSEN, "pairs")),
             ("displacement", ("step", "advantage")),
         )
     )
@@ -197,11 +198,7 @@ def read_rows(path: Path, needed: Sequence[str] = ("step",)) -> list[Row]:
 
 def identical_curves(runs: Sequence[RunRecord]) -> list[str]:
     """Labels of the runs whose chosen and rejected rewards are those of another run, number by number."""
-    curves = {
-        run.label: [run.curve(f"rewards/{key}") for key in ("chosen", "rejected")]
-        for run in runs
-        if finite(run.curve("rewards/chosen")[1])
-    }
+    curves = {run.label: [run.curve(key) for key in (CHOSEN, REJECTED)] for run in runs if finite(run.curve(CHOSEN)[1])}
     return [label for label in curves if sum(curves[label] == other for other in curves.values()) > 1]
 
 

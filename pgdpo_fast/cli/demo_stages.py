@@ -31,6 +31,7 @@ from pgdpo_fast.data.text import HashTextEncoder
 from pgdpo_fast.diffusion import FlowMatching
 from pgdpo_fast.errors import ConfigError, DataError
 from pgdpo_fast.loss import paired_errors
+from pgdpo_fast.metrics import CHOSEN, MARGINS
 from pgdpo_fast.models import ModelConfig, adapter_from_config
 from pgdpo_fast.reference.cache import ReferenceCache
 from pgdpo_fast.storage import describe_bytes, read_json, write_json
@@ -327,7 +328,7 @@ class _Display:
     def step(self, row: Mapping[str, Any], last: int, health: Any) -> None:
         self.update(
             row["step"] / last,
-            f"step {row['step']}/{last}  chosen {row['rewards/chosen']:+.3f}  margin {row['rewards/margins']:+.3f}",
+            f"step {row['step']}/{last}  chosen {row[CHOSEN]:+.3f}  margin {row[MARGINS]:+.3f}",
         )
 
     def close(self) -> None:

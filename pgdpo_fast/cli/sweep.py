@@ -79,12 +79,14 @@ class Sweep:
 def _print_table(console, keys, outcomes) -> None:
     from rich.table import Table
 
+    from pgdpo_fast.metrics import ACCURACIES, CHOSEN, MARGINS, REJECTED
+
     shown = {
         "loss": "loss",
-        "rewards/accuracies": "accuracy",
-        "rewards/margins": "margin",
-        "rewards/chosen": "chosen",
-        "rewards/rejected": "rejected",
+        ACCURACIES: "accuracy",
+        MARGINS: "margin",
+        CHOSEN: "chosen",
+        REJECTED: "rejected",
     }
     table = Table(*(key.rpartition(".")[2] for key in keys), *shown.values(), "seconds", box=None)
     for outcome in outcomes:

@@ -24,6 +24,7 @@ import torch
 
 from pgdpo_fast.data.latent_store import LatentStore
 from pgdpo_fast.errors import ConfigError, NonFiniteError, OutOfMemoryError, PgdpoError, Preempted
+from pgdpo_fast.metrics import ACCURACIES, CHOSEN, MARGINS, REJECTED
 from pgdpo_fast.preemption import sigterm_watch
 from pgdpo_fast.reference.cache import layout_mapping
 from pgdpo_fast.storage import canonical_json, sha256_bytes, write_json
@@ -183,7 +184,7 @@ class _Job:
             train(cached, display=display)
             record = read_runs([config.output.dir])[0]
             last = (record.evaluations or record.metrics)[-1]
-            metrics = {key: value for key, value in last.items() if key == "loss" or key.startswith("rewards/")}
+            metrics = {key: last[key] for key in ("loss", CHOSEN, REJECTED, MARGINS, ACCURACIES)}
         except (NonFiniteError, OutOfMemoryError) as error:
             failure = str(error)
         return self.ended(time.perf_counter() - began, metrics, failure)

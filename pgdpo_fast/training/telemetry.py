@@ -17,12 +17,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from pgdpo_fast.metrics import ACCURACIES, CHOSEN, MARGINS, REJECTED, timestep_bins
 from pgdpo_fast.storage import atomic_file
 
 __all__ = ["Display", "MetricsFile", "PreferenceHealth", "RunLog", "TensorBoard", "open_display"]
 
 WINDOW = 40  # steps the health looks back on; its two halves are compared
-TIMESTEP_BINS = 5
 
 
 class MetricsFile:
@@ -107,7 +107,7 @@ class PreferenceHealth:
         if len(self.rows) < self.rows.maxlen:
             return []
         found = []
-        if self._change("rewards/chosen") < -2 and self._change("rewards/margins") > 2:
+        if self._change(CHOSEN) < -2 and self._change(MARGINS) > 2:
             found.append("displacement")
         factor = self.mean("gradient_factor")
         if factor < 0.05:
@@ -137,17 +137,7 @@ class PreferenceHealth:
 
     def by_timestep(self) -> list[tuple[float, float, int, float]]:
         """(low, high, pairs, accuracy) for equal bins of the model's timestep over [0, 1000], over the window."""
-        counts, right = [0] * TIMESTEP_BINS, [0] * TIMESTEP_BINS
-        for row in self.rows:
-            for timestep, margin in zip(row["pairs"]["timestep"], row["pairs"]["margin"], strict=True):
-                place = min(int(timestep / 1000 * TIMESTEP_BINS), TIMESTEP_BINS - 1)
-                counts[place] += 1
-                right[place] += margin > 0
-        width = 1000 / TIMESTEP_BINS
-        return [
-            (i * width, (i + 1) * width, counts[i], right[i] / counts[i] if counts[i] else math.nan)
-            for i in range(TIMESTEP_BINS)
-        ]
+        return [(item["low"], item["high"], item["pairs"], item["accuracy"]) for item in timestep_bins(self.rows)]
 
     def quantiles(self, name: str) -> tuple[float, float, float]:
         """10%, 50% and 90% points of a per-pair quantity over the window."""
@@ -262,9 +252,9 @@ def format_line(row: Mapping[str, Any], last: int, rates: Sequence[float]) -> st
     seconds = statistics.median(rates)
     wait = 100 * row["data_wait_seconds"] / max(row["step_seconds"], 1e-9)
     return (
-        f"step {row['step']}/{last}  loss {row['loss']:.4f}  accuracy {row['rewards/accuracies']:.2f}  "
-        f"margin {row['rewards/margins']:+.2e}  chosen {row['rewards/chosen']:+.2e}  "
-        f"rejected {row['rewards/rejected']:+.2e}  |g| {row['grad_norm']:.2e}  {seconds:.2f} s/step  "
+        f"step {row['step']}/{last}  loss {row['loss']:.4f}  accuracy {row[ACCURACIES]:.2f}  "
+        f"margin {row[MARGINS]:+.2e}  chosen {row[CHOSEN]:+.2e}  "
+        f"rejected {row[REJECTED]:+.2e}  |g| {row['grad_norm']:.2e}  {seconds:.2f} s/step  "
         f"data {wait:.0f}%  {row['peak_memory_gib']:.1f} GiB  ETA {format_seconds(seconds * (last - row['step']))}"
     )
 

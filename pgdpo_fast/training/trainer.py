@@ -22,6 +22,7 @@ import torch
 
 from pgdpo_fast.errors import DataError, OutOfMemoryError, PgdpoError, Preempted
 from pgdpo_fast.loss import ReferenceErrors, preference_loss
+from pgdpo_fast.metrics import ACCURACIES, CHOSEN, MARGINS, MEANS, REJECTED, timestep_bins
 from pgdpo_fast.preemption import sigterm_watch
 from pgdpo_fast.storage import exclusive_lock
 from pgdpo_fast.training import checkpoint, measure
@@ -180,16 +181,23 @@ def _evaluate(run: Run, step: int, stopping: Callable[[], bool], hooks: Sequence
             "step": step,
             **{key: value for key, value in row.items() if key not in ("pairs", "grad_norm")},
             "loss": statistics.fmean(row["pairs"]["loss"]),
-            "by_timestep": measure.timestep_bins(row),
+            "by_timestep": _by_timestep(row),
             "pairs": {name: row["pairs"][name] for name in ("id", "draw", "chosen", "rejected", "margin", "timestep")},
         }
         run.last_evaluation = row
         run.evaluations.append(row)
         run.tensorboard.write(row, "evaluation")
-        rewards = ", ".join(f"{name} {row[f'rewards/{name}']:+.2e}" for name in ("margins", "chosen", "rejected"))
-        run.note(f"evaluation at step {step}: accuracy {row['rewards/accuracies']:.2f}, {rewards}")
+        rewards = ", ".join(f"{name.rpartition('/')[2]} {row[name]:+.2e}" for name in (MARGINS, CHOSEN, REJECTED))
+        run.note(f"evaluation at step {step}: accuracy {row[ACCURACIES]:.2f}, {rewards}")
     for hook in hooks:
         hook(step, run)
+
+
+def _by_timestep(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rewards of a row in the bins of the model's timestep that hold pairs, under the metrics' names."""
+    names = {"accuracy": ACCURACIES, **{MEANS[metric]: metric for metric in (CHOSEN, REJECTED, MARGINS)}}
+    bins = timestep_bins([row], [MEANS[metric] for metric in (CHOSEN, REJECTED, MARGINS)])
+    return [{names.get(key, key): value for key, value in item.items()} for item in bins if item["pairs"]]
 
 
 def _read_ahead(run: Run, start: int, last: int) -> Iterator[tuple[int, list, float]]:
