@@ -8,6 +8,7 @@ from pgdpo_fast.errors import ConfigError
 from pgdpo_fast.options import DECISIONS
 from pgdpo_fast.training.config import _DECLARED, _KEYS, TrainConfig, describe_settings, load_config
 from pgdpo_fast.training.reference_pass import reference_settings
+from pgdpo_fast.training.trainer import train
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NEEDED = ["data.store=store", "output.dir=runs/x", "model.architecture={num_layers: 1}"]
@@ -160,3 +161,9 @@ def test_the_command_reports_mistakes_with_exit_code_2_and_lists_settings(tmp_pa
     assert main(["train", str(tmp_path / "absent.yaml")]) == 2
     assert main(["train", "--list-settings"]) == 0
     assert "training.steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["banana", "meta", "cuda:x"])
+def test_a_training_device_that_is_none_is_one_line(tiny_config, name):
+    with pytest.raises(ConfigError, match=f"training.device='{name}': expected auto, cpu, cuda or cuda:N"):
+        train(tiny_config(training={"device": name}), display="none")

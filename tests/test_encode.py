@@ -14,14 +14,15 @@ import textwrap
 import pytest
 import torch
 
-from pgdpo_fast.data.codec import PixelUnshuffleCodec, codec_from_name
+from pgdpo_fast.data.codec import DiffusersVAECodec, PixelUnshuffleCodec
 from pgdpo_fast.data.encode import encode_manifest
 from pgdpo_fast.data.latent_store import LatentStore
 from pgdpo_fast.data.manifest import read_manifest
 from pgdpo_fast.data.synthetic import render_pairs
-from pgdpo_fast.data.text import HashTextEncoder, TransformersTextEncoder, pad_text, text_encoder_from_name
+from pgdpo_fast.data.text import HashTextEncoder, TransformersTextEncoder, pad_text
 from pgdpo_fast.data.video import read_video
 from pgdpo_fast.errors import ConfigError, DataError, Preempted
+from pgdpo_fast.models import adapter_class
 from pgdpo_fast.storage import open_shard, read_json, write_json, write_shard
 
 
@@ -62,7 +63,7 @@ def save_vae(folder, name):
         "cogvideox": lambda: diffusers.AutoencoderKLCogVideoX(
             block_out_channels=four, latent_channels=4, layers_per_block=1, norm_num_groups=2,
             temporal_compression_ratio=4, sample_height=32, sample_width=32, scaling_factor=0.7),
-        "image": lambda: diffusers.AutoencoderKL(
+        "unet3d": lambda: diffusers.AutoencoderKL(
             block_out_channels=four, down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, norm_num_groups=4, sample_size=32),
     }[name]()  # fmt: skip
@@ -75,14 +76,22 @@ def vaes(tmp_path_factory):
     """{family: (folder, vae)} of tiny autoencoders saved as diffusers saves them; Wan's as a `vae` subfolder."""
     root = tmp_path_factory.mktemp("vaes")
     return {name: (root / name, save_vae(root / name / ("vae" if name == "wan" else ""), name))
-            for name in ("wan", "cogvideox", "image")}  # fmt: skip
+            for name in ("wan", "cogvideox", "unet3d")}  # fmt: skip
+
+
+def codec(name, path, **options):
+    return DiffusersVAECodec(path, adapter_class(name).latents, device="cpu", **options)
+
+
+def prompts(name, path, **options):
+    return TransformersTextEncoder(path, adapter_class(name).text, device="cpu", **options)
 
 
 def load(vaes, name, **options):
-    return codec_from_name(name, path=vaes[name][0], device="cpu", **options)
+    return codec(name, vaes[name][0], **options)
 
 
-@pytest.mark.parametrize("name, frames", [("wan", 5), ("cogvideox", 9), ("image", 3)])
+@pytest.mark.parametrize("name, frames", [("wan", 5), ("cogvideox", 9), ("unet3d", 3)])
 @torch.no_grad()
 def test_vae_latents_are_normalised_as_their_transformers_expect(vaes, name, frames):
     codec, vae, video = load(vaes, name), vaes[name][1], video_of(frames, 32, 48)
@@ -114,7 +123,7 @@ def test_vae_latents_are_normalised_as_their_transformers_expect(vaes, name, fra
         ("wan", (9, 40, 32), "height=40.*multiples of 16 pixels; use 32 or 48"),
         ("wan", (9, 32, 8), "width=8.*use 16 or 32"),
         ("cogvideox", (13, 32, 32), "frames=13.*8k.1 frames; use 9 or 17"),
-        ("image", (4, 32, 36), "width=36.*multiples of 8 pixels; use 32 or 40"),
+        ("unet3d", (4, 32, 36), "width=36.*multiples of 8 pixels; use 32 or 40"),
     ],
 )
 def test_sizes_a_vae_would_change_in_silence_are_errors_with_the_nearest_valid(vaes, name, size, message):
@@ -137,11 +146,11 @@ def test_sampled_latents_are_a_function_of_the_clip(vaes):
 def test_the_fingerprint_sees_weights_config_mode_and_dtype_but_not_the_place(vaes, tmp_path):
     base = load(vaes, "wan").fingerprint
     shutil.copytree(vaes["wan"][0], tmp_path / "copy")
-    assert codec_from_name("wan", path=tmp_path / "copy", device="cpu").fingerprint == base
-    assert load(vaes, "wan", mode="sample").fingerprint != base != load(vaes, "wan", dtype="bfloat16").fingerprint
+    assert codec("wan", tmp_path / "copy").fingerprint == base
+    assert load(vaes, "wan", mode="sample").fingerprint != base != load(vaes, "wan", dtype="bf16").fingerprint
     config = tmp_path / "copy" / "vae" / "config.json"
     config.write_text(config.read_text().replace("1.5", "1.25"))
-    changed = codec_from_name("wan", path=tmp_path / "copy", device="cpu").fingerprint
+    changed = codec("wan", tmp_path / "copy").fingerprint
     assert {key for key in base if base[key] != changed[key]} == {"config_sha256"}
     from safetensors.torch import load_file, save_file
 
@@ -149,22 +158,20 @@ def test_the_fingerprint_sees_weights_config_mode_and_dtype_but_not_the_place(va
     tensors = load_file(weights)
     next(iter(tensors.values())).view(-1)[0] += 1
     save_file(tensors, weights, metadata={"format": "pt"})
-    assert codec_from_name("wan", path=tmp_path / "copy", device="cpu").fingerprint["weights_sha256"] != base[
+    assert codec("wan", tmp_path / "copy").fingerprint["weights_sha256"] != base[
         "weights_sha256"]  # fmt: skip
 
 
 def test_codecs_and_text_encoders_are_refused_by_name_option_and_path(tmp_path):
-    for make in (codec_from_name, text_encoder_from_name):
-        with pytest.raises(ConfigError, match="expected one of"):
-            make("jpeg")
-        with pytest.raises(ConfigError, match="needs the path"):
-            make("wan")
+    for make in (codec, prompts):
+        with pytest.raises(ConfigError, match="expected one of.*did you mean 'wan'"):
+            make("wann", tmp_path)
         with pytest.raises(DataError, match=f"{tmp_path}.*could not be loaded"):
-            make("wan", path=tmp_path)
-    with pytest.raises(ConfigError, match="spatail"):
-        codec_from_name("pixel-unshuffle", spatail=2)
+            make("wan", tmp_path)
+        with pytest.raises(ConfigError, match="dtype='float32': expected one of bf16, fp16, fp32; did you mean 'fp32'"):
+            make("wan", tmp_path, dtype="float32")
     with pytest.raises(ConfigError, match="spatial=0"):
-        codec_from_name("pixel-unshuffle", spatial=0)
+        PixelUnshuffleCodec(spatial=0)
 
 
 # Prompts
@@ -172,15 +179,17 @@ def test_codecs_and_text_encoders_are_refused_by_name_option_and_path(tmp_path):
 
 def test_hash_embeddings_are_fixed_and_shared_by_equal_words():
     encoder = HashTextEncoder(24, 8)
-    text = encoder.encode("A red, red square")
+    text = encoder.encode("A red, red square")["text"]
     assert tuple(text.shape) == (4, 24) and torch.equal(text[1], text[2]) and not torch.equal(text[0], text[3])
-    assert torch.equal(encoder.encode("square")[0], text[3])
-    many = torch.cat([encoder.encode(f"word{i}") for i in range(500)])
+    assert torch.equal(encoder.encode("square")["text"][0], text[3])
+    many = torch.cat([encoder.encode(f"word{i}")["text"] for i in range(500)])
     assert many.mean().abs() < 0.02 and many.var().sub(1).abs() < 0.03
-    assert text[3, :3].tolist() == HashTextEncoder(3).encode("square")[0].tolist()  # a prefix, whatever the width
+    assert (
+        text[3, :3].tolist() == HashTextEncoder(3).encode("square")["text"][0].tolist()
+    )  # a prefix, whatever the width
     long = "one two three four five six seven eight nine"
-    assert encoder.truncates(long) and encoder.encode(long).shape[0] == encoder.token_count(long) == 8
-    assert encoder.encode("").shape == (1, 24)
+    assert encoder.truncates(long) and encoder.encode(long)["text"].shape[0] == encoder.token_count(long) == 8
+    assert encoder.encode("")["text"].shape == (1, 24)
 
 
 @pytest.fixture(scope="module")
@@ -217,15 +226,16 @@ def pipeline_embedding(family, encoder, length):
     """The prompt embedding of the diffusers pipeline built on the same tokenizer and model."""
     from diffusers import CogVideoXPipeline, WanPipeline
 
-    parts = dict(tokenizer=encoder.tokenizer, text_encoder=encoder.model, transformer=None, vae=None, scheduler=None)
+    part = encoder.parts["text"]
+    parts = dict(tokenizer=part.tokenizer, text_encoder=part.model, transformer=None, vae=None, scheduler=None)
     pipe = (WanPipeline if family == "wan" else CogVideoXPipeline)(**parts)
     return pipe._get_t5_prompt_embeds(PROMPT, max_sequence_length=length, device=torch.device("cpu"))[0].detach()
 
 
 @pytest.mark.parametrize("family, length", [("wan", 512), ("cogvideox", 226)])
 def test_prompt_embeddings_equal_the_diffusers_pipelines(text_models, family, length):
-    encoder = TransformersTextEncoder(text_models[family], family, device="cpu")
-    text = encoder.encode(PROMPT)
+    encoder = prompts(family, text_models[family])
+    text = encoder.encode(PROMPT)["text"]
     assert text.shape[0] == encoder.token_count(PROMPT) and text.dtype == torch.float32
     assert torch.equal(pad_text([text], length)[0], pipeline_embedding(family, encoder, length))
     if family == "wan":
@@ -235,12 +245,17 @@ def test_prompt_embeddings_equal_the_diffusers_pipelines(text_models, family, le
 
 
 def test_text_encoders_tell_truncation_and_their_rules(text_models):
-    encoder = TransformersTextEncoder(text_models["wan"], "wan", max_length=10, device="cpu")
-    assert encoder.truncates(PROMPT) and encoder.encode(PROMPT).shape == (10, 16) and not encoder.truncates("a cat")
-    whole = TransformersTextEncoder(text_models["wan"], "wan", device="cpu")
-    assert {key for key in whole.fingerprint if whole.fingerprint[key] != encoder.fingerprint[key]} == {"max_length"}
+    encoder = prompts("wan", text_models["wan"], max_length=10)
+    assert (
+        encoder.truncates(PROMPT)
+        and encoder.encode(PROMPT)["text"].shape == (10, 16)
+        and not encoder.truncates("a cat")
+    )
+    whole = prompts("wan", text_models["wan"])
+    whole, short = whole.fingerprint["text"], encoder.fingerprint["text"]
+    assert {key for key in whole if whole[key] != short[key]} == {"max_length"}
     with pytest.raises(ConfigError, match="1 to 512"):
-        TransformersTextEncoder(text_models["wan"], "wan", max_length=513)
+        prompts("wan", text_models["wan"], max_length=513)
 
 
 def test_padding_puts_zeros_after_each_prompt():
@@ -282,7 +297,7 @@ def test_a_store_gives_back_what_was_encoded(store, manifest):
         assert (example.id, example.prompt, example.weight) == (pair.id, pair.prompt, 1.0)
         assert torch.equal(codec.decode(example.chosen), read_video(pair.chosen))
         assert torch.equal(example.rejected, codec.encode(read_video(pair.rejected)))
-        assert torch.equal(example.conditioning["text"], text.encode(pair.prompt))
+        assert torch.equal(example.conditioning["text"], text.encode(pair.prompt)["text"])
     names = sorted(files_of(store.path))
     assert names == [".lock", "index.parquet", *(f"shard-{k:05d}.safetensors" for k in range(4)), "store.json"]
     assert store.row(store.ids[0])["chosen"] == "clips/0000_chosen.mp4"
@@ -302,7 +317,7 @@ def test_pairs_of_different_size_and_rate_share_one_store(tmp_path):
 
 
 def test_half_precision_stores_are_half_as_large_and_read_as_fp32(manifest, store, tmp_path):
-    half = encode(manifest, tmp_path / "s", dtype="bfloat16")
+    half = encode(manifest, tmp_path / "s", dtype="bf16")
     assert half.get(half.ids[0]).chosen.dtype == torch.float32
     assert torch.equal(half.get(half.ids[0]).chosen, store.get(store.ids[0]).chosen.bfloat16().float())
     shards = [sum(path.stat().st_size for path in s.path.glob("shard*")) for s in (half, store)]
@@ -339,7 +354,7 @@ def test_a_store_opened_in_another_process_reads_the_same(store):
         ({"fps": 4}, "clip.fps=None, now clip.fps='4'"),
         ({"codec": PixelUnshuffleCodec(2)}, "codec.spatial=4, now codec.spatial=2"),
         ({"text": HashTextEncoder(9)}, "text.dim=8, now text.dim=9"),
-        ({"dtype": "float16"}, "dtype='float32', now dtype='float16'"),
+        ({"dtype": "fp16"}, "dtype='float32', now dtype='float16'"),
     ],
 )
 def test_other_settings_over_a_store_name_the_field_and_touch_nothing(manifest, store, change, field):
@@ -422,7 +437,7 @@ def test_latents_that_are_not_finite_never_reach_a_store(manifest, store, tmp_pa
             latents = super().encode(video)
             return latents * 1e5 if torch.equal(video, read_video(manifest.pairs[2].chosen)) else latents
 
-    partial = encode(manifest, tmp_path / "s", codec=Overflowing(4), dtype="float16")
+    partial = encode(manifest, tmp_path / "s", codec=Overflowing(4), dtype="fp16")
     assert len(partial) == 6 and partial.dropped[0].reason == "chosen not finite once encoded"
 
 
@@ -528,7 +543,7 @@ def read_all(path):
 def test_a_flipped_bit_anywhere_is_found_before_a_row_is_handed_out(tmp_path):
     source = render_pairs(tmp_path / "pairs", pairs=2, frames=2, height=16, width=16)
     small = encode(source, tmp_path / "s", frames=1, codec=PixelUnshuffleCodec(8), text=HashTextEncoder(2, 4),
-                   dtype="float16", shard_bytes=1)  # fmt: skip
+                   dtype="fp16", shard_bytes=1)  # fmt: skip
     assert len(read_all(small.path)) == 2
     tried = 0
     for path in sorted(small.path.glob("*")):
@@ -646,5 +661,46 @@ def test_the_command_encodes_with_a_model_folder(manifest, text_models, vaes, tm
     assert run("-m", manifest.path, "-o", tmp_path / "s", "--model", model, "--device", "cpu",
                "--frames", 1, "--height", 16, "--width", 16, "--fps", 8) == 0  # fmt: skip
     store = LatentStore(tmp_path / "s")
-    assert store.shape == (4, 1, 2, 2) and store.text_dim == 16 and len(store) == 7
-    assert store.settings["codec"]["class"] == "AutoencoderKLWan" and store.settings["text"]["padding"] == "zeros"
+    assert store.shape == (4, 1, 2, 2) and store.conditioning == {"text": (-1, 16)} and len(store) == 7
+    assert (
+        store.settings["codec"]["class"] == "AutoencoderKLWan" and store.settings["text"]["text"]["padding"] == "zeros"
+    )
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--device", "banana"), "--device='banana': expected auto, cpu, cuda or cuda:N"),
+        (("--device", "meta"), "--device='meta': expected auto, cpu, cuda or cuda:N"),
+        (("--dtype", "float16"), "--dtype='float16': expected one of bf16, fp16, fp32; did you mean 'fp16'?"),
+        (("--vae-dtype", "int8"), "--vae-dtype='int8': expected one of bf16, fp16, fp32"),
+    ],
+)
+def test_a_device_or_dtype_that_is_none_is_one_line_and_leaves_no_folder(manifest, tmp_path, capsys, flags, message):
+    assert run("-m", manifest.path, "-o", tmp_path / "s", "--codec", "pixel-unshuffle", *flags) == 2
+    assert capsys.readouterr().err == f"error: {message}\n" and not (tmp_path / "s").exists()
+
+
+# Conditioning beside the text
+
+
+class PooledToo(HashTextEncoder):
+    """A second tensor for each prompt, of a fixed size."""
+
+    @property
+    def shapes(self):
+        return {**super().shapes, "pooled_text": (3,)}
+
+    def encode(self, prompt):
+        return {**super().encode(prompt), "pooled_text": torch.tensor([float(len(prompt)), 1.0, 2.0])}
+
+
+def test_a_store_carries_whatever_tensors_the_text_encoder_names(manifest, store, tmp_path):
+    more = encode_manifest(manifest, tmp_path / "s", codec=PixelUnshuffleCodec(4), text=PooledToo(8), **SIZE)
+    assert more.conditioning == {"text": (-1, 8), "pooled_text": (3,)} and store.conditioning == {"text": (-1, 8)}
+    for pair in manifest.pairs:
+        found, plain = more.get(pair.id), store.get(pair.id)
+        assert found.conditioning["pooled_text"].tolist() == [len(pair.prompt), 1, 2]
+        assert torch.equal(found.conditioning["text"], plain.conditioning["text"])
+        assert list(plain.conditioning) == ["text"] and torch.equal(found.chosen, plain.chosen)
+    assert "conditioning" not in store.metadata  # the layout of a store without extras has not changed

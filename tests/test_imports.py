@@ -34,6 +34,8 @@ FLOORS = {
     "preemption": 0,
     "options": 0,
     "metrics": 0,
+    "families": 0,
+    "devices": 0,
     "errors": 0,
 }
 OPTIONAL = (

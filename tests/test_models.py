@@ -211,7 +211,7 @@ def test_the_attention_backend_is_in_force_and_does_not_leak():
 )
 def test_latents_the_network_would_crop_or_misread_are_named(shape, text_dim, expected):
     adapter = wan()
-    problems = adapter.check_store(adapter.load(), shape, text_dim)
+    problems = adapter.check_store(adapter.load(), shape, {"text": (-1, text_dim)})
     assert len(problems) == len(expected)
     assert all(problem.startswith(start) for problem, start in zip(problems, expected, strict=True))
 

@@ -20,7 +20,6 @@ from pgdpo_fast.diffusion import DDPM, FlowMatching
 from pgdpo_fast.errors import DataError, NonFiniteError, Preempted
 from pgdpo_fast.reference.build import build_cache
 from pgdpo_fast.reference.cache import Block, Layout, ReferenceCache
-from pgdpo_fast.reference.fingerprint import weights_digest
 from pgdpo_fast.reference.rows import FORMATS, gather, pack
 from pgdpo_fast.reference.stream import RowStream
 
@@ -280,7 +279,7 @@ def test_every_bit_and_name_of_a_network_is_in_its_digest():
             for parameter in model.parameters():
                 parameter.copy_(torch.arange(parameter.numel()).view_as(parameter))
             change(model)
-        return weights_digest(model)
+        return storage.weights_digest(model)
 
     def flip(model):
         model[0].weight.view(torch.int32)[2, 1] ^= 1

@@ -29,7 +29,7 @@ class Bench:
     """
 
     quick: bool = False
-    """Wan2.1 480p at one pair, element and sample form, bfloat16: under three minutes on two cores. Ignores the five
+    """Wan2.1 480p at one pair, element and sample form, bf16: under three minutes on two cores. Ignores the five
     flags that choose cases."""
     shapes: tuple[Shape, ...] = ("videocrafter2", "cogvideox-480p", "wan2.1-480p", "wan2.1-720p", "hunyuanvideo-720p")
     """Video shapes to time."""
@@ -39,13 +39,13 @@ class Bench:
     """What one reward covers."""
     reference_form: tuple[Literal["errors", "predictions", "bf16", "fp8"], ...] = ("predictions", "errors")
     """How the reference is given: cached errors, whole predictions, or packed rows. Errors have no element form."""
-    dtype: tuple[Literal["bfloat16", "float16", "float32"], ...] = ("bfloat16",)
+    dtype: Annotated[tuple[str, ...], tyro.conf.arg(metavar="{bf16|fp16|fp32}")] = ("bf16",)
     """Precision of the predictions."""
     seconds: float = 10.0
     """Seconds of timing a case gets on a CPU."""
     seed: int | None = None
     """Seed of the random inputs; a fresh one by default, kept in the results."""
-    device: Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda")] = "auto"
+    device: Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda|cuda:N")] = "auto"
     """Where to run."""
     compare: Path | None = None
     """An earlier results file to set the new figures against."""
@@ -56,20 +56,16 @@ class Bench:
         import json
         import secrets
 
-        import torch
-
         from pgdpo_fast.bench import harness, report, table
+        from pgdpo_fast.devices import select_device, select_dtype
         from pgdpo_fast.errors import ConfigError, DataError
 
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ConfigError(f"--device {self.device}: expected auto, cpu or cuda")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("--device cuda: torch sees no CUDA device here; run `pgdpo-fast doctor`")
+        device = select_device(self.device, "--device")
+        dtypes = [str(select_dtype(name, "--dtype")).removeprefix("torch.") for name in self.dtype]
         if not self.batch or min(self.batch) < 1 or self.seconds <= 0:
             raise ConfigError(
                 f"--batch {' '.join(map(str, self.batch))} --seconds {self.seconds:g}: expected numbers above 0"
             )
-        device = torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
         previous = None
         if self.compare is not None:
             try:
@@ -80,7 +76,7 @@ class Bench:
         cases = (
             table.QUICK
             if self.quick
-            else table.cases(self.shapes, self.batch, self.granularity, self.reference_form, dtypes=self.dtype)
+            else table.cases(self.shapes, self.batch, self.granularity, self.reference_form, dtypes=dtypes)
         )
         if not cases:
             raise ConfigError(

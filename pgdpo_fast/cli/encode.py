@@ -9,13 +9,12 @@ from typing import Annotated, Literal
 
 import tyro
 
-# What each model family was trained on: frames, height, width, fps, text encoder.
-DEFAULTS = {
-    "pixel-unshuffle": (17, 64, 64, 8.0, "hash"),
-    "wan": (81, 480, 832, 16.0, "wan"),
-    "cogvideox": (49, 480, 720, 8.0, "cogvideox"),
-    "image": (16, 320, 512, 8.0, "clip"),
-}
+from pgdpo_fast.families import FAMILIES, ClipSize
+
+PIXELS, WORDS = "pixel-unshuffle", "hash"  # codec and text encoder without weights
+CODECS, TEXTS = (*FAMILIES, PIXELS), (*FAMILIES, WORDS)
+SMALL = ClipSize(frames=17, height=64, width=64, fps=8.0)
+Dtype = Annotated[str, tyro.conf.arg(metavar="bf16|fp16|fp32")]
 
 
 @dataclass
@@ -32,22 +31,24 @@ class Encode:
     rejected_score, weight), a VideoAlign CSV, or VideoDPO's pair.json. Clip paths start at its folder."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder of the store; created when new, continued when it holds the same settings."""
-    codec: Literal["wan", "cogvideox", "image", "pixel-unshuffle"] = "wan"
-    """Video autoencoder: "image" is AutoencoderKL frame by frame (VideoCrafter2), "pixel-unshuffle" has no weights."""
+    codec: Literal[CODECS] = "wan"
+    """Model family whose video autoencoder is used; "pixel-unshuffle" has no weights."""
     model: str | None = None
     """Folder or hub id of the model whose VAE and text encoder are used, e.g. Wan-AI/Wan2.1-T2V-1.3B-Diffusers."""
     revision: str | None = None
     """Revision of a hub model."""
-    text: Literal["wan", "cogvideox", "clip", "hash"] | None = None
-    """Text encoder family; by default the codec's own. "hash" gives each word a fixed vector and needs no weights."""
+    text: Literal[TEXTS] | None = None
+    """Model family whose text encoders are used, by default the codec's; "hash" gives each word a fixed vector and
+    needs no weights."""
     frames: int | None = None
-    """Frames per clip. Default 81 (wan), 49 (cogvideox), 16 (image), 17 (pixel-unshuffle)."""
+    """Frames per clip. By default this and the next three are what the family was trained on; the note printed at
+    the start says what they came to."""
     height: int | None = None
-    """Height in pixels. Default 480 (wan, cogvideox), 320 (image), 64 (pixel-unshuffle)."""
+    """Height in pixels."""
     width: int | None = None
-    """Width in pixels. Default 832 (wan), 720 (cogvideox), 512 (image), 64 (pixel-unshuffle)."""
+    """Width in pixels."""
     fps: float | None = None
-    """Frames per second taken from both clips, by time stamp; 0: the source's own. Default 16 (wan), 8 (others)."""
+    """Frames per second taken from both clips, by time stamp; 0: the source's own."""
     start: Literal["begin", "center"] = "begin"
     """Where in a longer clip the frames are taken."""
     short: Literal["error", "pad"] = "error"
@@ -56,16 +57,16 @@ class Encode:
     """Manifest layout, when the columns should not decide."""
     criterion: Literal["majority", "VQ", "MQ", "TA", "Overall"] = "majority"
     """VideoAlign: the label that decides, or the majority of VQ, MQ and TA. Ties are dropped."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "fp32"
     """Precision of the stored latents and embeddings."""
-    vae_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision the VAE runs in. bfloat16 halves time and memory and changes the latents slightly."""
-    text_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    vae_dtype: Dtype = "fp32"
+    """Precision the VAE runs in. bf16 halves time and memory and changes the latents slightly."""
+    text_dtype: Dtype = "bf16"
     """Precision the text encoder runs in, as in the diffusers pipelines."""
     vae_mode: Literal["mode", "sample"] = "mode"
     """Latent of a clip: the posterior's mean, or one draw from it seeded by the clip itself."""
     device: str = "auto"
-    """Device for VAE and text encoder: auto, cpu, cuda, cuda:1."""
+    """Device for VAE and text encoder: auto, cpu, cuda or cuda:N."""
     spatial: int = 4
     """pixel-unshuffle: pixels per latent side."""
     temporal: int = 1
@@ -83,26 +84,31 @@ class Encode:
         from pgdpo_fast.cli.progress import rows_progress
         from pgdpo_fast.data.encode import encode_manifest
         from pgdpo_fast.data.manifest import Manifest, read_manifest, used_dropped_table
+        from pgdpo_fast.devices import select_device, select_dtype
         from pgdpo_fast.errors import ConfigError
+        from pgdpo_fast.models import adapter_class
         from pgdpo_fast.storage import describe_bytes
 
         console = Console(stderr=True)
-        frames, height, width, fps, text_name = (
-            default if given is None else given
-            for given, default in zip(
-                (self.frames, self.height, self.width, self.fps, self.text), DEFAULTS[self.codec], strict=True
-            )
-        )
-        if self.model is None and (self.codec != "pixel-unshuffle" or text_name != "hash"):
+        select_device(self.device, "--device")
+        for key in ("dtype", "vae_dtype", "text_dtype"):
+            select_dtype(getattr(self, key), f"--{key.replace('_', '-')}")
+        text_name = self.text or (WORDS if self.codec == PIXELS else self.codec)
+        if self.model is None and (self.codec != PIXELS or text_name != WORDS):
             raise ConfigError(
                 f"codec {self.codec!r} with text {text_name!r} needs --model, the folder or hub id of a "
-                "diffusers model; or use --codec pixel-unshuffle --text hash"
+                f"diffusers model; or use --codec {PIXELS} --text {WORDS}"
             )
+        usual = SMALL if self.codec == PIXELS else adapter_class(self.codec).clip
+        given = {key: getattr(self, key) for key in ClipSize._fields}
+        clip = usual._replace(**{key: value for key, value in given.items() if value is not None})
         manifest = read_manifest(self.manifest, format=self.format, criterion=self.criterion, strict=self.strict)
         for note in manifest.notes:
             console.print(f"note: {note}", highlight=False)
         if any(pair.first_frame for pair in manifest.pairs):
             console.print("note: first_frame is recorded in the index and not encoded", highlight=False)
+        rate = f"{clip.fps:g} frames a second" if clip.fps else "the source's frame rate"
+        console.print(f"note: clips of {clip.frames} frames, {clip.height}x{clip.width}, at {rate}", highlight=False)
         codec, text = self._codec(), self._text(text_name)
         with rows_progress(console, "encoding pairs") as progress:
             store = encode_manifest(
@@ -110,10 +116,10 @@ class Encode:
                 self.output,
                 codec=codec,
                 text=text,
-                frames=frames,
-                height=height,
-                width=width,
-                fps=fps or None,
+                frames=clip.frames,
+                height=clip.height,
+                width=clip.width,
+                fps=clip.fps or None,
                 start=self.start,
                 short=self.short,
                 dtype=self.dtype,
@@ -140,13 +146,14 @@ class Encode:
         return 0
 
     def _codec(self):
-        from pgdpo_fast.data.codec import codec_from_name
+        from pgdpo_fast.data.codec import DiffusersVAECodec, PixelUnshuffleCodec
+        from pgdpo_fast.models import adapter_class
 
-        if self.codec == "pixel-unshuffle":
-            return codec_from_name(self.codec, spatial=self.spatial, temporal=self.temporal)
-        return codec_from_name(
-            self.codec,
-            path=self.model,
+        if self.codec == PIXELS:
+            return PixelUnshuffleCodec(spatial=self.spatial, temporal=self.temporal)
+        return DiffusersVAECodec(
+            self.model,
+            adapter_class(self.codec).latents,
             revision=self.revision,
             dtype=self.vae_dtype,
             mode=self.vae_mode,
@@ -154,10 +161,11 @@ class Encode:
         )
 
     def _text(self, name: str):
-        from pgdpo_fast.data.text import text_encoder_from_name
+        from pgdpo_fast.data.text import HashTextEncoder, TransformersTextEncoder
+        from pgdpo_fast.models import adapter_class
 
-        if name == "hash":
-            return text_encoder_from_name(name, dim=self.text_dim)
-        return text_encoder_from_name(
-            name, path=self.model, revision=self.revision, dtype=self.text_dtype, device=self.device
+        if name == WORDS:
+            return HashTextEncoder(dim=self.text_dim)
+        return TransformersTextEncoder(
+            self.model, adapter_class(name).text, revision=self.revision, dtype=self.text_dtype, device=self.device
         )

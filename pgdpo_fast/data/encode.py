@@ -21,11 +21,12 @@ from pathlib import Path
 import torch
 
 from pgdpo_fast import __version__
-from pgdpo_fast.data.codec import Codec, dtype_from_name
+from pgdpo_fast.data.codec import Codec
 from pgdpo_fast.data.latent_store import INDEX_FILE, SCHEMA, STORE_FILE, LatentStore
 from pgdpo_fast.data.manifest import Manifest, Pair, read_manifest
 from pgdpo_fast.data.text import TextEncoder
 from pgdpo_fast.data.video import decoder_fingerprint, read_video
+from pgdpo_fast.devices import select_dtype
 from pgdpo_fast.errors import DataError, Preempted
 from pgdpo_fast.preemption import sigterm_watch
 from pgdpo_fast.storage import (
@@ -93,7 +94,7 @@ def encode_manifest(
     fps: float | None = None,
     start: str = "begin",
     short: str = "error",
-    dtype: str = "float32",
+    dtype: str = "fp32",
     shard_bytes: int = 256 << 20,
     strict: bool = False,
     provenance: dict | None = None,
@@ -117,15 +118,16 @@ def encode_manifest(
     output = Path(output).absolute()
     rule = ClipRule(frames, height, width, fps, start, short)
     latent_shape = codec.latent_shape(frames, height, width)
-    item = torch.empty((), dtype=dtype_from_name(dtype)).element_size()
-    pair_bytes = 2 * item * prod(latent_shape)
+    stored = select_dtype(dtype)
+    width, more = text.shapes["text"][1], {name: list(shape) for name, shape in text.shapes.items() if name != "text"}
+    pair_bytes = 2 * stored.itemsize * prod(latent_shape)
     per_shard = max(1, min(shard_bytes // pair_bytes, 1024))
     settings = {
         "codec": codec.fingerprint,
         "text": text.fingerprint,
         "clip": rule.to_dict(),
         "decoder": decoder_fingerprint(),
-        "dtype": dtype,
+        "dtype": str(stored).removeprefix("torch."),
         "manifest": {"pairs": len(manifest), "sha256": _manifest_hash(manifest)},
         "pairs_per_shard": per_shard,
     }
@@ -143,22 +145,21 @@ def encode_manifest(
             "settings": settings,
             "provenance": provenance,
             "latent_shape": list(latent_shape),
-            "text_dim": text.dim,
+            "text_dim": width,
+            **({"conditioning": more} if more else {}),
             "groups": [],
             "dropped": [],
             "index": None,
             "truncated_prompts": sum(map(text.truncates, (pair.prompt for pair in manifest.pairs))),
         }
-        job = _Job(
-            manifest, output, codec, lru_cache(16)(text.encode), rule, dtype_from_name(dtype), state, strict, stop
-        )
+        job = _Job(manifest, output, codec, lru_cache(16)(text.encode), rule, stored, state, strict, stop)
         kept = _verify_groups(output, state)
         todo = [number for number in range(-(-len(manifest) // per_shard)) if number not in kept]
         text_rows = sum(text.token_count(pair.prompt) for number in todo for pair in job.pairs(number))
         check_disk(
             output,
             sum(len(job.pairs(number)) for number in todo) * pair_bytes
-            + text_rows * text.dim * item
+            + text_rows * width * stored.itemsize
             + 2 * min(per_shard, len(manifest)) * pair_bytes * bool(todo),
             "encoding the remaining pairs",
         )
@@ -185,7 +186,7 @@ class _Job:
     manifest: Manifest
     output: Path
     codec: Codec
-    encode_text: Callable[[str], torch.Tensor]
+    encode_text: Callable[[str], dict[str, torch.Tensor]]
     rule: ClipRule
     dtype: torch.dtype
     state: dict
@@ -254,10 +255,11 @@ class _Job:
     def _stage(self, index: int, clips: dict[str, torch.Tensor]) -> Path:
         """Encode one pair and leave it in staging under a name that ends in the hash of its bytes."""
         row = {side: self.codec.encode(video).to(self.dtype) for side, video in clips.items()}
-        row["text"] = self.encode_text(self.manifest.pairs[index].prompt).to(self.dtype)
+        told = self.encode_text(self.manifest.pairs[index].prompt)
+        row |= {name: tensor.to(self.dtype) for name, tensor in told.items()}
         for name, tensor in row.items():
             if not torch.isfinite(tensor).all():
-                raise _Unusable(f"{name} not finite once encoded", f"in {self.dtype}; encode and store in float32")
+                raise _Unusable(f"{name} not finite once encoded", f"in {self.dtype}; encode and store in fp32")
         path = self.output / STAGING / f"{index:08d}.safetensors"
         shard = write_shard(path, row, durable=False)
         return path.replace(path.with_name(f"{index:08d}-{shard.sha256}.safetensors"))

@@ -94,8 +94,10 @@ class LatentStore:
         return tuple(self.metadata["latent_shape"])
 
     @property
-    def text_dim(self) -> int:
-        return self.metadata["text_dim"]
+    def conditioning(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor of `Example.conditioning` by name; -1 stands for a number of rows that varies."""
+        more = self.metadata.get("conditioning", {})
+        return {"text": (-1, self.metadata["text_dim"]), **{name: tuple(shape) for name, shape in more.items()}}
 
     @property
     def settings(self) -> dict:
@@ -132,10 +134,11 @@ class LatentStore:
         """One pair. Raises DataError for an unknown id or a damaged shard."""
         row = self.row(id)
         handle = self._handle(row["shard"])
-        chosen, rejected, text = (
-            handle.get_tensor(f"{row['row']:08d}.{name}").float() for name in ("chosen", "rejected", "text")
-        )
-        return Example(id, row["prompt"], chosen, rejected, {"text": text}, row["weight"])
+        tensors = {
+            name: handle.get_tensor(f"{row['row']:08d}.{name}").float()
+            for name in ("chosen", "rejected", *self.conditioning)
+        }
+        return Example(id, row["prompt"], tensors.pop("chosen"), tensors.pop("rejected"), tensors, row["weight"])
 
     def verify(self) -> None:
         """Hash every file now. Raises DataError naming the first damaged one."""

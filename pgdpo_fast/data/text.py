@@ -1,13 +1,12 @@
-"""Prompts to the embeddings a diffusion model attends to, `[L, D]` fp32, padded or not as each family was trained.
+"""Prompts to the tensors a diffusion model is told, by name: "text" `[L, D]` fp32, padded or not as its rule says.
 
-What a family needs is in one table here. Embeddings are stored without padding wherever padding is plain zeros; where
-the padded positions carry information (CogVideoX attends to them unmasked) they are part of the embedding and stay.
+Embeddings are stored without padding wherever padding is plain zeros; where
+the padded positions carry information (the network attends to them unmasked) they are part of the embedding and stay.
 """
 
 from __future__ import annotations
 
 import hashlib
-import html
 import json
 import os
 import re
@@ -18,23 +17,27 @@ from typing import Protocol
 
 import torch
 
-from pgdpo_fast.data.codec import device_from_name, dtype_from_name, weights_hash
+from pgdpo_fast.devices import select_device, select_dtype
 from pgdpo_fast.errors import ConfigError, DataError
+from pgdpo_fast.families import TextRule
+from pgdpo_fast.storage import weights_digest
 
 __all__ = [
-    "TEXT_ENCODERS",
     "HashTextEncoder",
     "TextEncoder",
     "TransformersTextEncoder",
     "pad_text",
-    "text_encoder_from_name",
 ]
 
 
 class TextEncoder(Protocol):
-    """What an encoder of latent stores needs from a text encoder."""
+    """What an encoder of latent stores needs from a text encoder.
 
-    dim: int
+    `shapes` names what `encode` returns; -1 stands for a number of rows that varies. One of them is "text" [-1, D].
+    """
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]: ...
 
     @property
     def fingerprint(self) -> dict: ...
@@ -43,7 +46,7 @@ class TextEncoder(Protocol):
 
     def truncates(self, prompt: str) -> bool: ...
 
-    def encode(self, prompt: str) -> torch.Tensor: ...
+    def encode(self, prompt: str) -> dict[str, torch.Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,10 @@ class HashTextEncoder:
                 raise ConfigError(f"{key}={getattr(self, key)!r}; expected a whole number of at least 1")
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"text": (-1, self.dim)}
+
+    @property
     def fingerprint(self) -> dict:
         return {
             "class": "HashTextEncoder",
@@ -77,9 +84,9 @@ class HashTextEncoder:
     def truncates(self, prompt: str) -> bool:
         return len(self._words(prompt)) > self.max_length
 
-    def encode(self, prompt: str) -> torch.Tensor:
-        """fp32 [L, dim], L = words of the prompt, at least 1 and at most max_length."""
-        return torch.stack([self._vector(word) for word in self._words(prompt)[: self.max_length]])
+    def encode(self, prompt: str) -> dict[str, torch.Tensor]:
+        """{"text": fp32 [L, dim]}, L = words of the prompt, at least 1 and at most max_length."""
+        return {"text": torch.stack([self._vector(word) for word in self._words(prompt)[: self.max_length]])}
 
     def _words(self, prompt: str) -> list[str]:
         return re.findall(r"\w+", prompt.lower()) or [""]
@@ -93,133 +100,133 @@ class HashTextEncoder:
         return ((levels.double() + 0.5) / 65536 - 0.5).mul(12**0.5).float()  # uniform of variance 1
 
 
-@dataclass(frozen=True)
-class _Family:
-    model: str
-    length: int
-    masked: bool  # padding masked in the encoder and cut from the result; the model gets zeros up to `length`
-    clean: bool = False
-
-
-FAMILIES = {
-    "wan": _Family("UMT5EncoderModel", 512, masked=True, clean=True),
-    "cogvideox": _Family("T5EncoderModel", 226, masked=False),
-    "clip": _Family("CLIPTextModel", 77, masked=False),
-}
-TEXT_ENCODERS = ("hash", *FAMILIES)
-
-
 class TransformersTextEncoder:
-    """A transformers text encoder under its family's rules, equal to the diffusers pipelines' prompt embeddings.
+    """A family's text encoders under its rules, equal to the diffusers pipelines' prompt embeddings.
 
-    "wan": UMT5, prompt cleaned, 512 tokens, padding masked and cut: rows are the real tokens, zeros are added at use.
-    "cogvideox": T5, 226 tokens without mask; "clip": CLIP text, 77 tokens. Both keep every row, padding included,
-    because the model attends to it. `path` is a model folder or hub id with `tokenizer` and `text_encoder` subfolders,
-    or one folder holding both.
+    `path` is a model folder or hub id that holds the rules' subfolders; one encoder and its tokenizer may also lie
+    together at its root. `max_length` lowers the number of tokens of the rule called "text".
+
+    Raises ConfigError on an unknown dtype or device or an impossible length, DataError when a model cannot be loaded.
     """
 
     def __init__(
         self,
         path: str | os.PathLike,
-        family: str,
+        rules: Sequence[TextRule],
         *,
         revision: str | None = None,
-        dtype: str = "float32",
+        dtype: str = "fp32",
         max_length: int | None = None,
         device: str = "auto",
     ):
+        device, dtype = select_device(device), select_dtype(dtype)
+        self.parts = {}
+        for rule in rules:
+            length = max_length if max_length is not None and rule.name == "text" else rule.length
+            if not 1 <= length <= rule.length:
+                raise ConfigError(f"max_length={length}; the {rule.encoder} takes 1 to {rule.length} tokens")
+            self.parts[rule.name] = _TextModel(path, rule, length, revision, dtype, device)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: part.shape for name, part in self.parts.items()}
+
+    @property
+    def fingerprint(self) -> dict:
+        parts = {name: dict(part.fingerprint) for name, part in self.parts.items()}
+        return {"class": "TransformersTextEncoder", "version": 2, **parts}
+
+    def token_count(self, prompt: str) -> int:
+        """Rows of "text" that `encode` will return, without running the model."""
+        return self.parts["text"].token_count(prompt)
+
+    def truncates(self, prompt: str) -> bool:
+        """Whether the prompt has more tokens than "text" has room for, so that its end is lost."""
+        return self.parts["text"].truncates(prompt)
+
+    def encode(self, prompt: str) -> dict[str, torch.Tensor]:
+        """By name, fp32 on the CPU: [L, D], or [D] where pooled."""
+        return {name: part.encode(prompt) for name, part in self.parts.items()}
+
+
+class _TextModel:
+    """One transformers text encoder with its tokenizer, under one rule."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        rule: TextRule,
+        length: int,
+        revision: str | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
         import transformers
 
-        if family not in FAMILIES:
-            raise ConfigError(f"family={family!r}; expected one of {', '.join(FAMILIES)}")
-        rule = self.rule = FAMILIES[family]
-        self.max_length = rule.length if max_length is None else max_length
-        if not 1 <= self.max_length <= rule.length:
-            raise ConfigError(f"max_length={self.max_length}; {family} takes 1 to {rule.length} tokens")
-        self.device = device_from_name(device)
-        nested = not Path(path).is_dir() or (Path(path) / "text_encoder").is_dir()
-        tokenizer_folder, model_folder = ("tokenizer", "text_encoder") if nested else ("", "")
+        self.rule, self.length, self.device = rule, length, device
+        nested = not Path(path).is_dir() or (Path(path) / rule.folder).is_dir()
+        tokenizer_folder, model_folder = (rule.tokenizer, rule.folder) if nested else ("", "")
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(
                 path, subfolder=tokenizer_folder, revision=revision
             )
-            model = getattr(transformers, rule.model).from_pretrained(
-                path, subfolder=model_folder, revision=revision, dtype=dtype_from_name(dtype)
+            model = getattr(transformers, rule.encoder).from_pretrained(
+                path, subfolder=model_folder, revision=revision, dtype=dtype
             )
         except (OSError, ValueError) as error:
             raise DataError(
-                f"{path}: {rule.model} or its tokenizer could not be loaded ({str(error).splitlines()[0]}); "
+                f"{path}: {rule.encoder} or its tokenizer could not be loaded ({str(error).splitlines()[0]}); "
                 "give a model folder or hub id"
             ) from error
-        self.model = model.to(self.device).eval().requires_grad_(False)
-        self.dim = model.config.hidden_size
+        self.model = model.to(device).eval().requires_grad_(False)
+        width = model.config.hidden_size
+        self.shape = (width,) if rule.pooled else (-1, width)
         vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items())).encode()
-        self._fingerprint = {
-            "class": rule.model,
-            "family": family,
-            "dtype": dtype,
-            "max_length": self.max_length,
-            "version": 1,
-            "padding": "zeros" if rule.masked else "kept",
-            "weights_sha256": weights_hash(model),
+        self.fingerprint = {
+            "class": rule.encoder,
+            "dtype": str(dtype).removeprefix("torch."),
+            "max_length": length,
+            "masked": rule.masked,
+            "padding": "kept" if rule.kept else "zeros",
+            "output": "pooled" if rule.pooled else "last" if rule.layer is None else rule.layer,
+            "template": rule.template,
+            "crop": rule.crop,
+            "clean": rule.clean and rule.clean.__name__,
+            "weights_sha256": weights_digest(model),
             "vocabulary_sha256": hashlib.sha256(vocabulary).hexdigest(),
         }
 
-    @property
-    def fingerprint(self) -> dict:
-        return dict(self._fingerprint)
-
     def token_count(self, prompt: str) -> int:
-        """Rows that `encode` will return, without running the model."""
-        return int(self._tokens(prompt).attention_mask.sum()) if self.rule.masked else self.max_length
+        return self.length if self.rule.kept else int(self._tokens(prompt).attention_mask[:, self.rule.crop :].sum())
 
     def truncates(self, prompt: str) -> bool:
-        """Whether the prompt has more tokens than `max_length`, so that its end is lost."""
-        return len(self.tokenizer(_clean(prompt) if self.rule.clean else prompt).input_ids) > self.max_length
+        return len(self.tokenizer(self._text(prompt)).input_ids) > self.length + self.rule.crop
 
     @torch.no_grad()
     def encode(self, prompt: str) -> torch.Tensor:
-        """fp32 [L, D] on the CPU."""
-        tokens = self._tokens(prompt)
+        rule, tokens = self.rule, self._tokens(prompt)
         ids, mask = tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
-        hidden = self.model(ids, mask if self.rule.masked else None).last_hidden_state[0]
-        return hidden[: int(mask.sum()) if self.rule.masked else None].float().cpu()
+        out = self.model(ids, mask if rule.masked else None, output_hidden_states=rule.layer is not None)
+        if rule.pooled:
+            return out.pooler_output[0].float().cpu()
+        hidden = out.last_hidden_state if rule.layer is None else out.hidden_states[rule.layer]
+        rows = slice(rule.crop, None if rule.kept else int(mask.sum()))
+        return hidden[0, rows].float().cpu()
+
+    def _text(self, prompt: str) -> str:
+        return self.rule.template.format(self.rule.clean(prompt) if self.rule.clean else prompt)
 
     def _tokens(self, prompt: str):
         return self.tokenizer(
-            [_clean(prompt) if self.rule.clean else prompt],
+            [self._text(prompt)],
             padding="max_length",
+            padding_side="right",  # the networks take their real tokens first
             truncation=True,
-            max_length=self.max_length,
+            max_length=self.length + self.rule.crop,
             add_special_tokens=True,
             return_attention_mask=True,
             return_tensors="pt",
         )
-
-
-def _clean(prompt: str) -> str:
-    """Wan's prompt cleaning: repaired encoding, HTML entities resolved twice, runs of white space made one space."""
-    import ftfy
-
-    return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()
-
-
-def text_encoder_from_name(name: str, **options) -> TextEncoder:
-    """Make a text encoder from its name and options.
-
-    "hash" takes dim and max_length; "wan", "cogvideox" and "clip" take path, revision, dtype, max_length and device.
-    Raises ConfigError on an unknown name or option, DataError when the model cannot be loaded.
-    """
-    if name not in TEXT_ENCODERS:
-        raise ConfigError(f"text encoder {name!r} is not known; expected one of {', '.join(TEXT_ENCODERS)}")
-    try:
-        if name == "hash":
-            return HashTextEncoder(**options)
-        if not options.get("path"):
-            raise ConfigError(f"text encoder {name!r} needs the path or hub id of its model")
-        return TransformersTextEncoder(family=name, **options)
-    except TypeError as error:
-        raise ConfigError(f"text encoder {name!r}: {error}") from None
 
 
 def pad_text(texts: Sequence[torch.Tensor], length: int | None = None) -> torch.Tensor:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from importlib import import_module
 
+from pgdpo_fast.families import FAMILIES
 from pgdpo_fast.models.base import ModelAdapter, NoisedBatch, adapters_off
 from pgdpo_fast.models.config import LoraConfig, ModelConfig
+from pgdpo_fast.options import choice
 
 __all__ = [
     "FAMILIES",
@@ -18,18 +20,10 @@ __all__ = [
     "adapters_off",
 ]
 
-# family -> (module under pgdpo_fast.models, class in it)
-FAMILIES = {
-    "wan": ("wan", "Wan"),
-    "cogvideox": ("cogvideox", "CogVideoX"),
-    "unet3d": ("unet3d", "UNet3D"),
-    "videocrafter2": ("unet3d", "VideoCrafter2"),
-}
-
 
 def adapter_class(family: str) -> type[ModelAdapter]:
-    """The adapter class of a family of `FAMILIES`."""
-    module, name = FAMILIES[family]
+    """The adapter class of a family of `FAMILIES`; ConfigError for any other name."""
+    module, name = FAMILIES[choice("model.family", family, FAMILIES)]
     return getattr(import_module(f"{__name__}.{module}"), name)
 
 

@@ -1,6 +1,7 @@
 """What every model family shares: loading under a checked dtype policy, LoRA, attention backend, export and restore.
 
-A family is a subclass with its network class, its layer names, its shape rules and its call. The dtype policy is
+A family is a subclass in one file: how its clips and prompts are encoded, what it was trained on, its network class,
+its layer names, its shape rules and its call. The dtype policy is
 diffusers': weights in the compute dtype except the family's fp32 layers, so a network built here, one loaded by
 diffusers and an exported one compute the same bits.
 """
@@ -12,19 +13,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from pgdpo_fast.data.text import pad_text
+from pgdpo_fast.devices import select_dtype
 from pgdpo_fast.errors import ConfigError, DataError
+from pgdpo_fast.families import ClipSize, LatentRule, TextRule
 from pgdpo_fast.models.config import ModelConfig
 from pgdpo_fast.options import did_you_mean
 
 __all__ = ["ModelAdapter", "NoisedBatch", "adapters_off"]
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ADAPTER = "default"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
@@ -47,18 +49,28 @@ class NoisedBatch:
 class ModelAdapter:
     """One model family behind one interface.
 
-    Subclasses set the class attributes and implement `network_class`, `predict` and `text_dim`; `check_store` and
+    Subclasses set the class attributes and implement `network_class`, `predict` and `widths`; `check_store` and
     `collate` where the family has rules of its own.
+
+    Attributes:
+        family: its name in `FAMILIES`.
+        latents, text: how the machines of `data` encode its clips and prompts.
+        clip: what `encode` brings clips to when nothing else is asked for.
+        default_process: the diffusion process its weights were trained with, as in a configuration.
+        lora_targets: the linear layers LoRA adapts by default.
+        repeated_blocks: class names compiled by `compile: true`.
+        subfolder, lora_prefix: the pipeline's names for the network, in folders and in LoRA files.
     """
 
     family: ClassVar[str]
-    subfolder: ClassVar[str] = "transformer"
-    lora_prefix: ClassVar[str] = "transformer"  # the pipeline's name for the network, in LoRA files
+    latents: ClassVar[LatentRule]
+    text: ClassVar[tuple[TextRule, ...]]
+    clip: ClassVar[ClipSize]
+    default_process: ClassVar[Mapping[str, Any]]
     lora_targets: ClassVar[tuple[str, ...]]
-    text_length: ClassVar[int]  # tokens the family's text is padded to
-    process_class: ClassVar[str]  # what the family's weights were trained with
-    default_process: ClassVar[str]
-    repeated_blocks: ClassVar[tuple[str, ...]] = ()  # class names compiled by `compile: true`
+    repeated_blocks: ClassVar[tuple[str, ...]] = ()
+    subfolder: ClassVar[str] = "transformer"
+    lora_prefix: ClassVar[str] = "transformer"
 
     def __init__(self, config: ModelConfig):
         problems = []
@@ -69,8 +81,8 @@ class ModelAdapter:
         if problems:
             raise ConfigError("; ".join(problems))
         self.config = config
-        self.dtype = DTYPES[config.dtype]
-        self.text_tokens = config.text_tokens or self.text_length
+        self.dtype = select_dtype(config.dtype, "model.dtype")
+        self.text_tokens = config.text_tokens or next(rule.length for rule in self.text if rule.name == "text")
 
     # -- what a family defines
 
@@ -94,16 +106,32 @@ class ModelAdapter:
         stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0] if name != "text"}
         return {"text": pad_text([row["text"] for row in rows], self.text_tokens), **stacked}
 
-    def check_store(self, model: nn.Module, shape: Sequence[int], text_dim: int) -> list[str]:
-        """Why latents of `shape` [C, F, H, W] with text embeddings `[L, text_dim]` do not fit; empty when they do."""
-        found = {
-            "latent channels": (shape[0], model.config.in_channels),
-            "text width": (text_dim, self.text_dim(model)),
-        }
-        return [f"{name} {given}, expected {wanted}" for name, (given, wanted) in found.items() if given != wanted]
+    def text_mask(self, rows: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        """Which rows of the padded text are the prompt's own, bool `[N, text_tokens]`."""
+        counts = torch.tensor([len(row["text"]) for row in rows])
+        return torch.arange(self.text_tokens) < counts[:, None]
 
-    def text_dim(self, model: nn.Module) -> int:
-        """Width of the text embeddings the network takes."""
+    def check_store(
+        self, model: nn.Module, shape: Sequence[int], conditioning: Mapping[str, Sequence[int]]
+    ) -> list[str]:
+        """Why a store does not fit the network; empty when it does.
+
+        Args:
+            shape: (C, F, H, W) of its latents.
+            conditioning: shape of what it holds for the network by name, as `LatentStore.conditioning`.
+        """
+        problems, wanted = [], model.config.in_channels
+        if shape[0] != wanted:
+            problems.append(f"latent channels {shape[0]}, expected {wanted}")
+        for name, width in self.widths(model).items():
+            if name not in conditioning:
+                problems.append(f"no {name} in it, encode the prompts with --text {self.family}")
+            elif conditioning[name][-1] != width:
+                problems.append(f"{name} width {conditioning[name][-1]}, expected {width}")
+        return problems
+
+    def widths(self, model: nn.Module) -> dict[str, int]:
+        """Width of everything the network takes from a store, by name."""
         raise NotImplementedError
 
     # -- loading

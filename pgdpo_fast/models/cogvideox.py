@@ -10,15 +10,25 @@ from functools import lru_cache
 
 import torch
 
+from pgdpo_fast.families import ClipSize, Geometry, LatentRule, TextRule
 from pgdpo_fast.models.base import ModelAdapter
+
+
+def _geometry(vae) -> Geometry:
+    # The VAE works on 8 frames at a time: of the 4k+1 counts only 8k+1 come back with the length they had.
+    temporal, spatial = vae.config.temporal_compression_ratio, 2 ** (len(vae.config.block_out_channels) - 1)
+    return Geometry(
+        "the CogVideoX VAE with its patch-2 transformer", temporal, spatial, step=2 * temporal, multiple=2 * spatial
+    )
 
 
 class CogVideoX(ModelAdapter):
     family = "cogvideox"
+    latents = LatentRule("AutoencoderKLCogVideoX", _geometry)
+    text = (TextRule("T5EncoderModel", 226, kept=True),)
+    clip = ClipSize(frames=49, height=480, width=720, fps=8.0)
+    default_process = {"name": "cogvideox-2b"}  # 5B and 1.5: cogvideox-5b
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
-    text_length = 226
-    process_class = "DDPM"
-    default_process = "cogvideox-2b"  # 5B and 1.5: cogvideox-5b
     repeated_blocks = ("CogVideoXBlock",)
 
     def network_class(self):
@@ -39,11 +49,11 @@ class CogVideoX(ModelAdapter):
         )[0]
         return prediction.transpose(1, 2)
 
-    def text_dim(self, model):
-        return model.config.text_embed_dim
+    def widths(self, model):
+        return {"text": model.config.text_embed_dim}
 
-    def check_store(self, model, shape, text_dim):
-        problems, config = super().check_store(model, shape, text_dim), model.config
+    def check_store(self, model, shape, conditioning):
+        problems, config = super().check_store(model, shape, conditioning), model.config
         if config.in_channels != config.out_channels:
             problems.append("an image-to-video network, expected text-to-video")
         if self.text_tokens != config.max_text_seq_length:

@@ -8,9 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pgdpo_fast.families import FAMILIES
 from pgdpo_fast.options import setting
 
 __all__ = ["LoraConfig", "ModelConfig"]
+
+NAMES = tuple(FAMILIES)
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class LoraConfig:
 class ModelConfig:
     """The network that is trained, and the reference it is compared with."""
 
-    family: Literal["wan", "cogvideox", "unet3d", "videocrafter2"] = setting("wan", "architecture", decides="reference")
+    family: Literal[NAMES] = setting("wan", "architecture", decides="reference")
     path: str | None = setting(
         None, "diffusers folder or hub id of the weights", decides="reference", content="weights"
     )

@@ -11,19 +11,26 @@ from functools import lru_cache, partial
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from pgdpo_fast.families import ClipSize, Geometry, LatentRule, TextRule
 from pgdpo_fast.models.base import ModelAdapter
 
 CHECKPOINTED = ("ResnetBlock2D", "TemporalConvLayer", "Transformer2DModel", "TransformerTemporalModel")
+
+
+def _geometry(vae) -> Geometry:
+    spatial = 2 ** (len(vae.config.block_out_channels) - 1)
+    return Geometry("the image VAE", 1, spatial, step=1, multiple=spatial)
 
 
 class UNet3D(ModelAdapter):
     family = "unet3d"
     subfolder = "unet"
     lora_prefix = "unet"
+    latents = LatentRule("AutoencoderKL", _geometry, per_frame=True)
+    text = (TextRule("CLIPTextModel", 77, kept=True),)
+    clip = ClipSize(frames=16, height=320, width=512, fps=8.0)
+    default_process = {"name": "ddpm"}
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
-    text_length = 77
-    process_class = "DDPM"
-    default_process = "ddpm"
 
     def network_class(self):
         from diffusers import UNet3DConditionModel
@@ -34,8 +41,8 @@ class UNet3D(ModelAdapter):
         text = batch.conditioning["text"].to(self.dtype)
         return model(batch.noised.to(self.dtype), batch.model_timestep, text, return_dict=False)[0]
 
-    def text_dim(self, model):
-        return model.config.cross_attention_dim
+    def widths(self, model):
+        return {"text": model.config.cross_attention_dim}
 
     def _enable_checkpointing(self, model):
         # the class has no checkpointing of its own; wrapping forwards leaves the parameters' names alone
@@ -46,7 +53,7 @@ class UNet3D(ModelAdapter):
 
 class VideoCrafter2(UNet3D):
     family = "videocrafter2"
-    default_process = "videocrafter2"
+    default_process = {"name": "videocrafter2"}
 
     def network_class(self):
         return _videocrafter2_class()

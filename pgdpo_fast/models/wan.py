@@ -5,15 +5,36 @@ The text is zero-padded and not masked, as the pipeline does.
 
 from __future__ import annotations
 
+import html
+import re
+
+from pgdpo_fast.families import ClipSize, Geometry, LatentRule, Normalisation, TextRule
 from pgdpo_fast.models.base import ModelAdapter
+
+
+def clean_prompt(prompt: str) -> str:
+    """Repaired encoding, HTML entities resolved twice, runs of white space made one space."""
+    import ftfy
+
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()
+
+
+def _geometry(vae) -> Geometry:
+    temporal, spatial = vae.config.scale_factor_temporal, vae.config.scale_factor_spatial
+    return Geometry("the Wan VAE with its patch-2 transformer", temporal, spatial, step=temporal, multiple=2 * spatial)
+
+
+def _normalisation(vae) -> Normalisation:
+    return Normalisation(vae.config.latents_mean, vae.config.latents_std)
 
 
 class Wan(ModelAdapter):
     family = "wan"
+    latents = LatentRule("AutoencoderKLWan", _geometry, _normalisation, channels="z_dim")
+    text = (TextRule("UMT5EncoderModel", 512, masked=True, clean=clean_prompt),)
+    clip = ClipSize(frames=81, height=480, width=832, fps=16.0)
+    default_process = {"name": "wan"}
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
-    text_length = 512
-    process_class = "FlowMatching"
-    default_process = "wan"
     repeated_blocks = ("WanTransformerBlock",)
 
     def network_class(self):
@@ -29,11 +50,11 @@ class Wan(ModelAdapter):
             return_dict=False,
         )[0]
 
-    def text_dim(self, model):
-        return model.config.text_dim
+    def widths(self, model):
+        return {"text": model.config.text_dim}
 
-    def check_store(self, model, shape, text_dim):
-        problems, patch = super().check_store(model, shape, text_dim), model.config.patch_size
+    def check_store(self, model, shape, conditioning):
+        problems, patch = super().check_store(model, shape, conditioning), model.config.patch_size
         for name, size, step in zip(("frames", "height", "width"), shape[1:], patch, strict=True):
             if size % step:  # the network would crop the remainder without a word: 5 rows in, 4 out
                 problems.append(f"latent {name} {size}, expected a multiple of {step}")

@@ -6,38 +6,12 @@ re-uploaded revision does not; where it came from is recorded beside the fingerp
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-
-import torch
-from torch import nn
 
 from pgdpo_fast.errors import DataError
 from pgdpo_fast.storage import canonical_json, sha256_bytes
 
-__all__ = ["architecture_digest", "check_equal", "weights_digest"]
-
-
-def weights_digest(model: nn.Module) -> str:
-    """sha256 over name, dtype, shape and bytes of every entry of the state dict, in name order.
-
-    Reads every weight once (1.8 GB/s a core, all cores at work), moving device weights to the host one at a time.
-    """
-    state = sorted(model.state_dict().items())
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        digests = pool.map(_tensor_digest, (tensor for _, tensor in state))
-        lines = [
-            f"{name} {tensor.dtype} {tuple(tensor.shape)} {digest}"
-            for (name, tensor), digest in zip(state, digests, strict=True)
-        ]
-    return sha256_bytes("\n".join(lines).encode())
-
-
-def _tensor_digest(tensor: torch.Tensor) -> str:
-    data = tensor.detach().cpu().contiguous().flatten()
-    return hashlib.sha256(data.view(torch.uint8).numpy() if data.numel() else b"").hexdigest()
+__all__ = ["architecture_digest", "check_equal"]
 
 
 def architecture_digest(config: Mapping) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pgdpo_fast.diffusion import process_from_name
 from pgdpo_fast.errors import ConfigError
 from pgdpo_fast.models import adapter_class
 from pgdpo_fast.models.config import ModelConfig
@@ -160,8 +161,6 @@ class TrainConfig:
 
     def build_process(self):
         """The diffusion process."""
-        from pgdpo_fast.diffusion import process_from_name
-
         return process_from_name(**self.process)
 
     def build_objective(self):
@@ -211,7 +210,7 @@ class TrainConfig:
                 problems.append(str(error) if named else f"{section}: {error}")
                 continue
             if section == "process":
-                expected = adapter_class(self.model.family).process_class
+                expected = type(process_from_name(**adapter_class(self.model.family).default_process)).__name__
                 if type(built).__name__ != expected:
                     problems.append(
                         f"process.name={self.process['name']!r}: the {self.model.family} family was trained "
@@ -312,7 +311,8 @@ def _resolve(layers: Sequence[tuple[Mapping, str]], where: str, problems: Sequen
     for values, origin in layers:
         _merge(merged, values, "", origin, origins)
     config = _construct(TrainConfig, merged, "", problems)
-    process = {"name": adapter_class(config.model.family).default_process, **config.process}
+    usual = adapter_class(config.model.family).default_process  # its settings are another process's no more
+    process = config.process if "name" in config.process else {**usual, **config.process}
     config = dataclasses.replace(config, process=process, objective={"name": "pgdpo", **config.objective})
     problems += config.check()
     if len(problems) == 1:

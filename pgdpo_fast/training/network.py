@@ -1,4 +1,4 @@
-"""What a run computes on and with: its device, and the network of its configuration as loaded."""
+"""The network of a configuration as loaded, checked against the store it will be trained on."""
 
 from __future__ import annotations
 
@@ -10,25 +10,7 @@ from pgdpo_fast.errors import ConfigError
 from pgdpo_fast.models import ModelAdapter, adapter_from_config
 from pgdpo_fast.training.config import TrainConfig
 
-__all__ = ["open_network", "select_device"]
-
-
-def select_device(name: str) -> torch.device:
-    """The device of `training.device`; "auto" is a GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"training.device={name!r}: expected auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"training.device={name!r}: no CUDA device is visible; use cpu, or check the driver")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"training.device={name!r}: expected an index below {torch.cuda.device_count()}, the "
-            "number of visible CUDA devices"
-        )
-    return device
+__all__ = ["open_network"]
 
 
 def open_network(config: TrainConfig, store: LatentStore, device: torch.device) -> tuple[ModelAdapter, nn.Module]:
@@ -39,6 +21,6 @@ def open_network(config: TrainConfig, store: LatentStore, device: torch.device) 
     """
     adapter = adapter_from_config(config.model)
     network = adapter.load(device)
-    if problems := adapter.check_store(network, store.shape, store.text_dim):
+    if problems := adapter.check_store(network, store.shape, store.conditioning):
         raise ConfigError(f"data.store={config.data.store!r} does not fit the network: {'; '.join(problems)}")
     return adapter, network

@@ -15,15 +15,17 @@ import torch
 from torch import nn
 
 from pgdpo_fast.data.latent_store import LatentStore
+from pgdpo_fast.devices import select_device
 from pgdpo_fast.errors import ConfigError
 from pgdpo_fast.models import ModelAdapter
 from pgdpo_fast.reference.build import build_cache
 from pgdpo_fast.reference.cache import Block, Layout, ReferenceCache
-from pgdpo_fast.reference.fingerprint import architecture_digest, weights_digest
+from pgdpo_fast.reference.fingerprint import architecture_digest
 from pgdpo_fast.reference.rows import FORMATS, Rows, pack
+from pgdpo_fast.storage import weights_digest
 from pgdpo_fast.training.batches import Draw, Stage, hold_out
 from pgdpo_fast.training.config import TrainConfig
-from pgdpo_fast.training.network import open_network, select_device
+from pgdpo_fast.training.network import open_network
 from pgdpo_fast.training.reference import needs_predictions
 
 __all__ = [
@@ -119,7 +121,7 @@ def cache_reference(
         Preempted: SIGTERM came; the message holds `resume_command`.
     """
     options, format = config.training, choose_format(config, format)
-    device = select_device(options.device)
+    device = select_device(options.device, "training.device")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", local_rank)
     store = LatentStore(config.data.store)

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from pgdpo_fast.data.latent_store import LatentStore
+from pgdpo_fast.devices import select_device
 from pgdpo_fast.errors import ConfigError
 from pgdpo_fast.loss import ReferenceErrors
 from pgdpo_fast.models import ModelAdapter
@@ -27,7 +28,7 @@ from pgdpo_fast.training import checkpoint
 from pgdpo_fast.training.batches import Batch, Draw, HostBatch, PairOrder, Stage, hold_out
 from pgdpo_fast.training.cached_reference import CachedReference
 from pgdpo_fast.training.config import TrainConfig
-from pgdpo_fast.training.network import open_network, select_device
+from pgdpo_fast.training.network import open_network
 from pgdpo_fast.training.optimizer import MasterAdamW
 from pgdpo_fast.training.reference import AdapterOffReference, CopyReference, ReferenceProvider
 from pgdpo_fast.training.telemetry import MetricsFile, PreferenceHealth, TensorBoard
@@ -68,7 +69,7 @@ class Run:
         Raises:
             ConfigError, DataError: the parts do not fit each other; all misfits of store and network in one message.
         """
-        options, device = config.training, select_device(config.training.device)
+        options, device = config.training, select_device(config.training.device, "training.device")
         store = LatentStore(config.data.store)
         adapter, network = open_network(config, store, device)
         objective, process = config.build_objective(), config.build_process()

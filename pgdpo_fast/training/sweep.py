@@ -23,13 +23,13 @@ from typing import Any
 import torch
 
 from pgdpo_fast.data.latent_store import LatentStore
+from pgdpo_fast.devices import select_device
 from pgdpo_fast.errors import ConfigError, NonFiniteError, OutOfMemoryError, PgdpoError, Preempted
 from pgdpo_fast.metrics import ACCURACIES, CHOSEN, MARGINS, REJECTED
 from pgdpo_fast.preemption import sigterm_watch
 from pgdpo_fast.reference.cache import layout_mapping
 from pgdpo_fast.storage import canonical_json, sha256_bytes, write_json
 from pgdpo_fast.training.config import TrainConfig, load_config
-from pgdpo_fast.training.network import select_device
 from pgdpo_fast.training.reference_pass import (
     cache_layout,
     cache_reference,
@@ -136,7 +136,7 @@ def sweep(
     if devices and "training.device" in keys:
         raise ConfigError("--grid training.device: --devices chooses it for every run; leave one of them out")
     for device in devices:
-        select_device(device)
+        select_device(device, "--devices")
     cache_of, outcomes = {}, {}
     try:
         for folder, representative, names in _caches(configs, output).values():
