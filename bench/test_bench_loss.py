@@ -8,7 +8,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .contenders import CONTENDERS, make_inputs
+import pgdpo_fast as pf
+from pgdpo_fast import backends, objectives
+
+from .contenders import CONTENDERS, Inputs, make_inputs
 from .harness import check, input_sets, peak_extra_bytes
 from .shapes import SHAPES, Case
 
@@ -57,3 +60,25 @@ def test_loss_and_gradients(benchmark, contender, case, inputs):
         "threads": torch.get_num_threads(),
         "temporaries_bytes": peak_extra_bytes(lambda i: call(inputs[i % len(inputs)]), CPU) - case.gradient_bytes,
     }
+
+
+@pytest.mark.parametrize("granularity", ["sample", "element"])
+@pytest.mark.parametrize("name", objectives.NAMES)
+def test_objectives(benchmark, name, granularity):
+    """Every objective that has a name, by the backend `auto` takes here."""
+    case = Case(SHAPES["videocrafter2"], 1, granularity, "predictions")
+    x = make_inputs(case, CPU, 0)
+    objective = objectives.from_name(name)
+    backend = "native" if backends.unavailable("native", CPU) is None else "eager"
+
+    def call(x, backend=backend):
+        out = pf.preference_loss(
+            x.prediction, x.target, x.reference, objective=objective, granularity=granularity, backend=backend,
+            posterior_scale=torch.ones(case.pairs),
+        )  # fmt: skip
+        return out.loss.detach(), *torch.autograd.grad(out.loss, x.prediction)
+
+    wide = Inputs(x.prediction.detach().double().requires_grad_(), x.target.double(), x.reference.double())
+    torch.testing.assert_close(call(x)[0].double(), call(wide, "eager")[0], rtol=2e-4, atol=1e-6)
+    benchmark.group = f"objectives, {case.key}"
+    benchmark.pedantic(call, args=(x,), rounds=15, warmup_rounds=2)

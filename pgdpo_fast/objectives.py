@@ -13,15 +13,17 @@ beta multiplies the mean over the group with the 1/2 of Diffusion-DPO: logits z 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from pgdpo_fast.errors import ConfigError
-from pgdpo_fast.options import build, number, wrong
+from pgdpo_fast.named import Registry
+from pgdpo_fast.options import number, wrong
 
 # The ratio of PG-DPO has a pole; beyond this size every sigmoid of it is saturated, so it is cut here, never NaN.
 RATIO_LIMIT = 1e6
@@ -460,6 +462,11 @@ class Safeguarded(Objective):
             raise ConfigError(f"Safeguarded(base={self.base!r}): expected an objective that is not safeguarded itself")
 
     @property
+    def beta(self) -> float:
+        """The base objective's; AttributeError where that has none."""
+        return self.base.beta  # type: ignore[attr-defined]
+
+    @property
     def needs_reference(self):
         return self.base.needs_reference
 
@@ -496,27 +503,47 @@ class Safeguarded(Objective):
         return Epilogue(base.kind, base.flags | FLAG_SAFEGUARD, parameters)
 
 
-_BY_NAME = {
-    "pgdpo": PGDPO,
-    "dpo": DPO,
-    "ipo": IPO,
-    "slic": SLiC,
-    "sft": SFT,
-    "dpop": DPOP,
-    "dpo-shift": DPOShift,
-    "sdpo": SDPO,
-    "dpo-clip-mask": DPOClipMask,
+class Listed(NamedTuple):
+    """An objective that has a name: its class, and what figures and tables call it."""
+
+    make: type[Objective]
+    label: str
+
+
+# Every objective by its name in configuration files. Labels, docs, tests and benchmarks follow this list.
+LISTED = {
+    "pgdpo": Listed(PGDPO, "PG-DPO"),
+    "dpo": Listed(DPO, "DPO"),
+    "ipo": Listed(IPO, "IPO"),
+    "slic": Listed(SLiC, "SLiC"),
+    "sft": Listed(SFT, "SFT"),
+    "dpop": Listed(DPOP, "DPOP"),
+    "dpo-shift": Listed(DPOShift, "DPO-Shift"),
+    "sdpo": Listed(SDPO, "SDPO"),
+    "dpo-clip-mask": Listed(DPOClipMask, "DPO-C&M"),
+    "safeguarded": Listed(Safeguarded, "Safeguarded"),
 }
-NAMES = tuple(_BY_NAME)
+NAMES = tuple(LISTED)
+REGISTRY = Registry("objective", Objective, {name: listed.make for name, listed in LISTED.items()})
 
 
-def from_name(name: str, **hyperparameters) -> Objective:
-    """An objective by its name in configuration files.
+def from_name(name: str, **hyperparameters: Any) -> Objective:
+    """An objective by its name in configuration files, or by the import path of its class, "my_package.losses:Mine".
+
+    A hyper-parameter that is an objective itself, `base` of "safeguarded", is a mapping with a `name` of its own.
 
     Raises:
-        ConfigError: the name or a hyper-parameter is unknown, or a value is out of range.
+        ConfigError: the name or a hyper-parameter is unknown, or a value is of the wrong type or out of range; all of
+            that in one message.
     """
-    return build("objective", {known: (cls, {}) for known, cls in _BY_NAME.items()}, name, hyperparameters)
+    return REGISTRY.build({"name": name, **hyperparameters}, "objective")
+
+
+def label(settings: Mapping[str, Any]) -> str:
+    """What figures and tables call the objective of a configuration's `objective` section."""
+    name = settings["name"]
+    own = LISTED[name].label if name in LISTED else name.rpartition(":")[2]
+    return f"{own} {label(settings['base'])}" if isinstance(settings.get("base"), Mapping) else own
 
 
 def beta_from_sum(beta_sum: float, numel: int) -> float:

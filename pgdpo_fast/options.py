@@ -69,8 +69,9 @@ def wrong(where: str, value: Any, expected: str) -> ConfigError:
 
 def close_to(given: Any, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The known name a misspelt one probably stands for."""
-    found = difflib.get_close_matches(str(given).lower(), list(known), n=1, cutoff=cutoff)
-    return found[0] if found else None
+    by_letters = {name.lower(): name for name in known}
+    found = difflib.get_close_matches(str(given).lower(), by_letters, n=1, cutoff=cutoff)
+    return by_letters[found[0]] if found else None
 
 
 def did_you_mean(given: Any, known: Iterable[str], cutoff: float = 0.6) -> str:
@@ -165,12 +166,17 @@ def convert(where: str, value: Any, kind: Any, bounds: Mapping[str, Any]) -> Any
 def _as(value: Any, kind: Any) -> Any:
     """`value` as `kind`, else TypeError."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any or (kind in (None, type(None)) and value is None):
+        return value
     if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in arguments:
-            return None
-        return _as(value, next(kind for kind in arguments if kind is not type(None)))
+        for member in arguments:
+            try:
+                return _as(value, member)
+            except TypeError:
+                continue
+        raise TypeError
     if origin is Literal:
-        if value in arguments and type(value) is type(arguments[0]):
+        if any(value == word and type(value) is type(word) for word in arguments):
             return value
         raise TypeError
     if origin is tuple:
@@ -178,15 +184,24 @@ def _as(value: Any, kind: Any) -> Any:
             raise TypeError
         kinds: Sequence[Any] = [arguments[0]] * len(value) if arguments[-1] is ... else arguments
         return tuple(_as(item, kind) for item, kind in zip(value, kinds, strict=True))
-    if origin is dict:
+    if (origin or kind) is list:
+        if not isinstance(value, (list, tuple)):
+            raise TypeError
+        return [_as(item, *arguments or (Any,)) for item in value]
+    if (origin or kind) is dict:
         if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
             raise TypeError
-        return dict(value)
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return {key: _as(item, arguments[1] if arguments else Any) for key, item in value.items()}
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        try:
+            value = float(value)
+        except OverflowError:
+            raise TypeError from None
+        if math.isfinite(value):
+            return value
+    elif kind is int and isinstance(value, int) and not isinstance(value, bool):
         return value
-    if kind in (str, bool) and isinstance(value, kind):
+    elif kind in (str, bool) and isinstance(value, kind):
         return value
     raise TypeError
 
@@ -195,11 +210,18 @@ def type_name(kind: Any) -> str:
     """A type for people: "a whole number", "one of lora, full"."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
-        return " or ".join("null" if kind is type(None) else type_name(kind) for kind in arguments)
+        return " or ".join(type_name(kind) for kind in arguments)
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))
-    if origin is tuple:
-        return f"a list of {type_name(arguments[0])}" + ("" if arguments[-1] is ... else f" of length {len(arguments)}")
-    if origin is dict:
+    if (origin or kind) in (tuple, list):
+        length = f" of length {len(arguments)}" if origin is tuple and arguments[-1] is not ... else ""
+        return f"a list of {_many(arguments[0])}{length}" if arguments else "a list"
+    if (origin or kind) is dict:
         return "a mapping"
-    return {str: "text", int: "a whole number", float: "a number", bool: "true or false"}[kind]
+    names = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+    return names.get(kind) or f"a {getattr(kind, '__name__', kind)}, which no file can hold"
+
+
+def _many(kind: Any) -> str:
+    plural = {str: "text", int: "whole numbers", float: "numbers", dict: "mappings"}
+    return plural.get(typing.get_origin(kind) or kind) or type_name(kind)

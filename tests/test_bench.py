@@ -25,6 +25,7 @@ from pgdpo_fast.bench import (
     table,
 )
 
+from pgdpo_fast import objectives
 from pgdpo_fast.cli.bench import Bench
 from pgdpo_fast.errors import ConfigError, DataError
 
@@ -127,6 +128,13 @@ def test_a_contender_that_raises_costs_the_others_nothing():
 def test_a_case_that_does_not_fit_is_skipped_with_its_size(monkeypatch):
     monkeypatch.setattr(harness, "free_memory", lambda device: 1000)
     assert "GiB are free" in harness.measure(SMALL, CPU, contenders=(EAGER,))["skipped"]
+
+
+def test_every_objective_that_has_a_name_is_timed():
+    from pgdpo_fast.bench.test_bench_loss import test_objectives
+
+    timed = [mark.args[1] for mark in test_objectives.pytestmark if mark.args[0] == "name"]
+    assert timed == [objectives.NAMES]
 
 
 def test_peak_memory_is_what_was_allocated():

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+import pgdpo_fast as pf
 from pgdpo_fast.errors import ConfigError
 from pgdpo_fast.options import DECISIONS
 from pgdpo_fast.training.config import _DECLARED, _KEYS, TrainConfig, describe_settings, load_config
@@ -95,6 +96,105 @@ def test_the_command_line_beats_the_file_beats_the_defaults_and_each_value_says_
     origins = config.origins
     assert origins["training.steps"] == "run.yaml" and origins["training.seed"] == "command line"
     assert origins["training.clip_norm"] == "default" and origins["objective.label_smoothing"] == "default"
+
+
+@pytest.fixture
+def losses(tmp_path, monkeypatch):
+    """A module of a user's own on the import path, by its name."""
+    name = f"losses_{abs(hash(tmp_path))}"
+    (tmp_path / f"{name}.py").write_text(
+        """
+from dataclasses import dataclass
+from typing import Literal
+import pgdpo_fast as pf
+
+@dataclass(frozen=True)
+class SquaredHinge(pf.Objective):
+    beta: float = 100.0
+    shape: Literal["square", "cube"] = "square"
+    margins: tuple[float, ...] = (1.0,)
+    inner: pf.Objective = pf.DPO()
+
+    def __post_init__(self):
+        if self.beta <= 0:
+            raise ValueError("beta must be positive")
+
+    def terms(self, errors, posterior_scale=None):
+        logits = 0.5 * self.beta * (errors.gap_rejected - errors.gap_chosen)
+        return self.result((1 - logits).clamp(min=0) ** 2, logits)
+
+class Undecorated(pf.Objective):
+    beta: float = 100.0
+
+@dataclass(frozen=True)
+class Needy(pf.Objective):
+    width: int
+    table: "Missing | None" = None
+
+"""
+    )
+    (tmp_path / "broken_losses.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    return name
+
+
+def test_any_objective_is_named_by_its_import_path(tmp_path, losses):
+    path = write(tmp_path, f"objective: {{name: '{losses}:SquaredHinge', beta: 7, margins: [1, 2]}}\n")
+    config = load_config(path, [*NEEDED, "objective.shape=cube"])
+    objective = config.build_objective()
+    assert (type(objective).__name__, objective.beta, objective.shape) == ("SquaredHinge", 7.0, "cube")
+    assert objective.margins == (1.0, 2.0) and config.origins["objective.shape"] == "command line"
+    assert "inner: {beta: 5000.0, label_smoothing: 0.0, name: dpo}  # default" in config.to_yaml()
+    again = load_config(write(tmp_path, config.to_yaml()))
+    assert again == config and again.build_objective() == objective
+
+
+def test_safeguarded_goes_around_any_objective(tmp_path, losses):
+    path = write(tmp_path, "objective: {name: safeguarded, mu: 0.2, base: {name: ipo, beta: 50}}\n")
+    config = load_config(path, NEEDED)
+    assert config.build_objective() == pf.Safeguarded(pf.IPO(50.0), mu=0.2)
+    assert config.build_objective().beta == 50.0
+    assert load_config(write(tmp_path, config.to_yaml())) == config
+    config = load_config(path, [*NEEDED, f"objective.base.name={losses}:SquaredHinge", "objective.base.beta=3"])
+    assert config.build_objective().base.beta == 3.0 and config.objective["base"]["name"] == f"{losses}:SquaredHinge"
+
+
+def test_every_mistake_in_a_nested_objective_is_named(tmp_path, losses):
+    base = f"{{name: '{losses}:SquaredHinge', betta: 1, beta: -2, shape: round, margins: 3, inner: {{name: ddpo}}}}"
+    message = problems_of(write(tmp_path, f"objective: {{name: safeguarded, mu: 2, mode: x, base: {base}}}\n"), NEEDED)
+    for expected in (
+        f"objective.base.betta: {losses}:SquaredHinge takes beta, shape, margins, inner; did you mean 'beta'?",
+        "objective.base: SquaredHinge refuses, ValueError('beta must be positive')",
+        "objective.base.shape='round': expected one of square, cube",
+        "objective.base.margins=3: expected a list of numbers",
+        "objective.base.inner.name='ddpo': expected one of pgdpo, dpo", "did you mean 'dpo'?",
+        "objective.mode: safeguarded takes base, mu", "objective.mu=2.0: expected a number in [0, 1]",
+    ):  # fmt: skip
+        assert expected in message
+    assert "7 problems" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("LOSSES:SquaredHing", "has no 'SquaredHing'; did you mean 'SquaredHinge'?"),
+        ("LOSSES:Undecorated", "put @dataclass(frozen=True) on it"),
+        ("LOSSES:Needy", "an annotation of the class cannot be read, name 'Missing' is not defined"),
+        ("absent_losses:Mine", "there is no module 'absent_losses'; install it, or"),
+        ("broken_losses:Mine", "importing broken_losses fails, ZeroDivisionError: division by zero"),
+        ("math:sqrt", "expected a subclass of pgdpo_fast.objectives.Objective"),
+        ("pgdpo_fast.objectives:Objective", "expected a subclass"),
+        ("../losses:Mine", "expected an import path such as my_package.module:Class"),
+        ("a:b:c", "expected an import path"),
+    ],
+)
+def test_an_import_path_that_leads_nowhere_is_one_clear_sentence(tmp_path, losses, name, expected):
+    text = f"objective: {{name: '{name.replace('LOSSES', losses)}'}}\n"
+    assert expected in problems_of(write(tmp_path, text), NEEDED)
+
+
+def test_a_class_with_a_name_keeps_it_when_named_by_its_path():
+    assert load_config(None, [*NEEDED, "objective.name=pgdpo_fast.objectives:IPO"]).objective["name"] == "ipo"
 
 
 def test_another_objective_does_not_inherit_the_settings_of_the_first(tmp_path):

@@ -72,6 +72,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = ((3, 2, 5, 7), (2, 3, 8, 16), (1, 2, 3, 3))
 
 
+def test_every_objective_that_has_a_name_is_compared_here():
+    assert {type(objective) for objective in OBJECTIVES.values()} >= {o.make for o in objectives.LISTED.values()}
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """Every torch.empty is full of NaN, so an output nobody wrote shows."""

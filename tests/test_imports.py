@@ -29,6 +29,7 @@ FLOORS = {
     "kernels": 1,
     "_csrc": 1,
     "objectives": 0,
+    "named": 0,
     "diffusion": 0,
     "storage": 0,
     "preemption": 0,

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import pgdpo_fast as pf
-from pgdpo_fast import backends
+from pgdpo_fast import backends, objectives
 from pgdpo_fast.backends import build, native
 from pgdpo_fast.errors import NonFiniteError
 
@@ -32,6 +32,7 @@ OBJECTIVES = {
     "dpop": pf.DPOP(100.0),
     "shift": pf.DPOShift(100.0),
     "sdpo": pf.SDPO(100.0, clip=0.5),
+    "clip-mask": pf.DPOClipMask(100.0, threshold=0.8),
     "safeguarded": pf.Safeguarded(pf.DPO(100.0)),
     "pgdpo": pf.PGDPO(),
     "pgdpo-k": pf.PGDPO(k1=2.0, k2=0.5),
@@ -81,6 +82,10 @@ def assert_parity(tensors, objective, granularity, loosen=1.0, **options):
     assert gradient.dtype == dtype
     assert distance(out.loss, exact.loss) <= tolerance
     assert distance(gradient, exact_gradient) <= max(tolerance, rounding)
+
+
+def test_every_objective_that_has_a_name_is_compared_here():
+    assert {type(objective) for objective in OBJECTIVES.values()} >= {o.make for o in objectives.LISTED.values()}
 
 
 @needs_native

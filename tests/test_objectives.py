@@ -5,6 +5,8 @@ import itertools
 import math
 import pickle
 import random
+import re
+from pathlib import Path
 
 import mpmath as mp
 import pytest
@@ -593,7 +595,7 @@ def test_objectives_are_values():
 @pytest.mark.parametrize("name", objectives.NAMES)
 def test_every_name_makes_its_objective(name):
     objective = from_name(name)
-    assert from_name(name, **dataclasses.asdict(objective)) == objective
+    assert objectives.REGISTRY.build(objectives.REGISTRY.describe(objective), "objective") == objective
     assert isinstance(objective, pf.Objective) and objective.epilogue() is not None
 
 
@@ -606,12 +608,48 @@ def test_every_name_makes_its_objective(name):
         (lambda: from_name(["dpo"]), r"objective.name=\['dpo'\]: expected one of"),
         (lambda: from_name("pgdpo", betta=3.0), r"objective.betta: pgdpo takes .*did you mean 'beta'"),
         (lambda: from_name("sft", beta=3.0), r"objective.beta: sft takes no settings"),
-        (lambda: from_name("dpo", beta="high"), r"DPO.beta='high': expected a finite number"),
+        (lambda: from_name("dpo", beta="high"), r"objective.beta='high': expected a number"),
     ],
 )
 def test_a_wrong_name_or_key_says_what_was_meant(call, message):
     with pytest.raises(ConfigError, match=message):
         call()
+
+
+def table_of(page, heading):
+    """Cells of the rows of the first table below a heading."""
+    text = (Path(__file__).parents[1] / page).read_text(encoding="utf-8").partition(f"\n{heading}\n")[2]
+    lines = itertools.takewhile(
+        lambda line: line.startswith("|"), itertools.dropwhile(lambda line: not line.startswith("|"), text.splitlines())
+    )
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines][2:]
+
+
+def test_the_readme_explains_every_objective_that_has_a_name():
+    names = [name for cells in table_of("README.md", "## Objectives") for name in re.findall(r"`(\w+)", cells[0])]
+    assert sorted(names) == sorted(listed.make.__name__ for listed in objectives.LISTED.values())
+
+
+def test_the_docs_list_every_name_with_its_class_label_and_defaults():
+    rows = []
+    for name, listed in objectives.LISTED.items():
+        values = objectives.REGISTRY.describe(listed.make())
+        settings = ", ".join(f"`{key}: {_as_yaml(value)}`" for key, value in values.items() if key != "name")
+        rows.append([f"`{name}`", f"`{listed.make.__name__}`", listed.label, settings or "none"])
+    assert table_of("docs/objectives.md", "## In a configuration file") == rows
+
+
+def _as_yaml(value):
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_as_yaml(item)}" for key, item in value.items()) + "}"
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def test_every_label_is_one_of_its_own():
+    labels = [objectives.label({"name": name}) for name in objectives.NAMES]
+    assert len(set(labels)) == len(labels) and "" not in labels
+    assert objectives.label({"name": "safeguarded", "base": {"name": "dpo"}}) == "Safeguarded DPO"
+    assert objectives.label({"name": "my_package.losses:SquaredHinge"}) == "SquaredHinge"
 
 
 def test_the_objectives_module_is_reachable_from_the_package():

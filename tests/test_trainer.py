@@ -6,18 +6,23 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from pgdpo_fast import objectives
+from pgdpo_fast.analysis.runs import read_runs
 from pgdpo_fast.errors import ConfigError, NonFiniteError, OutOfMemoryError, Preempted
+from pgdpo_fast.storage import sha256_file
 from pgdpo_fast.training import measure
 from pgdpo_fast.training.batches import PairOrder, Stage, hold_out
+from pgdpo_fast.training.config import load_config
 from pgdpo_fast.training.telemetry import PreferenceHealth
 from pgdpo_fast.training.trainer import train
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 CLOCK = ("time", "step_seconds", "data_wait_seconds", "peak_memory_gib")
 KINDS = {
     "lora": {},
@@ -150,6 +155,22 @@ def test_the_policy_without_adapters_and_a_frozen_copy_are_the_same_reference(ti
     runs = [train(tiny_config(reference, model={"reference": reference}, training={"granularity": granularity}),
                   display="none") for reference in ("adapter-off", "copy")]  # fmt: skip
     assert_same_run(*runs)
+
+
+def test_an_objective_named_by_its_import_path_trains_resumes_and_is_recorded(tiny_config, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    objective = {"name": "safeguarded", "base": {"name": "new_objective:SquaredHinge", "beta": 50}}
+    whole = train(tiny_config("whole", objective=objective), display="none")
+    train(tiny_config("parts", objective=objective, training={"steps": 2}), display="none")
+    resumed = train(load_config(whole.run_dir.with_name("parts") / "config.yaml", ["training.steps=4"]), display="none")
+    assert_same_run(resumed, whole)
+    assert (
+        read_runs([whole.run_dir])[0].label == "Safeguarded SquaredHinge" and read_runs([whole.run_dir])[0].beta == 50
+    )
+    recorded = json.loads((whole.run_dir / "environment.json").read_text())["sources"]
+    assert recorded == {"new_objective:SquaredHinge": sha256_file(EXAMPLES / "new_objective.py")}
+    with pytest.raises(ConfigError, match="objective.base"):
+        train(tiny_config("parts", objective={**objective, "base": {"name": "dpo"}}), display="none")
 
 
 def test_gradient_checkpointing_changes_no_bit_of_a_run(tiny_config):

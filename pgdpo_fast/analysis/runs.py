@@ -16,22 +16,11 @@ from typing import Any
 
 from pgdpo_fast.errors import DataError
 from pgdpo_fast.metrics import CHOSEN, REJECTED
+from pgdpo_fast.objectives import label as objective_label
 
 __all__ = ["RunRecord", "finite", "identical_curves", "read_rows", "read_runs", "running_mean"]
 
 Row = dict[str, Any]
-LABELS = {
-    "dpo": "DPO",
-    "pgdpo": "PG-DPO",
-    "ipo": "IPO",
-    "slic": "SLiC",
-    "sft": "SFT",
-    "dpop": "DPOP",
-    "dpo-shift": "DPO-Shift",
-    "safeguarded": "Safeguarded",
-    "sdpo": "SDPO",
-    "dpo-clip-mask": "DPO-C&M",
-}
 
 
 @dataclass(frozen=True)
@@ -60,7 +49,8 @@ class RunRecord:
 
     @property
     def beta(self) -> float | None:
-        return self.config["objective"].get("beta")
+        settings = self.config["objective"]
+        return settings.get("base", settings).get("beta")
 
     @property
     def held_out(self) -> bool:
@@ -122,7 +112,7 @@ def read_runs(paths: Sequence[str | os.PathLike]) -> list[RunRecord]:
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise DataError("the same run directory is given twice; name each run once")
     configs = [_read_config(folder) for folder in folders]
-    names = [LABELS.get(config["objective"]["name"], config["objective"]["name"]) for config in configs]
+    names = [objective_label(config["objective"]) for config in configs]
     labels = [
         name if names.count(name) == 1 else f"{name} ({folder.resolve().name})"
         for name, folder in zip(names, folders, strict=True)

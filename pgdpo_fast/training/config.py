@@ -18,6 +18,7 @@ from pgdpo_fast.diffusion import process_from_name
 from pgdpo_fast.errors import ConfigError
 from pgdpo_fast.models import adapter_class
 from pgdpo_fast.models.config import ModelConfig
+from pgdpo_fast.objectives import REGISTRY
 from pgdpo_fast.options import close_to, convert, setting, type_name, wrong
 
 __all__ = ["DataConfig", "OutputConfig", "TrainConfig", "TrainingConfig", "describe_settings", "load_config"]
@@ -91,7 +92,7 @@ class TrainConfig:
     """Everything a run depends on.
 
     `process` and `objective` are mappings with a `name` and that name's own settings (`pgdpo_fast.diffusion.PROCESSES`,
-    `pgdpo_fast.objectives.NAMES`).
+    `pgdpo_fast.objectives.LISTED`), or the import path of another objective's class.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -165,9 +166,7 @@ class TrainConfig:
 
     def build_objective(self):
         """The objective."""
-        from pgdpo_fast.objectives import from_name
-
-        return from_name(**self.objective)
+        return REGISTRY.build(self.objective, "objective")
 
     @property
     def reference_mode(self) -> str:
@@ -202,20 +201,18 @@ class TrainConfig:
             adapter_class(self.model.family)(self.model)
         except ConfigError as error:
             problems.append(str(error))
-        for section, builder in (("process", self.build_process), ("objective", self.build_objective)):
-            try:
-                built = builder()
-            except (ConfigError, TypeError) as error:
-                named = str(error).startswith(f"{section}.")
-                problems.append(str(error) if named else f"{section}: {error}")
-                continue
-            if section == "process":
-                expected = type(process_from_name(**adapter_class(self.model.family).default_process)).__name__
-                if type(built).__name__ != expected:
-                    problems.append(
-                        f"process.name={self.process['name']!r}: the {self.model.family} family was trained "
-                        f"with {expected}, this is {type(built).__name__}"
-                    )
+        try:
+            process = self.build_process()
+        except (ConfigError, TypeError) as error:
+            problems.append(str(error) if str(error).startswith("process.") else f"process: {error}")
+        else:
+            expected = type(process_from_name(**adapter_class(self.model.family).default_process)).__name__
+            if type(process).__name__ != expected:
+                problems.append(
+                    f"process.name={self.process['name']!r}: the {self.model.family} family was trained "
+                    f"with {expected}, this is {type(process).__name__}"
+                )
+        problems += REGISTRY.problems(self.objective, "objective")
         return problems
 
 
@@ -322,7 +319,7 @@ def _resolve(layers: Sequence[tuple[Mapping, str]], where: str, problems: Sequen
     config = dataclasses.replace(
         config,
         process=_with_defaults(config.process, config.build_process()),
-        objective=_with_defaults(config.objective, config.build_objective()),
+        objective=REGISTRY.describe(config.build_objective()),
     )
     return dataclasses.replace(config, origins={key: origins.get(key, "default") for key in config.flat()})
 

@@ -22,7 +22,7 @@ from pgdpo_fast.devices import select_device
 from pgdpo_fast.errors import ConfigError
 from pgdpo_fast.loss import ReferenceErrors
 from pgdpo_fast.models import ModelAdapter
-from pgdpo_fast.objectives import Objective
+from pgdpo_fast.objectives import REGISTRY, Objective
 from pgdpo_fast.storage import atomic_file
 from pgdpo_fast.training import checkpoint
 from pgdpo_fast.training.batches import Batch, Draw, HostBatch, PairOrder, Stage, hold_out
@@ -158,8 +158,11 @@ class Run:
         self.tensorboard = TensorBoard(self.root / "tensorboard", self.config.output.tensorboard, purge_step=step + 1)
         with atomic_file(self.root / "config.yaml") as temporary:
             temporary.write_text(self.config.to_yaml(), encoding="utf-8")
+        sources = REGISTRY.sources(self.objective)  # code named in the configuration is no package with a version
         with atomic_file(self.root / "environment.json") as temporary:
-            temporary.write_text(json.dumps(_environment(self.device), indent=1), encoding="utf-8")
+            temporary.write_text(
+                json.dumps(_environment(self.device) | {"sources": sources}, indent=1), encoding="utf-8"
+            )
         return step
 
     def announce(self, step: int) -> None:
