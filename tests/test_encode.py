@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -10,6 +11,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 
 import pytest
 import torch
@@ -426,6 +429,83 @@ def test_strict_encoding_stops_at_the_first_unusable_clip(faulty, tmp_path):
         encode(faulty, tmp_path / "s", strict=True)
 
 
+def test_too_many_unusable_pairs_are_an_error_before_anything_is_encoded(faulty, tmp_path):
+    class Forbidden(PixelUnshuffleCodec):
+        def encode(self, video):
+            raise AssertionError("encoded")
+
+    told = []
+    with pytest.raises(DataError, match=r"2 of 7 rows.*1 x rejected clip unusable.*--max-dropped 0.29"):
+        encode(faulty, tmp_path / "s", codec=Forbidden(4), max_dropped=0.28, tell=told.append)
+    assert [line.split(":")[1] for line in told] == [" pair 0001-jitter", " pair 0004-morph"]
+    assert not (tmp_path / "s/store.json").exists()
+    assert len(encode(faulty, tmp_path / "s", max_dropped=0.29)) == 5
+    with pytest.raises(ConfigError, match="max_dropped=10"):
+        encode(faulty, tmp_path / "s", max_dropped=10)
+
+
+def test_missing_clips_count_as_unusable_and_ties_do_not(manifest, tmp_path):
+    rows = [json.loads(line) for line in manifest.path.read_text().splitlines()]
+    shutil.copytree(manifest.path.parent, tmp_path / "m")
+    rows[0] |= {"chosen_score": 1, "rejected_score": 1}
+    rows[1] |= {"chosen": "nowhere.mp4"}
+    (tmp_path / "m/manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[2]]))
+    with pytest.raises(DataError, match="1 of 8 rows.*1 x chosen file missing.*--max-dropped 0.13"):
+        encode(tmp_path / "m/manifest.jsonl", tmp_path / "s", max_dropped=0)
+    store = encode(tmp_path / "m/manifest.jsonl", tmp_path / "s", max_dropped=0.13)
+    listed = [json.loads(line) for line in (store.path / "dropped.jsonl").read_text().splitlines()]
+    assert [item["where"] for item in listed] == ["manifest.jsonl:1", "manifest.jsonl:2", "manifest.jsonl:8"]
+    assert [item["reason"] for item in listed] == ["tie: scores are equal", "chosen file missing", "same pair again"]
+
+
+def test_pictures_damaged_inside_stop_the_encoding_once_they_are_too_many(manifest, tmp_path, monkeypatch):
+    def damaged(path, **options):
+        raise DataError(f"{path}: damaged")
+
+    monkeypatch.setattr("pgdpo_fast.data.encode.read_video", damaged)
+    told = []
+    with pytest.raises(DataError, match="2 of 7 rows cannot be used"):
+        encode(manifest, tmp_path / "s", max_dropped=0.2, tell=told.append)
+    assert len(told) == 2
+
+
+@pytest.mark.parametrize("restamped", [False, True])
+def test_a_clip_replaced_by_one_of_equal_size_is_noticed(manifest, tmp_path, restamped):
+    shutil.copytree(manifest.path.parent, tmp_path / "m")
+    clip = tmp_path / "m/clips/0003_chosen.mp4"
+
+    def terminate(done, total):
+        if done == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Preempted):
+        encode(tmp_path / "m/manifest.jsonl", tmp_path / "s", progress=terminate)
+    data, times = bytearray(clip.read_bytes()), clip.stat()
+    data[len(data) // 2] ^= 1
+    clip.write_bytes(data)
+    if restamped:
+        os.utime(clip, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(DataError, match="manifest.sha256.*because a row or a clip changed"):
+        encode(tmp_path / "m/manifest.jsonl", tmp_path / "s")
+
+
+def test_a_resumed_run_does_not_read_the_clips_again_to_know_them(manifest, tmp_path, monkeypatch):
+    with pytest.raises(Preempted):
+        encode(manifest, tmp_path / "s", progress=lambda done, total: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("pgdpo_fast.data.clips.hashlib", None)
+    encode(manifest, tmp_path / "s")
+
+
+def test_what_the_clips_lose_is_told_with_how_many_do(manifest, tmp_path, monkeypatch):
+    from pgdpo_fast.data import video
+
+    probe, told = video.probe_video, []
+    monkeypatch.setattr("pgdpo_fast.data.encode.probe_video", lambda path, **options: dataclasses.replace(
+        probe(path, **options), notes=("interlaced",) if "0002" in path.name else ()))  # fmt: skip
+    encode(manifest, tmp_path / "s", tell=told.append)
+    assert told == [f"note: 2 clip(s) are interlaced; first: {manifest.pairs[2].chosen}"]
+
+
 def test_no_usable_pair_is_an_error(manifest, tmp_path):
     with pytest.raises(DataError, match="none of 7 pairs could be encoded; first: pair 0000-flicker.*99 needed"):
         encode(manifest, tmp_path / "s", frames=99)
@@ -465,12 +545,35 @@ def test_a_staged_row_damaged_between_two_runs_is_encoded_again(manifest, store,
 
     with pytest.raises(Preempted):
         encode(manifest, tmp_path / "s", progress=terminate)
-    (staged,) = (tmp_path / "s/staging").iterdir()
+    (staged,) = (tmp_path / "s/staging").glob("0*")
     data = bytearray(staged.read_bytes())
     data[-5] ^= 4
     staged.write_bytes(data)
     encode(manifest, tmp_path / "s")
     assert files_of(tmp_path / "s") == files_of(store.path)
+
+
+@pytest.mark.parametrize("phase", ["read_video", "probe_video"])
+def test_sigterm_is_seen_within_a_second_whatever_a_clip_takes(manifest, tmp_path, monkeypatch, phase):
+    def endless(path, *, stop, **options):
+        if threading.active_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        started.append(time.monotonic())
+        while not stop() and time.monotonic() < started[0] + 30:
+            time.sleep(0.01)
+        raise Preempted("asked to")
+
+    started = []
+    monkeypatch.setattr(f"pgdpo_fast.data.encode.{phase}", endless)
+    with pytest.raises(Preempted, match="stopped by SIGTERM with 0 of 7 pairs encoded"):
+        encode(manifest, tmp_path / "s")
+    assert time.monotonic() - started[0] < 1
+
+
+@pytest.mark.parametrize("impossible", [{"fps": 1e9}, {"frames": 10**9}, {"height": 10**6, "width": 10**6}], ids=str)
+def test_impossible_clip_settings_are_errors_before_any_clip_is_opened(manifest, tmp_path, impossible):
+    with pytest.raises(ConfigError, match=f"{next(iter(impossible))}=.*at most"):
+        encode(manifest, tmp_path / "s", **impossible)
 
 
 KILLER = """
@@ -642,11 +745,16 @@ def run(*arguments):
 def test_the_command_encodes_shows_what_was_dropped_and_where_the_store_is(faulty, tmp_path, capsys):
     arguments = ("--manifest", faulty, "--output", tmp_path / "s", "--codec", "pixel-unshuffle", "--frames", 3,
                  "--height", 16, "--width", 16, "--fps", 0)  # fmt: skip
-    assert run(*arguments) == 0
+    assert run(*arguments) == 3
+    out, err = capsys.readouterr()
+    assert err.index("dropped: pair 0001-jitter: rejected clip unusable") < err.index("2 of 7 rows cannot be used")
+    assert "--max-dropped 0.29" in err and not (tmp_path / "s/store.json").exists()
+    assert run(*arguments, "--max-dropped", 0.29) == 0
     out, err = capsys.readouterr()
     assert "5 of 7" in out and "chosen clip unusable" in out and "rejected clip unusable" in out
     assert "5 pairs, latents 48x3x4x4" in err and str(tmp_path / "s") in err and "KiB" in err
     assert LatentStore(tmp_path / "s").settings["clip"]["fps"] is None
+    assert len((tmp_path / "s/dropped.jsonl").read_text().splitlines()) == 2 and "dropped.jsonl" in err
     assert run(*arguments, "--frames", 2) == 3
     assert "clip.frames=3, now clip.frames=2" in capsys.readouterr().err
     assert run(*arguments[:4], "--codec", "pixel-unshuffle", "--frames", 3, "--height", 18) == 2

@@ -38,6 +38,7 @@ FLOORS = {
     "families": 0,
     "devices": 0,
     "errors": 0,
+    "printable": 0,
 }
 OPTIONAL = (
     "accelerate",

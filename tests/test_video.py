@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pgdpo_fast.data.video import VideoLimits, probe_video, read_video, resample, write_video
+from pgdpo_fast.data.limits import VideoLimits
+from pgdpo_fast.data.video import probe_video, read_video, resample, write_video
 from pgdpo_fast.errors import ConfigError, DataError, Preempted
 
 

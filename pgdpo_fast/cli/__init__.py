@@ -14,6 +14,7 @@ from importlib import import_module
 from pgdpo_fast import __version__
 from pgdpo_fast.errors import ConfigError, PgdpoError
 from pgdpo_fast.options import did_you_mean
+from pgdpo_fast.printable import printable
 
 # verb -> (module under pgdpo_fast.cli, class in it), in the order the help lists them
 COMMANDS = {
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         return command.run() or 0
     except PgdpoError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from pgdpo_fast.data.limits import LIMITS, VideoLimits
 from pgdpo_fast.families import FAMILIES, ClipSize
 
 PIXELS, WORDS = "pixel-unshuffle", "hash"  # codec and text encoder without weights
@@ -75,6 +76,16 @@ class Encode:
     """hash: length of a word's vector."""
     strict: bool = False
     """Stop at the first pair that cannot be used, instead of dropping it with its reason."""
+    max_dropped: float = 0.1
+    """Largest share of the manifest's rows that may be unusable; more is an error before anything is encoded."""
+    max_pixels: int = LIMITS.pixels
+    """Clips with larger pictures are refused."""
+    max_clip_frames: int = LIMITS.frames
+    """Longer clips are refused."""
+    max_clip_seconds: float = LIMITS.seconds
+    """Clips whose time stamps span more are refused."""
+    patience: float = LIMITS.patience
+    """Seconds of work after which a clip is given up."""
 
     def run(self) -> int:
         import shlex
@@ -82,11 +93,12 @@ class Encode:
         from rich.console import Console
 
         from pgdpo_fast.cli.progress import rows_progress
-        from pgdpo_fast.data.encode import encode_manifest
+        from pgdpo_fast.data.encode import DROPPED_FILE, encode_manifest
         from pgdpo_fast.data.manifest import Manifest, read_manifest, used_dropped_table
         from pgdpo_fast.devices import select_device, select_dtype
         from pgdpo_fast.errors import ConfigError
         from pgdpo_fast.models import adapter_class
+        from pgdpo_fast.printable import printable
         from pgdpo_fast.storage import describe_bytes
 
         console = Console(stderr=True)
@@ -103,12 +115,16 @@ class Encode:
         given = {key: getattr(self, key) for key in ClipSize._fields}
         clip = usual._replace(**{key: value for key, value in given.items() if value is not None})
         manifest = read_manifest(self.manifest, format=self.format, criterion=self.criterion, strict=self.strict)
+
+        def tell(line: str) -> None:
+            console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
+
         for note in manifest.notes:
-            console.print(f"note: {note}", highlight=False)
+            tell(f"note: {note}")
         if any(pair.first_frame for pair in manifest.pairs):
-            console.print("note: first_frame is recorded in the index and not encoded", highlight=False)
+            tell("note: first_frame is recorded in the index and not encoded")
         rate = f"{clip.fps:g} frames a second" if clip.fps else "the source's frame rate"
-        console.print(f"note: clips of {clip.frames} frames, {clip.height}x{clip.width}, at {rate}", highlight=False)
+        tell(f"note: clips of {clip.frames} frames, {clip.height}x{clip.width}, at {rate}")
         codec, text = self._codec(), self._text(text_name)
         with rows_progress(console, "encoding pairs") as progress:
             store = encode_manifest(
@@ -124,6 +140,9 @@ class Encode:
                 short=self.short,
                 dtype=self.dtype,
                 strict=self.strict,
+                max_dropped=self.max_dropped,
+                limits=VideoLimits(self.max_pixels, self.max_clip_frames, self.max_clip_seconds, self.patience),
+                tell=tell,
                 provenance={"model": self.model, "revision": self.revision},
                 progress=progress,
                 resume_command=shlex.join(["pgdpo-fast", *sys.argv[1:]]),
@@ -134,15 +153,11 @@ class Encode:
             used_dropped_table(Manifest(manifest.path, manifest.format, used, (*manifest.dropped, *store.dropped)))
         )
         if cut := store.metadata["truncated_prompts"]:
-            console.print(
-                f"note: {cut} prompt(s) were longer than the text encoder takes and lost their end", highlight=False
-            )
+            tell(f"note: {cut} prompt(s) were longer than the text encoder takes and lost their end")
         shape = "x".join(map(str, store.shape))
-        console.print(
-            f"store: {store.path} ({len(store)} pairs, latents {shape}, {describe_bytes(store.bytes)})",
-            highlight=False,
-            soft_wrap=True,
-        )
+        tell(f"store: {store.path} ({len(store)} pairs, latents {shape}, {describe_bytes(store.bytes)})")
+        if (listed := store.path / DROPPED_FILE).exists():
+            tell(f"dropped rows: {listed}")
         return 0
 
     def _codec(self):

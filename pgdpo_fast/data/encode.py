@@ -7,12 +7,13 @@ and ends with the same bytes as a run that was never interrupted.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 from math import prod
@@ -21,13 +22,21 @@ from pathlib import Path
 import torch
 
 from pgdpo_fast import __version__
+from pgdpo_fast.data.clips import content_hashes, in_order, remember_hashes, result_of
 from pgdpo_fast.data.codec import Codec
 from pgdpo_fast.data.latent_store import INDEX_FILE, SCHEMA, STORE_FILE, LatentStore
-from pgdpo_fast.data.manifest import Manifest, Pair, read_manifest
+from pgdpo_fast.data.limits import LIMITS, VideoLimits
+from pgdpo_fast.data.manifest import Dropped, Manifest, Pair, read_manifest, write_dropped
 from pgdpo_fast.data.text import TextEncoder
-from pgdpo_fast.data.video import decoder_fingerprint, read_video
+from pgdpo_fast.data.video import (
+    VideoInfo,
+    check_clip_options,
+    decoder_fingerprint,
+    probe_video,
+    read_video,
+)
 from pgdpo_fast.devices import select_dtype
-from pgdpo_fast.errors import DataError, Preempted
+from pgdpo_fast.errors import ConfigError, DataError, Preempted
 from pgdpo_fast.preemption import sigterm_watch
 from pgdpo_fast.storage import (
     Shard,
@@ -43,14 +52,22 @@ from pgdpo_fast.storage import (
     write_shard,
 )
 
-__all__ = ["ClipRule", "encode_manifest"]
+__all__ = ["DROPPED_FILE", "ClipRule", "encode_manifest"]
 
 STAGING = "staging"
+CLIPS_FILE = "clips.json"  # in staging: hashes of the clips, so that a resumed run reads only what changed
+DROPPED_FILE = "dropped.jsonl"
 
 
 @dataclass(frozen=True)
 class ClipRule:
-    """How a clip is brought to the size of the store; the arguments of `read_video`."""
+    """How a clip is brought to the size of the store; the arguments of `read_video`.
+
+    `limits` decide which clips are refused, never what the frames of another look like.
+
+    Raises:
+        ConfigError: no clip could be read like this.
+    """
 
     frames: int
     height: int
@@ -58,17 +75,16 @@ class ClipRule:
     fps: float | None = None
     start: str = "begin"
     short: str = "error"
+    limits: VideoLimits = LIMITS
 
-    def read(self, path: Path) -> torch.Tensor:
-        return read_video(
-            path,
-            frames=self.frames,
-            height=self.height,
-            width=self.width,
-            fps=self.fps,
-            start=self.start,
-            short=self.short,
-        )
+    def __post_init__(self):
+        check_clip_options(**vars(self))
+
+    def read(self, path: Path, stop: Callable[[], bool] | None = None) -> torch.Tensor:
+        return read_video(path, **vars(self), stop=stop)
+
+    def probe(self, path: Path, stop: Callable[[], bool] | None = None) -> VideoInfo:
+        return probe_video(path, frames=self.frames, fps=self.fps, short=self.short, limits=self.limits, stop=stop)
 
     def to_dict(self) -> dict:
         fps = None if self.fps is None else str(Fraction(self.fps).limit_denominator(1_000_000))
@@ -97,26 +113,36 @@ def encode_manifest(
     dtype: str = "fp32",
     shard_bytes: int = 256 << 20,
     strict: bool = False,
+    max_dropped: float = 1.0,
+    limits: VideoLimits = LIMITS,
     provenance: dict | None = None,
     progress: Callable[[int, int], None] | None = None,
+    tell: Callable[[str], None] = lambda text: None,
     resume_command: str = "the same call again",
 ) -> LatentStore:
     """Encode every pair of a manifest into the store folder `output` and return the finished store.
 
     Both clips pass through `read_video` with the same frames, height, width, fps, start and short, then `codec`; the
     prompt through `text`. Tensors are stored in `dtype`. A pair with an unusable clip is dropped and listed in
-    `store.dropped`, or with `strict` is an error. Existing work in `output` made with the same settings is verified,
-    kept and continued. `progress(done, total)` is called after every pair; `provenance` (paths, versions) is recorded
-    but decides nothing.
+    `store.dropped` and dropped.jsonl, or with `strict` is an error. Existing work in `output` made with the same
+    settings, the sha256 of every clip among them, is verified, kept and continued. `progress(done, total)` is called
+    after every pair, `tell(line)` for every dropped pair and for what of the clips 8-bit frames cannot hold;
+    `provenance` (paths, versions) is recorded but decides nothing.
+
+    Before the first pair is encoded the headers and packets of all clips are read. A larger share of the manifest's
+    rows than `max_dropped` that cannot be used, ties and repeated rows not counted, is an error then, or as soon as
+    decoding has brought it about.
 
     Raises ConfigError on a geometry the codec cannot take (before any work); DataError when the settings differ from
-    the store's, naming the field, when the disk is too small, or when no pair is usable; Preempted on SIGTERM,
-    between two pairs, with `resume_command` in its message.
+    the store's, naming the field, when the disk is too small, when too many pairs or all are unusable; Preempted on
+    SIGTERM, with `resume_command` in its message.
     """
     if not isinstance(manifest, Manifest):
         manifest = read_manifest(manifest)
     output = Path(output).absolute()
-    rule = ClipRule(frames, height, width, fps, start, short)
+    if not 0 <= max_dropped <= 1:
+        raise ConfigError(f"max_dropped={max_dropped}; expected a share from 0 to 1")
+    rule = ClipRule(frames, height, width, fps, start, short, limits)
     latent_shape = codec.latent_shape(frames, height, width)
     stored = select_dtype(dtype)
     width, more = text.shapes["text"][1], {name: list(shape) for name, shape in text.shapes.items() if name != "text"}
@@ -128,7 +154,6 @@ def encode_manifest(
         "clip": rule.to_dict(),
         "decoder": decoder_fingerprint(),
         "dtype": str(stored).removeprefix("torch."),
-        "manifest": {"pairs": len(manifest), "sha256": _manifest_hash(manifest)},
         "pairs_per_shard": per_shard,
     }
     provenance = {
@@ -137,45 +162,77 @@ def encode_manifest(
         "manifest": manifest.path.name,
         **(provenance or {}),
     }
+    done = 0
+
+    def count(now: int, total: int) -> None:
+        nonlocal done
+        done = now
+        if progress:
+            progress(now, total)
+
     with exclusive_lock(output), sigterm_watch() as stop:
-        state = _load_state(output, settings) or {
-            "kind": "latents",
-            "schema": SCHEMA,
-            "complete": False,
-            "settings": settings,
-            "provenance": provenance,
-            "latent_shape": list(latent_shape),
-            "text_dim": width,
-            **({"conditioning": more} if more else {}),
-            "groups": [],
-            "dropped": [],
-            "index": None,
-            "truncated_prompts": sum(map(text.truncates, (pair.prompt for pair in manifest.pairs))),
-        }
-        job = _Job(manifest, output, codec, lru_cache(16)(text.encode), rule, stored, state, strict, stop)
-        kept = _verify_groups(output, state)
-        todo = [number for number in range(-(-len(manifest) // per_shard)) if number not in kept]
-        text_rows = sum(text.token_count(pair.prompt) for number in todo for pair in job.pairs(number))
-        check_disk(
-            output,
-            sum(len(job.pairs(number)) for number in todo) * pair_bytes
-            + text_rows * width * stored.itemsize
-            + 2 * min(per_shard, len(manifest)) * pair_bytes * bool(todo),
-            "encoding the remaining pairs",
-        )
-        job.advance(sum(len(job.pairs(number)) for number in kept), progress)
-        if todo:
-            state["complete"] = False
-            write_json(output / STORE_FILE, state)
-        for number in todo:
-            job.encode_group(number, progress, resume_command)
-        if len(state["dropped"]) == len(manifest):
-            first = state["dropped"][0]
-            raise DataError(
-                f"{output}: none of {len(manifest)} pairs could be encoded; first: pair {first['id']}, "
-                f"{first['reason']} ({first['detail']})"
+        try:
+            clips = [path for pair in manifest.pairs for path in (pair.chosen, pair.rejected)]
+            hashes = content_hashes(clips, output / STAGING / CLIPS_FILE, stop)
+            settings["manifest"] = {"pairs": len(manifest), "sha256": _manifest_hash(manifest, hashes)}
+            state = _load_state(output, settings) or {
+                "kind": "latents",
+                "schema": SCHEMA,
+                "complete": False,
+                "settings": settings,
+                "provenance": provenance,
+                "latent_shape": list(latent_shape),
+                "text_dim": width,
+                **({"conditioning": more} if more else {}),
+                "groups": [],
+                "dropped": [],
+                "index": None,
+                "truncated_prompts": sum(map(text.truncates, (pair.prompt for pair in manifest.pairs))),
+            }
+            job = _Job(
+                manifest,
+                output,
+                codec,
+                lru_cache(16)(text.encode),
+                rule,
+                stored,
+                state,
+                strict,
+                max_dropped,
+                stop,
+                count,
+                tell,
             )
-        _finish(output, manifest, state)
+            kept = _verify_groups(output, state)
+            todo = [number for number in range(-(-len(manifest) // per_shard)) if number not in kept]
+            text_rows = sum(text.token_count(pair.prompt) for number in todo for pair in job.pairs(number))
+            check_disk(
+                output,
+                sum(len(job.pairs(number)) for number in todo) * pair_bytes
+                + text_rows * width * stored.itemsize
+                + 2 * min(per_shard, len(manifest)) * pair_bytes * bool(todo),
+                "encoding the remaining pairs",
+            )
+            job.probe(todo)
+            job.advance(sum(len(job.pairs(number)) for number in kept))
+            if todo:
+                remember_hashes(hashes, output / STAGING / CLIPS_FILE)
+                state["complete"] = False
+                write_json(output / STORE_FILE, state)
+            for number in todo:
+                job.encode_group(number)
+            if len(state["dropped"]) == len(manifest):
+                first = state["dropped"][0]
+                raise DataError(
+                    f"{output}: none of {len(manifest)} pairs could be encoded; first: pair {first['id']}, "
+                    f"{first['reason']} ({first['detail']})"
+                )
+            _finish(output, manifest, state)
+        except Preempted:
+            raise Preempted(
+                f"stopped by SIGTERM with {done} of {len(manifest)} pairs encoded in {output}; resume with: "
+                f"{resume_command}"
+            ) from None
     return LatentStore(output)
 
 
@@ -191,8 +248,12 @@ class _Job:
     dtype: torch.dtype
     state: dict
     strict: bool
+    max_dropped: float
     stop: Callable[[], bool]
+    progress: Callable[[int, int], None]
+    tell: Callable[[str], None]
     done: int = 0
+    dropped: dict[int, dict] = field(default_factory=dict)
 
     def indices(self, number: int) -> range:
         size = self.state["settings"]["pairs_per_shard"]
@@ -201,26 +262,68 @@ class _Job:
     def pairs(self, number: int) -> list[Pair]:
         return [self.manifest.pairs[index] for index in self.indices(number)]
 
-    def encode_group(self, number: int, progress, resume_command: str) -> None:
+    def probe(self, numbers: list[int]) -> None:
+        """Read the headers and packets of the clips of these shards, and drop the pairs that cannot be encoded."""
+        staged = {path.stem.partition("-")[0] for path in (self.output / STAGING).glob("*-*")}
+        todo = [index for number in numbers for index in self.indices(number) if f"{index:08d}" not in staged]
+        notes: dict[str, list[Path]] = {}
+        for index, found in zip(todo, in_order(todo, self._probe_pair, self.stop), strict=True):
+            if isinstance(found, _Unusable):
+                self._drop(index, found)
+                continue
+            for path, told in found.items():
+                for note in told:
+                    notes.setdefault(note, []).append(path)
+        for note, paths in notes.items():
+            self.tell(f"note: {len(paths)} clip(s) are {note}; first: {paths[0]}")
+        self._check_share()
+
+    def _probe_pair(self, index: int) -> dict[Path, tuple[str, ...]] | _Unusable:
+        pair, found = self.manifest.pairs[index], {}
+        for side in ("chosen", "rejected"):
+            path = getattr(pair, side)
+            try:
+                found[path] = self.rule.probe(path, self.stop).notes
+            except DataError as error:
+                return _Unusable(f"{side} clip unusable", str(error))
+        return found
+
+    def _drop(self, index: int, fault: _Unusable) -> None:
+        pair, (reason, detail) = self.manifest.pairs[index], fault.args
+        if self.strict:
+            raise DataError(f"pair {pair.id}: {reason}: {detail}")
+        self.dropped[index] = {"index": index, "id": pair.id, "reason": reason, "detail": detail}
+        self.tell(f"dropped: pair {pair.id}: {reason}: {detail}")
+
+    def _check_share(self) -> None:
+        faults = [item for item in self.manifest.dropped if item.fault] + [
+            _told(item) for item in (*self.state["dropped"], *self.dropped.values())
+        ]
+        read = len(self.manifest) + len(self.manifest.dropped)
+        if len(faults) > self.max_dropped * read:
+            counts = Counter(item.reason for item in faults)
+            raise DataError(
+                f"{self.manifest.path}: {len(faults)} of {read} rows cannot be used, more than max_dropped "
+                f"{self.max_dropped:.3g} allows ({', '.join(f'{n} x {reason}' for reason, n in counts.items())}; "
+                f"first: {faults[0].where}: {faults[0].detail or faults[0].reason}); repair them, or allow it with "
+                f"--max-dropped {math.ceil(100 * len(faults) / read) / 100:g}"
+            )
+
+    def encode_group(self, number: int) -> None:
         """Encode the rows of one shard, write it, record it in store.json, and clear its staged rows."""
         staged = _staged_rows(self.output / STAGING, self.indices(number))
-        dropped = {}
-        missing = [index for index in self.indices(number) if index not in staged]
-        self.advance(len(staged), progress)
+        unusable = [index for index in self.indices(number) if index in self.dropped]
+        missing = [index for index in self.indices(number) if index not in staged and index not in self.dropped]
+        self.advance(len(staged) + len(unusable))
         for index, clips in _prefetched(missing, self._read_pair):
             if self.stop():
-                raise Preempted(
-                    f"stopped by SIGTERM with {self.done} of {len(self.manifest)} pairs encoded in "
-                    f"{self.output}; resume with: {resume_command}"
-                )
+                raise Preempted("between two pairs")
             try:
-                staged[index] = self._stage(index, clips.result())
+                staged[index] = self._stage(index, result_of(clips, self.stop))
             except _Unusable as fault:
-                pair = self.manifest.pairs[index]
-                if self.strict:
-                    raise DataError(f"pair {pair.id}: {fault.args[0]}: {fault.args[1]}") from fault
-                dropped[index] = {"index": index, "id": pair.id, "reason": fault.args[0], "detail": fault.args[1]}
-            self.advance(1, progress)
+                self._drop(index, fault)
+                self._check_share()
+            self.advance(1)
 
         tensors = {}
         for index in sorted(staged):
@@ -233,21 +336,22 @@ class _Job:
             ],
             key=lambda group: group["number"],
         )
-        self.state["dropped"] = sorted([*self.state["dropped"], *dropped.values()], key=lambda item: item["index"])
+        dropped = [self.dropped.pop(index) for index in self.indices(number) if index in self.dropped]
+        self.state["dropped"] = sorted([*self.state["dropped"], *dropped], key=lambda item: item["index"])
         write_json(self.output / STORE_FILE, self.state)
         for path in staged.values():
             path.unlink()
 
-    def advance(self, count: int, progress) -> None:
+    def advance(self, count: int) -> None:
         self.done += count
-        if progress and count:
-            progress(self.done, len(self.manifest))
+        if count:
+            self.progress(self.done, len(self.manifest))
 
     def _read_pair(self, index: int) -> dict[str, torch.Tensor]:
         pair, clips = self.manifest.pairs[index], {}
         for side in ("chosen", "rejected"):
             try:
-                clips[side] = self.rule.read(getattr(pair, side))
+                clips[side] = self.rule.read(getattr(pair, side), self.stop)
             except DataError as error:
                 raise _Unusable(f"{side} clip unusable", str(error)) from error
         return clips
@@ -263,6 +367,11 @@ class _Job:
         path = self.output / STAGING / f"{index:08d}.safetensors"
         shard = write_shard(path, row, durable=False)
         return path.replace(path.with_name(f"{index:08d}-{shard.sha256}.safetensors"))
+
+
+def _told(item: dict) -> Dropped:
+    """An entry of the state's list of dropped pairs, as the manifest's rows are told."""
+    return Dropped(f"pair {item['id']}", item["reason"], item["detail"])
 
 
 class _Unusable(Exception):
@@ -284,8 +393,7 @@ def _prefetched(indices: list[int], read: Callable[[int], dict], depth: int = 2)
                     return
                 yield ahead.popleft()
         finally:
-            for _, future in ahead:
-                future.cancel()
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:
@@ -298,6 +406,8 @@ def _staged_rows(staging: Path, indices: Iterable[int]) -> dict[int, Path]:
     """Rows finished by an earlier run. Half-written or damaged ones are removed; so are rows of finished shards."""
     rows = {}
     for path in sorted(staging.glob("*")) if staging.is_dir() else ():
+        if path.name == CLIPS_FILE:
+            continue
         index, _, digest = path.stem.partition("-")
         if index.isdigit() and int(index) > max(indices):
             continue
@@ -308,12 +418,12 @@ def _staged_rows(staging: Path, indices: Iterable[int]) -> dict[int, Path]:
     return rows
 
 
-def _manifest_hash(manifest: Manifest) -> str:
-    """sha256 over what the store takes from the manifest. Clips count by relative path and size, not by content."""
+def _manifest_hash(manifest: Manifest, hashes: dict[Path, str]) -> str:
+    """sha256 over what the store takes from the manifest. Clips count by relative path and content."""
     return sha256_bytes(
         canonical_json(
             [
-                {**_index_row(manifest, pair), "bytes": [pair.chosen.stat().st_size, pair.rejected.stat().st_size]}
+                {**_index_row(manifest, pair), "sha256": [hashes[pair.chosen], hashes[pair.rejected]]}
                 for pair in manifest.pairs
             ]
         ).encode()
@@ -360,7 +470,7 @@ def _load_state(output: Path, settings: dict) -> dict | None:
     if differing:
         key = differing[0]
         also = f" (and {', '.join(differing[1:])})" if differing[1:] else ""
-        why = " because a row or the size of a clip changed" if key == "manifest.sha256" else ""
+        why = " because a row or a clip changed" if key == "manifest.sha256" else ""
         raise DataError(
             f"{output}: was made with {key}={before.get(key)!r}, now {key}={now.get(key)!r}{also}{why}; set it back, "
             "choose another output folder, or delete this one"
@@ -369,7 +479,7 @@ def _load_state(output: Path, settings: dict) -> dict | None:
 
 
 def _ours(name: str) -> bool:
-    return name in (STAGING, INDEX_FILE, ".lock") or name.endswith(".tmp") or name.startswith("shard-")
+    return name in (STAGING, INDEX_FILE, DROPPED_FILE, ".lock") or name.endswith(".tmp") or name.startswith("shard-")
 
 
 def _flat(settings: dict, prefix: str = "") -> dict:
@@ -428,6 +538,7 @@ def _finish(output: Path, manifest: Manifest, state: dict) -> None:
     with atomic_file(output / INDEX_FILE) as temporary:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), temporary)
         index = Shard(INDEX_FILE, temporary.stat().st_size, sha256_file(temporary))
+    write_dropped(output / DROPPED_FILE, (*manifest.dropped, *map(_told, state["dropped"])))
     state.update(index=index.to_dict(), complete=True)
     write_json(output / STORE_FILE, state)
     shutil.rmtree(output / STAGING, ignore_errors=True)

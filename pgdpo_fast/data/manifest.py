@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ __all__ = [
     "Pair",
     "read_manifest",
     "used_dropped_table",
+    "write_dropped",
     "write_manifest",
 ]
 
@@ -59,11 +60,15 @@ class Pair:
 
 @dataclass(frozen=True)
 class Dropped:
-    """A row that is not used: where it stands (`file:line` or `pair <id>`), why, and the particulars."""
+    """A row that is not used: where it stands (`file:line` or `pair <id>`), why, and the particulars.
+
+    `fault` is False for rows that a sound manifest holds too: ties, and a pair that is listed again.
+    """
 
     where: str
     reason: str
     detail: str = ""
+    fault: bool = True
 
 
 @dataclass(frozen=True)
@@ -184,6 +189,17 @@ def write_manifest(path: str | os.PathLike, pairs: list[Pair] | tuple[Pair, ...]
             }
             file.write(json.dumps({k: v for k, v in row.items() if v is not None}, ensure_ascii=False) + "\n")
     return path
+
+
+def write_dropped(path: Path, dropped: Sequence[Dropped]) -> None:
+    """Write rows that are not used as JSON lines of where, reason and detail; no file when there are none."""
+    if not dropped:
+        path.unlink(missing_ok=True)
+        return
+    with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for item in dropped:
+            row = {"where": item.where, "reason": item.reason, "detail": item.detail}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def used_dropped_table(manifest: Manifest, examples: int = 3):
@@ -386,7 +402,8 @@ def _check_rows(path: Path, format: str, rows, notes: list[str]) -> Manifest:
                 raise _Drop("same pair again", f"already at {first}")
             pairs[pair.id] = where, pair
         except _Drop as drop:
-            dropped.append(Dropped(where, *drop.args))
+            expected = drop.args[0].startswith("tie: ") or drop.args[0] == "same pair again"
+            dropped.append(Dropped(where, *drop.args, fault=not expected))
     return Manifest(path, format, tuple(pair for _, pair in pairs.values()), tuple(dropped), tuple(notes))
 
 

@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from pgdpo_fast.data.limits import LIMITS, MAX_FPS, VideoLimits
 from pgdpo_fast.errors import ConfigError, DataError, Preempted
 from pgdpo_fast.storage import atomic_file
 
 __all__ = [
     "RULES_VERSION",
     "VideoInfo",
-    "VideoLimits",
     "check_clip_options",
     "decoder_fingerprint",
     "probe_video",
@@ -36,7 +36,6 @@ __all__ = [
 ]
 
 RULES_VERSION = 2  # raise it when the frames that read_video returns for a file change
-MAX_FPS = 1000
 
 # Demuxers of files that hold their own pictures. Playlists and scripts (ffconcat, HLS, DASH, SDP, image sequences) make
 # the library open other files and addresses; they are not among them, whatever suffix they come under.
@@ -44,31 +43,6 @@ DEMUXERS = (
     *("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "ogg", "asf", "mxf", "nut", "gif", "apng", "ivf", "h264"),
     *("hevc", "obu", "m4v", "mjpeg", "yuv4mpegpipe", "png_pipe", "jpeg_pipe", "webp_pipe", "wav", "mp3"),
 )
-
-
-@dataclass(frozen=True)
-class VideoLimits:
-    """What a clip may ask for before it is refused; no clip of a preference data set comes near.
-
-    Attributes:
-        pixels: of one picture, as stored, as displayed and as asked for; an 8K picture has 33 million.
-        frames: stored in the file, or asked for.
-        seconds: from the first time stamp to the last.
-        patience: seconds of work on one clip.
-    """
-
-    pixels: int = 1 << 26
-    frames: int = 250_000
-    seconds: float = 86_400.0
-    patience: float = 1800.0
-
-    def __post_init__(self):
-        for name, value in vars(self).items():
-            if not value > 0:
-                raise ConfigError(f"limit {name}={value}; expected a positive number")
-
-
-LIMITS = VideoLimits()
 
 
 @dataclass(frozen=True)
@@ -149,14 +123,9 @@ def read_video(
             f"{path}: {float(timeline.end):.0f} s at {float(fps):g} fps are more than {limits.frames} frames; ask for "
             "fewer frames or a lower fps"
         )
+    _check_length(path, len(timeline.times), timeline.end, frames=frames, fps=fps, short=short)
     picks = resample(timeline.times, timeline.end, frames=frames, fps=fps, start=start)
-    if frames is not None and len(picks) < frames:
-        rate = f" at {float(fps):g} fps" if fps is not None else ""
-        if short == "error":
-            raise DataError(
-                f"{path}: {len(picks)} frames{rate} ({float(timeline.end):.2f} s), {frames} needed; ask for "
-                "fewer frames or another fps, or allow padding with the last frame (short='pad')"
-            )
+    if frames is not None:
         picks += [len(timeline.times) - 1] * (frames - len(picks))
     wanted = {timeline.stamps[index] for index in picks}
     decoded = {}
@@ -183,13 +152,23 @@ def read_video(
 
 
 def probe_video(
-    path: str | os.PathLike, *, limits: VideoLimits = LIMITS, stop: Callable[[], bool] | None = None
+    path: str | os.PathLike,
+    *,
+    frames: int | None = None,
+    fps: float | Fraction | None = None,
+    short: str = "error",
+    limits: VideoLimits = LIMITS,
+    stop: Callable[[], bool] | None = None,
 ) -> VideoInfo:
-    """Read the container, its packets and the first picture. Raises as `read_video` does."""
+    """Read the container, its packets and the first picture; `read_video`'s arguments, and it raises as that does.
+
+    What only decoding every picture can show, damage inside them, it does not see.
+    """
     path = Path(path)
     watch = _Watch(path, limits, stop)
     with _opened(path, limits) as (container, stream):
         timeline = _scan(path, container, stream, watch)
+        _check_length(path, len(timeline.times), timeline.end, frames=frames, fps=fps, short=short)
         container.seek(0)
         first = next(container.decode(stream), None)
         if first is None:
@@ -200,6 +179,16 @@ def probe_video(
         notes = _changes(first, stream)
     count = len(timeline.times)
     return VideoInfo(count, Fraction(count) / timeline.end, height, width, float(timeline.end), notes)
+
+
+def _check_length(path: Path, count: int, end: Fraction, *, frames, fps, short: str) -> None:
+    there = count if fps is None else -(-end // (1 / Fraction(fps).limit_denominator(1_000_000)))
+    if frames is not None and there < frames and short == "error":
+        rate = f" at {float(fps):g} fps" if fps is not None else ""
+        raise DataError(
+            f"{path}: {there} frames{rate} ({float(end):.2f} s), {frames} needed; ask for fewer frames or another fps, "
+            "or allow padding with the last frame (short='pad')"
+        )
 
 
 def _changes(frame, stream) -> tuple[str, ...]:
