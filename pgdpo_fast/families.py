@@ -23,6 +23,8 @@ FAMILIES = {
     "cogvideox": ("cogvideox", "CogVideoX"),
     "unet3d": ("unet3d", "UNet3D"),
     "videocrafter2": ("unet3d", "VideoCrafter2"),
+    "ltx": ("ltx", "LTX"),
+    "hunyuan-video": ("hunyuan_video", "HunyuanVideo"),
 }
 
 
@@ -115,9 +117,8 @@ class TextRule:
             the network gets zeros in their place.
         pooled: the encoder's pooled output `[D]` instead of one row a token.
         layer: of `hidden_states`, instead of the last layer after its final norm.
-        template: what the prompt is put into; its first `crop` tokens are cut from the result and not counted in
-            `length`.
-        clean: applied to the prompt first.
+        prepare: applied to the prompt first: cleaning, or a text it is put into.
+        crop: the first tokens of that text, cut from the result and not counted in `length`.
     """
 
     encoder: str
@@ -129,6 +130,5 @@ class TextRule:
     kept: bool = False
     pooled: bool = False
     layer: int | None = None
-    template: str = "{}"
+    prepare: Callable[[str], str] | None = None
     crop: int = 0
-    clean: Callable[[str], str] | None = None

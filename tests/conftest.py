@@ -107,3 +107,87 @@ def tiny_config(tiny_store, tmp_path):
         return TrainConfig.from_mapping(base)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def characters():
+    """A tokenizer of single characters that ends a text as T5's does."""
+    import string
+
+    import tokenizers
+    import transformers
+
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    vocabulary += [(letter, -3.0) for letter in string.printable[:95]]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, unk_id=2))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture
+def whole_way(tmp_path):
+    """go(family, model, train, **size) walks a family from clips to a resumed run and returns its configuration and
+    its checkpoint: encode, cache-reference, a cached and an online run with the same bits, and a run in two parts."""
+    from safetensors import safe_open
+
+    from pgdpo_fast.analysis.runs import read_rows
+    from pgdpo_fast.cli import main
+    from pgdpo_fast.data.synthetic import render_pairs
+    from pgdpo_fast.training.config import TrainConfig
+    from pgdpo_fast.training.reference_pass import cache_reference
+    from pgdpo_fast.training.trainer import train
+
+    def go(family, model, kind, **size):
+        clips = render_pairs(tmp_path / "clips", pairs=4, seed=1, fps=24, **size)
+        flags = [text for key, value in size.items() for text in (f"--{key}", str(value))]
+        folders = ["-m", str(clips), "-o", str(tmp_path / "store"), "--model", str(model)]
+        assert main(["encode", *folders, "--codec", family, "--device", "cpu", "--text-dtype", "fp32", *flags]) == 0
+
+        def config(run, steps=4, **data):
+            return TrainConfig.from_mapping(
+                {
+                    "model": {
+                        "family": family,
+                        "path": str(model),
+                        "dtype": "fp32",
+                        "train": kind,
+                        "lora": {"rank": 2},
+                    },
+                    "data": {"store": str(tmp_path / "store"), "evaluation_pairs": 1, **data},
+                    "objective": {"name": "pgdpo", "beta": 100},
+                    "training": {
+                        "steps": steps,
+                        "pairs_per_step": 2,
+                        "learning_rate": 1e-3,
+                        "evaluation_every": 2,
+                        "evaluation_draws": 1,
+                        "checkpoint_every": 2,
+                        "device": "cpu",
+                    },
+                    "output": {"dir": str(tmp_path / run), "tensorboard": False},
+                }
+            )
+
+        def measured(run):
+            rows = read_rows(tmp_path / run / "metrics.jsonl")
+            return [(row["step"], row["grad_norm"], row["pairs"]) for row in rows]
+
+        def weights(result):
+            (file,) = (result.checkpoint / "weights").glob("*.safetensors")
+            with safe_open(file, "pt") as stored:
+                return {key: stored.get_tensor(key).numpy().tobytes() for key in stored.keys()}
+
+        cache = cache_reference(config("unused"), tmp_path / "reference")
+        online = train(config("online"), display="none")
+        cached = train(config("cached", reference_cache=str(cache.path)), display="none")
+        train(config("parts", steps=2), display="none")
+        parts = train(config("parts"), display="none")
+        assert online.evaluation["rewards/chosen"] != 0.0
+        assert measured("online") == measured("cached") == measured("parts")
+        assert weights(online) == weights(cached) == weights(parts)
+        return config("online"), online.checkpoint / "weights"
+
+    return go

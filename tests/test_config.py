@@ -235,6 +235,7 @@ def test_identity_fingerprint_and_sweep_key_follow_from_what_a_setting_decides()
         "model.dtype": "bf16",
         "model.text_tokens": None,
         "model.fps": 24.0,
+        "model.guidance": None,  # came later: left unset, it is equal to not being there
         "data.evaluation_pairs": 0,
         "process": repr(config.build_process()),
         "training.seed": 0,

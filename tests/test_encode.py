@@ -196,27 +196,17 @@ def test_hash_embeddings_are_fixed_and_shared_by_equal_words():
 
 
 @pytest.fixture(scope="module")
-def text_models(tmp_path_factory):
+def text_models(characters, tmp_path_factory):
     """{family: folder} of tiny text encoders with a tokenizer of single characters."""
-    import string
-
-    import tokenizers
     import transformers
 
     root = tmp_path_factory.mktemp("text")
-    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
-    vocabulary += [(letter, -3.0) for letter in string.printable[:95]]
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, unk_id=2))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
-                                                unk_token="<unk>")  # fmt: skip
-    size = dict(vocab_size=len(vocabulary), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    size = dict(vocab_size=len(characters), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     folders = {}
     for name, config, model in (("wan", transformers.UMT5Config, transformers.UMT5EncoderModel),
                                 ("cogvideox", transformers.T5Config, transformers.T5EncoderModel)):  # fmt: skip
         torch.manual_seed(0)
-        fast.save_pretrained(root / name / "tokenizer")
+        characters.save_pretrained(root / name / "tokenizer")
         model(config(**size)).save_pretrained(root / name / "text_encoder")
         folders[name] = root / name
     return folders

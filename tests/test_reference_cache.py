@@ -20,6 +20,7 @@ from pgdpo_fast.diffusion import DDPM, FlowMatching
 from pgdpo_fast.errors import DataError, NonFiniteError, Preempted
 from pgdpo_fast.reference.build import build_cache
 from pgdpo_fast.reference.cache import Block, Layout, ReferenceCache
+from pgdpo_fast.reference.fingerprint import check_equal
 from pgdpo_fast.reference.rows import FORMATS, gather, pack
 from pgdpo_fast.reference.stream import RowStream
 
@@ -530,3 +531,9 @@ def test_processes_share_the_work_and_take_over_from_the_dead(tmp_path):
     computed = (tmp_path / "log").read_text().splitlines()
     assert len(computed) == len(set(computed))  # no row by two of them
     assert len(computed) >= len(KEYS) - 6  # the doomed one made three forwards at most
+
+
+def test_a_setting_that_came_later_and_is_unset_keeps_an_older_cache_valid():
+    check_equal("cache", {"model.fps": 24.0}, {"model.fps": 24.0, "model.guidance": None}, "remedy")
+    with pytest.raises(DataError, match="model.guidance was None, is now 5.0; remedy"):
+        check_equal("cache", {"model.fps": 24.0}, {"model.fps": 24.0, "model.guidance": 5.0}, "remedy")

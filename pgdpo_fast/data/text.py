@@ -189,9 +189,8 @@ class _TextModel:
             "masked": rule.masked,
             "padding": "kept" if rule.kept else "zeros",
             "output": "pooled" if rule.pooled else "last" if rule.layer is None else rule.layer,
-            "template": rule.template,
+            "prepare": rule.prepare and [rule.prepare.__name__, rule.prepare("")],
             "crop": rule.crop,
-            "clean": rule.clean and rule.clean.__name__,
             "weights_sha256": weights_digest(model),
             "vocabulary_sha256": hashlib.sha256(vocabulary).hexdigest(),
         }
@@ -214,7 +213,7 @@ class _TextModel:
         return hidden[0, rows].float().cpu()
 
     def _text(self, prompt: str) -> str:
-        return self.rule.template.format(self.rule.clean(prompt) if self.rule.clean else prompt)
+        return self.rule.prepare(prompt) if self.rule.prepare else prompt
 
     def _tokens(self, prompt: str):
         return self.tokenizer(

@@ -130,6 +130,11 @@ class ModelAdapter:
                 problems.append(f"{name} width {conditioning[name][-1]}, expected {width}")
         return problems
 
+    def check_patches(self, shape: Sequence[int], patch: Sequence[int]) -> list[str]:
+        """Which of (F, H, W) of the latents are no multiple of the network's patch (frames, height, width)."""
+        sizes = zip(("frames", "height", "width"), shape[1:], patch, strict=True)
+        return [f"latent {name} {size}, expected a multiple of {step}" for name, size, step in sizes if size % step]
+
     def widths(self, model: nn.Module) -> dict[str, int]:
         """Width of everything the network takes from a store, by name."""
         raise NotImplementedError

@@ -58,11 +58,7 @@ class CogVideoX(ModelAdapter):
             problems.append("an image-to-video network, expected text-to-video")
         if self.text_tokens != config.max_text_seq_length:
             problems.append(f"model.text_tokens={self.text_tokens}, expected {config.max_text_seq_length}")
-        steps = (config.patch_size_t or 1, config.patch_size, config.patch_size)
-        for name, size, step in zip(("frames", "height", "width"), shape[1:], steps, strict=True):
-            if size % step:
-                problems.append(f"latent {name} {size}, expected a multiple of {step}")
-        return problems
+        return problems + self.check_patches(shape, (config.patch_size_t or 1, config.patch_size, config.patch_size))
 
 
 class _Grid(tuple):

@@ -66,7 +66,13 @@ class ModelConfig:
         None, "length the text is zero-padded to; unset means the family's", minimum=1, decides="reference"
     )
     fps: float = setting(
-        24.0, "frame rate the network is told, for families that take one (videocrafter2)", above=0, decides="reference"
+        24.0, "frame rate the network is told, for families that take one", above=0, decides="reference"
+    )
+    guidance: float | None = setting(
+        None,
+        "guidance scale the network is told, for families that take one; unset means the family's",
+        above=0,
+        decides="reference",
     )
     gradient_checkpointing: bool = setting(
         False, "recompute activations in the backward: less memory, about 30% more time", decides="nothing"

@@ -31,7 +31,7 @@ def _normalisation(vae) -> Normalisation:
 class Wan(ModelAdapter):
     family = "wan"
     latents = LatentRule("AutoencoderKLWan", _geometry, _normalisation, channels="z_dim")
-    text = (TextRule("UMT5EncoderModel", 512, masked=True, clean=clean_prompt),)
+    text = (TextRule("UMT5EncoderModel", 512, masked=True, prepare=clean_prompt),)
     clip = ClipSize(frames=81, height=480, width=832, fps=16.0)
     default_process = {"name": "wan"}
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
@@ -55,10 +55,9 @@ class Wan(ModelAdapter):
 
     def check_store(self, model, shape, conditioning):
         problems, patch = super().check_store(model, shape, conditioning), model.config.patch_size
+        problems += self.check_patches(shape, patch)  # the network would crop a remainder without a word: 5 rows to 4
         for name, size, step in zip(("frames", "height", "width"), shape[1:], patch, strict=True):
-            if size % step:  # the network would crop the remainder without a word: 5 rows in, 4 out
-                problems.append(f"latent {name} {size}, expected a multiple of {step}")
-            elif size // step > model.config.rope_max_seq_len:
+            if size // step > model.config.rope_max_seq_len:
                 problems.append(
                     f"latent {name} {size}, the network's positions end at {model.config.rope_max_seq_len * step}"
                 )
