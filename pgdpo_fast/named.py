@@ -117,7 +117,8 @@ class Registry(Generic[T]):
         if not isinstance(found, type) or not issubclass(found, self.base) or found is self.base:
             raise ConfigError(f"{given}: expected a subclass of {self.base.__module__}.{self.base.__qualname__}")
         if "__annotations__" in vars(found) and "__dataclass_params__" not in vars(found):
-            raise ConfigError(f"{given}: its settings are the fields of a dataclass; put @dataclass(frozen=True) on it")
+            decorator = "dataclass(frozen=True)" if self.base.__dataclass_params__.frozen else "dataclass"  # type: ignore[attr-defined]
+            raise ConfigError(f"{given}: its settings are the fields of a dataclass; put @{decorator} on it")
         return found
 
     def _build(self, settings: Any, where: str, problems: list[str]) -> T | None:

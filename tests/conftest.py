@@ -103,7 +103,7 @@ def tiny_config(tiny_store, tmp_path):
             "output": {"dir": str(tmp_path / run), "tensorboard": False},
         }
         for name, values in sections.items():
-            base[name] = values if name in ("process", "objective") else {**base[name], **values}
+            base[name] = values if name in ("process", "objective", "callbacks") else {**base[name], **values}
         return TrainConfig.from_mapping(base)
 
     return make

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import pgdpo_fast as pf
-from pgdpo_fast.analysis.displacement import AdvantageProbe, one_step_advantage, outcome
+from pgdpo_fast.analysis.displacement import one_step_advantage, outcome
 from pgdpo_fast.analysis.report import Clip, ClipRow, render_report, sentence
 from pgdpo_fast.analysis.runs import read_rows, read_runs
 from pgdpo_fast.analysis.sampling import sample, sampling_times
@@ -21,6 +21,7 @@ from pgdpo_fast.data.video import read_video
 from pgdpo_fast.diffusion import DDPM, FlowMatching
 from pgdpo_fast.errors import ConfigError, DataError
 from pgdpo_fast.metrics import timestep_bins
+from pgdpo_fast.training.callbacks import AdvantageProbe
 from pgdpo_fast.training.trainer import train
 
 # -- the one-step advantage
@@ -87,7 +88,7 @@ def test_weights_too_coarse_for_a_small_step_are_refused():
 
 def test_the_probe_leaves_the_run_bit_for_bit_as_it_was(tiny_config):
     plain = train(tiny_config("plain"), display="none")
-    probed = train(tiny_config("probed"), display="none", hooks=[AdvantageProbe()])
+    probed = train(tiny_config("probed"), display="none", callbacks=[AdvantageProbe()])
     losses = [[row["loss"] for row in read_rows(run.run_dir / "metrics.jsonl")] for run in (plain, probed)]
     assert losses[0] == losses[1]
     rows = read_rows(probed.run_dir / "displacement.jsonl")
@@ -98,8 +99,8 @@ def test_the_probe_leaves_the_run_bit_for_bit_as_it_was(tiny_config):
 
 
 def test_a_resumed_run_rewrites_the_probes_it_makes_again(tiny_config):
-    train(tiny_config(), display="none", hooks=[AdvantageProbe()])
-    result = train(tiny_config(training={"steps": 6}), display="none", hooks=[AdvantageProbe()])
+    train(tiny_config(), display="none", callbacks=[AdvantageProbe()])
+    result = train(tiny_config(training={"steps": 6}), display="none", callbacks=[AdvantageProbe()])
     assert [row["step"] for row in read_rows(result.run_dir / "displacement.jsonl")] == [0, 2, 4, 6]
 
 

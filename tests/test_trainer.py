@@ -145,7 +145,7 @@ def test_sigterm_during_an_evaluation_saves_and_the_evaluation_is_made_up_for(ti
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Preempted, match="--resume auto"):
-        train(config, display="none", hooks=[stop])
+        train(config, display="none", callbacks=[stop])
     assert [row["step"] for row in rows(whole.run_dir.with_name("stopped"))] == [1, 2]
     assert_same_run(train(config, display="none"), whole)
 

@@ -7,7 +7,6 @@ same parameters, batch and learning rate would; below zero, the objective displa
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -17,17 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pgdpo_fast.analysis.runs import RunRecord, finite, read_rows
+from pgdpo_fast.analysis.runs import RunRecord, finite
 from pgdpo_fast.analysis.verdict import Verdict, judge
 from pgdpo_fast.errors import ConfigError
 from pgdpo_fast.loss import paired_errors, preference_loss
 from pgdpo_fast.metrics import ACCURACIES, CHOSEN, MARGINS, REJECTED
-from pgdpo_fast.objectives import DPO, Objective
-from pgdpo_fast.storage import atomic_file
+from pgdpo_fast.objectives import Objective
 
-__all__ = ["AdvantageProbe", "Outcome", "OneStepAdvantage", "one_step_advantage", "outcome"]
+__all__ = ["FILE", "Outcome", "OneStepAdvantage", "one_step_advantage", "outcome"]
 
-FILE = "displacement.jsonl"
+FILE = "displacement.jsonl"  # of a run directory, one row per probed step
 
 
 @dataclass(frozen=True)
@@ -133,56 +131,6 @@ def _log_likelihood(prediction: Tensor, target: Any, backend: str) -> Tensor:
 
 def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     return math.fsum(float((x.double() * y.double()).sum()) for x, y in zip(a, b, strict=True))
-
-
-class AdvantageProbe:
-    """A trainer hook that measures the one-step advantage over DPO at every evaluation and writes `displacement.jsonl`.
-
-    It uses the pairs of the coming step, DPO with the objective's own beta, and the run's learning rate. A resumed run
-    rewrites the rows it makes again.
-    """
-
-    def __init__(self, baseline: DPO | None = None):
-        self.baseline = baseline
-
-    def __call__(self, step: int, run: Any) -> None:
-        draws, tensors = run.read(step)[0]
-        batch = run.stage.noise(draws, tensors)
-        reference = run.reference(batch)
-        trained = [parameter for parameter in run.policy.parameters() if parameter.requires_grad]
-        baseline = self.baseline or DPO(beta=getattr(run.objective, "beta", 100.0))
-
-        def predict() -> Tensor:
-            return run.adapter.predict(run.policy, batch)
-
-        rate = run.optimizer.learning_rate(step)
-        found = one_step_advantage(
-            predict,
-            trained,
-            batch.target,
-            reference,
-            baseline=baseline,
-            learning_rate=rate,
-            pair_weight=batch.weight,
-            exact=all(parameter.dtype == torch.float32 for parameter in trained),
-            **run.loss_options(batch),
-        )
-        path = run.root / FILE
-        rows = [row for row in (read_rows(path) if path.exists() else []) if row["step"] < step]
-        rows.append(
-            {
-                "step": step,
-                "ids": [draw.id for draw in draws],
-                "learning_rate": rate,
-                "baseline_beta": baseline.beta,
-                "advantage": found.first_order if found.exact is None else found.exact,
-                "first_order": found.first_order,
-                "objective_change": found.objective_change,
-                "baseline_change": found.baseline_change,
-            }
-        )
-        with atomic_file(path) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 @dataclass(frozen=True)

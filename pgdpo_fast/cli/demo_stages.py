@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from pgdpo_fast.analysis.displacement import AdvantageProbe
 from pgdpo_fast.analysis.report import Clip, ClipRow, Report, render_report
 from pgdpo_fast.analysis.sampling import sample
 from pgdpo_fast.data.codec import PixelUnshuffleCodec
@@ -346,6 +345,7 @@ def _config(plan: Plan, store: LatentStore, base: Path, out: Path, objective: di
             },
             "process": PROCESS,
             "objective": objective,
+            "callbacks": [] if objective["name"] == "dpo" else [{"name": "advantage"}],
             "training": {
                 "steps": plan.steps,
                 "pairs_per_step": plan.pairs_per_step,
@@ -373,8 +373,7 @@ def _ask_reference(config: TrainConfig, update: Update) -> ReferenceCache:
 
 
 def _fine_tune(config: TrainConfig, update: Update) -> Path:
-    hooks = [] if config.objective["name"] == "dpo" else [AdvantageProbe()]
-    result = train(config, display=_Display(update), hooks=hooks)
+    result = train(config, display=_Display(update))
     update(1.0, "")
     return result.checkpoint
 

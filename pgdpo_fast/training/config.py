@@ -20,6 +20,7 @@ from pgdpo_fast.models import adapter_class
 from pgdpo_fast.models.config import ModelConfig
 from pgdpo_fast.objectives import REGISTRY
 from pgdpo_fast.options import close_to, convert, setting, type_name, wrong
+from pgdpo_fast.training.callbacks import CALLBACKS, Callback
 
 __all__ = ["DataConfig", "OutputConfig", "TrainConfig", "TrainingConfig", "describe_settings", "load_config"]
 
@@ -103,6 +104,9 @@ class TrainConfig:
     objective: dict[str, Any] = setting(
         {"name": "pgdpo"}, "objective: a name and its hyper-parameters", decides="numbers"
     )
+    callbacks: tuple[dict[str, Any], ...] = setting(
+        (), "what a run does beside training: mappings with a name and that callback's settings", decides="nothing"
+    )
     training: TrainingConfig = field(default_factory=TrainingConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
@@ -168,6 +172,10 @@ class TrainConfig:
         """The objective."""
         return REGISTRY.build(self.objective, "objective")
 
+    def build_callbacks(self) -> list[Callback]:
+        """The callbacks, in the order they are called."""
+        return [CALLBACKS.build(given, f"callbacks[{place}]") for place, given in enumerate(self.callbacks)]
+
     @property
     def reference_mode(self) -> str:
         """`model.reference` with "auto" resolved to the cheapest: cached, else adapter-off, else copy."""
@@ -213,6 +221,8 @@ class TrainConfig:
                     f"with {expected}, this is {type(process).__name__}"
                 )
         problems += REGISTRY.problems(self.objective, "objective")
+        for place, given in enumerate(self.callbacks):
+            problems += CALLBACKS.problems(given, f"callbacks[{place}]")
         return problems
 
 
@@ -247,11 +257,15 @@ def describe_settings() -> str:
             if dataclasses.is_dataclass(hints[item.name]):
                 section(hints[item.name], f"{prefix}{item.name}.")
             elif "help" in item.metadata:
-                default = item.default if item.default is not dataclasses.MISSING else item.default_factory()
+                default = _default(item)
                 shown = "" if default in ("", None) or default == {} or default == () else f" [{_show(default)}]"
                 lines.append(f"  {prefix}{item.name} ({type_name(hints[item.name])}){shown}: {item.metadata['help']}")
 
     section(TrainConfig, "")
+    for key, registry in (("objective", REGISTRY), ("callbacks", CALLBACKS)):
+        for name, named in registry.classes.items():
+            settings = [f"{item.name} [{_show(_default(item))}]" for item in dataclasses.fields(named)]
+            lines.append(f"  {key} {name}: {', '.join(settings) or 'no settings'}")
     return "\n".join(lines)
 
 
@@ -320,6 +334,7 @@ def _resolve(layers: Sequence[tuple[Mapping, str]], where: str, problems: Sequen
         config,
         process=_with_defaults(config.process, config.build_process()),
         objective=REGISTRY.describe(config.build_objective()),
+        callbacks=tuple(map(CALLBACKS.describe, config.build_callbacks())),
     )
     return dataclasses.replace(config, origins={key: origins.get(key, "default") for key in config.flat()})
 
@@ -422,6 +437,10 @@ def _suggest(dotted: str) -> str:
         near = close_to(last, [key.rsplit(".", 1)[-1] for key in _KEYS])
         close = [key for key in _KEYS if key.rsplit(".", 1)[-1] == near]
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def _default(item: dataclasses.Field) -> Any:
+    return item.default if item.default is not dataclasses.MISSING else item.default_factory()
 
 
 def _show(value: Any) -> str:

@@ -27,6 +27,7 @@ from pgdpo_fast.storage import atomic_file
 from pgdpo_fast.training import checkpoint
 from pgdpo_fast.training.batches import Batch, Draw, HostBatch, PairOrder, Stage, hold_out
 from pgdpo_fast.training.cached_reference import CachedReference
+from pgdpo_fast.training.callbacks import CALLBACKS
 from pgdpo_fast.training.config import TrainConfig
 from pgdpo_fast.training.network import open_network
 from pgdpo_fast.training.optimizer import MasterAdamW
@@ -57,7 +58,9 @@ class Run:
     health: PreferenceHealth
     metrics: MetricsFile
     evaluations: MetricsFile
+    callbacks: list[Callable[[int, Run], None]]
     tensorboard: TensorBoard | None = None
+    stopping: Callable[[], bool] = lambda: False
     resumed_from: Path | None = None
     last_evaluation: Mapping[str, Any] | None = None
     reference_cache: dict[int, ReferenceErrors] = field(default_factory=dict)
@@ -115,6 +118,7 @@ class Run:
             health=PreferenceHealth(getattr(objective, "beta", None)),
             metrics=MetricsFile(root / "metrics.jsonl"),
             evaluations=MetricsFile(root / "evaluation.jsonl"),
+            callbacks=config.build_callbacks(),
         )
 
     # -- going on
@@ -158,7 +162,10 @@ class Run:
         self.tensorboard = TensorBoard(self.root / "tensorboard", self.config.output.tensorboard, purge_step=step + 1)
         with atomic_file(self.root / "config.yaml") as temporary:
             temporary.write_text(self.config.to_yaml(), encoding="utf-8")
-        sources = REGISTRY.sources(self.objective)  # code named in the configuration is no package with a version
+        # code named in the configuration is no package with a version
+        sources = REGISTRY.sources(self.objective)
+        for callback in self.config.build_callbacks():
+            sources |= CALLBACKS.sources(callback)
         with atomic_file(self.root / "environment.json") as temporary:
             temporary.write_text(
                 json.dumps(_environment(self.device) | {"sources": sources}, indent=1), encoding="utf-8"

@@ -26,13 +26,12 @@ from pgdpo_fast.metrics import ACCURACIES, CHOSEN, MARGINS, MEANS, REJECTED, tim
 from pgdpo_fast.preemption import sigterm_watch
 from pgdpo_fast.storage import exclusive_lock
 from pgdpo_fast.training import checkpoint, measure
+from pgdpo_fast.training.callbacks import Callback
 from pgdpo_fast.training.config import TrainConfig
 from pgdpo_fast.training.run import Run
 from pgdpo_fast.training.telemetry import Display, RunLog, open_display
 
-__all__ = ["Hook", "RunResult", "train"]
-
-Hook = Callable[[int, Run], None]
+__all__ = ["RunResult", "train"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def train(
     *,
     resume: str | Path | None = "auto",
     display: str | Display = "auto",
-    hooks: Sequence[Hook] = (),
+    callbacks: Sequence[Callback | Callable[[int, Run], None]] = (),
 ) -> RunResult:
     """Train, or go on training, into `config.output.dir`.
 
@@ -65,7 +64,8 @@ def train(
         resume: "auto" (or None) continues the newest whole checkpoint of the run directory if there is one; a path
             continues that checkpoint; "never" wants a run directory without a run.
         display: "auto", "live", "plain", "none" or a `Display`.
-        hooks: called as hook(step, run) whenever an evaluation is due, to sample from `run.policy` and the like.
+        callbacks: more of them than `config.callbacks` names; a function is called as function(step, run) with every
+            evaluation.
 
     Raises:
         ConfigError: settings that do not fit each other, the store or the checkpoint.
@@ -85,9 +85,14 @@ def train(
 
         try:
             run = Run.assemble(config, note)
+            run.stopping = stopping
+            run.callbacks += callbacks
             start = run.resume(resume or "auto")
             run.announce(start)
-            return _loop(run, start, shown, stopping, hooks)
+            for callback in run.callbacks:
+                if isinstance(callback, Callback):
+                    callback.start(run)
+            return _loop(run, start, shown)
         except BaseException as error:
             with suppress(OSError):  # the disk may be what failed
                 log.write(traceback.format_exc())
@@ -100,16 +105,16 @@ def train(
             shown.close()
 
 
-def _loop(run: Run, start: int, display: Display, stopping: Callable[[], bool], hooks: Sequence[Hook]) -> RunResult:
+def _loop(run: Run, start: int, display: Display) -> RunResult:
     options, last = run.config.training, run.config.training.steps
     # a checkpoint of another run directory does not count as this run's own
     saved = run.resumed_from
     if saved and saved.parent.resolve() != run.checkpoints.resolve():
         saved = None
-    _evaluate(run, start, stopping, hooks)
+    _look(run, start)
     with closing(_read_ahead(run, start, last)) as steps:
         for step, micro_batches, waited in steps:
-            if stopping():
+            if run.stopping():
                 _preempt(run, step, saved)
             began = time.perf_counter()
             run.optimizer.zero_grad()
@@ -140,10 +145,10 @@ def _loop(run: Run, start: int, display: Display, stopping: Callable[[], bool], 
                 run.note(
                     checkpoint.rehearse(run.checkpoints, done, run.adapter, run.policy, run.optimizer, run.identity)
                 )
-            _evaluate(run, done, stopping, hooks)
+            _look(run, done)
             if done % options.checkpoint_every == 0 or done == last:
                 saved = run.save(done)
-    if stopping():  # it may have cut the last evaluation short
+    if run.stopping():  # it may have cut the last evaluation short
         _preempt(run, last, saved)
     saved = saved or run.save(last)
     run.tensorboard.close()
@@ -152,19 +157,32 @@ def _loop(run: Run, start: int, display: Display, stopping: Callable[[], bool], 
 
 
 @torch.no_grad()
-def _evaluate(run: Run, step: int, stopping: Callable[[], bool], hooks: Sequence[Hook]) -> None:
-    """Measure the held-out pairs at their fixed draws, if it is time and not done before.
+def _look(run: Run, step: int) -> None:
+    """Evaluate and call back, where it is time."""
+    evaluated = _evaluate(run, step)
+    for callback in run.callbacks:
+        every = getattr(callback, "every", 0)
+        if evaluated if not every else _is_due(run, step, every) and not run.stopping():
+            callback(step, run)
+
+
+def _is_due(run: Run, step: int, every: int) -> bool:
+    return step % every == 0 or step == run.config.training.steps
+
+
+def _evaluate(run: Run, step: int) -> bool:
+    """Measure the held-out pairs at their fixed draws and return True, if it is time and not done before.
 
     SIGTERM cuts it short, without a row; the resumed run then makes up for it.
     """
-    due = step % run.config.training.evaluation_every == 0 or step == run.config.training.steps
-    if not due or (run.last_evaluation is not None and run.last_evaluation["step"] == step):
-        return
+    done = run.last_evaluation is not None and run.last_evaluation["step"] == step
+    if done or not _is_due(run, step, run.config.training.evaluation_every):
+        return False
     size = run.config.training.pairs_per_step // run.config.training.accumulation
     measured = []
     for place in range(0, len(run.held_out), size):
-        if stopping():
-            return
+        if run.stopping():
+            return False
         draws = run.held_out[place : place + size]
         batch = run.evaluation_stage.noise(draws, run.evaluation_stage.read(draws))
         reference = run.reference_cache.get(place)
@@ -189,8 +207,7 @@ def _evaluate(run: Run, step: int, stopping: Callable[[], bool], hooks: Sequence
         run.tensorboard.write(row, "evaluation")
         rewards = ", ".join(f"{name.rpartition('/')[2]} {row[name]:+.2e}" for name in (MARGINS, CHOSEN, REJECTED))
         run.note(f"evaluation at step {step}: accuracy {row[ACCURACIES]:.2f}, {rewards}")
-    for hook in hooks:
-        hook(step, run)
+    return True
 
 
 def _by_timestep(row: Mapping[str, Any]) -> list[dict[str, Any]]:
