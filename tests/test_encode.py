@@ -752,6 +752,36 @@ def test_the_command_encodes_shows_what_was_dropped_and_where_the_store_is(fault
     assert "--model" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [("--criterion", "TA"), ("--model", "somewhere"), ("--revision", "main"), ("--vae-dtype", "bf16"),
+     ("--vae-mode", "sample"), ("--text-dtype", "fp32"), ("--text-dim", 10**8), ("--fps", 1e9), ("--frames", 10**9),
+     ("--max-clip-frames", 0), ("--max-dropped", 2)],
+    ids=str,
+)  # fmt: skip
+def test_flags_that_do_not_apply_or_ask_for_too_much_are_errors(manifest, tmp_path, capsys, flags):
+    small = ("--codec", "pixel-unshuffle", "--frames", 3, "--height", 16, "--width", 16)
+    arguments = dict(zip(small[::2], small[1::2], strict=True)) | {flags[0]: flags[1]}
+    given = [part for item in arguments.items() for part in item]
+    assert run("-m", manifest.path, "-o", tmp_path / "s", *given) == 2
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1].startswith("error: ") and not (tmp_path / "s/store.json").exists()
+
+
+def test_text_from_outside_is_shown_and_not_obeyed(manifest, tmp_path, capsys):
+    shutil.copytree(manifest.path.parent, tmp_path / "m")
+    rows = [json.loads(line) for line in manifest.path.read_text().splitlines()]
+    rows[0] |= {"id": "[/red]\x1b[31m", "chosen": "x[/v2].mp4"}
+    (tmp_path / "m/x[").mkdir()
+    (tmp_path / "m/x[/v2].mp4").write_text("no video")
+    (tmp_path / "m/manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run("-m", tmp_path / "m/manifest.jsonl", "-o", tmp_path / "s", "--codec", "pixel-unshuffle", "--frames", 3,
+               "--height", 16, "--width", 16, "--fps", 0, "--max-dropped", 0.2) == 0  # fmt: skip
+    out, err = capsys.readouterr()
+    assert "\x1b" not in out + err and "pair [/red]\\x1b[31m: chosen clip unusable" in err
+    assert "/v2].mp4" in out and "x[/v2].mp4" in err
+
+
 def test_the_command_encodes_with_a_model_folder(manifest, text_models, vaes, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(vaes["wan"][0], model)

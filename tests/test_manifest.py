@@ -9,6 +9,7 @@ import pytest
 
 from pgdpo_fast.data.manifest import read_manifest, used_dropped_table, write_manifest
 from pgdpo_fast.errors import ConfigError, DataError
+from pgdpo_fast.printable import printable
 
 
 @pytest.fixture
@@ -16,6 +17,7 @@ def folder(tmp_path):
     for name in ("a", "b", "c", "d"):
         (tmp_path / f"{name}.mp4").write_bytes(name.encode())
     (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "same as a.mp4").write_bytes(b"a")
     return tmp_path
 
 
@@ -75,10 +77,21 @@ def test_three_file_formats_give_the_same_pairs(folder, write):
         ({"weight": float("nan")}, "weight is not a finite number"),
         ({"weight": -1}, "weight is negative"),
         ({"first_frame": "nowhere.png"}, "first_frame file missing"),
+        ({"rejected": "same as a.mp4"}, "chosen and rejected hold the same bytes"),
+        ({"chosen": "x" * 5000}, "chosen file missing"),
+        ({"chosen": "a\0b.mp4"}, "chosen file missing"),
+        ({"chosen": "/".join(["d"] * 4000)}, "chosen file missing"),
+        ({"prompt": "\ud800 cat"}, "prompt holds half a character"),
+        ({"id": "\udfff"}, "id holds half a character"),
+        ({"chosen": "\ud83d.mp4"}, "chosen holds half a character"),
+        ({"id": 1.5}, "id is not text or a whole number"),
+        ({"id": {"a": 1}}, "id is not text or a whole number"),
+        ({"weight": 10**400}, "weight is not a finite number"),
+        ({"chosen_score": 10**400, "rejected_score": 0}, "chosen_score is not a finite number"),
     ],
 )
 def test_a_faulty_row_is_dropped_with_its_reason_and_place(folder, change, reason):
-    path = jsonl(folder, row(), row(id="two", **change))
+    path = jsonl(folder, row(), {**row(id="two"), **change})
     manifest = read_manifest(path)
     assert [pair.id for pair in manifest.pairs] == ["one"]
     assert [(item.where, item.reason) for item in manifest.dropped] == [("pairs.jsonl:2", reason)]
@@ -132,6 +145,16 @@ def test_a_missing_id_is_a_hash_that_survives_moving_the_data(folder, tmp_path_f
         ("m.jsonl", b"", "no rows"),
         ("m.jsonl", b"\xff\xfe\x00", "not UTF-8"),
         ("m.csv", b"prompt,chosen,rejected\na,b,c,d\n", "m.csv:2: more values"),
+        ("m.csv", b"prompt,chosen,rejected\na,b\n", "m.csv:2: fewer values (2) than the header has columns (3)"),
+        ("m.csv", b"prompt,chosen,rejected,chosen\na,b,c,d\n", "column 'chosen' is given twice"),
+        ("m.csv", b"prompt;chosen;rejected\na;b;c\n", "separated by semicolons"),
+        ("m.csv", b"prompt\tchosen\trejected\na\tb\tc\n", "separated by tabs"),
+        ("m.csv", b"A chosen cat on a mat\nA dog\n", "the first line names no column of a manifest"),
+        ("m.csv", b"prompt\nA cat\nA dog\n", "column(s) chosen, rejected missing, found prompt"),
+        ("m.jsonl", b'{"prompt": "a", "chosen": "a", "chosen": "b"}\n', "key 'chosen' is given twice"),
+        ("m.jsonl", b"[" * 100_000, "m.jsonl:1: not JSON (nested too deeply)"),
+        ("m.jsonl", b'{"weight": 1' + b"0" * 5000 + b"}", "m.jsonl:1: not JSON"),
+        ("pair.json", b"[" * 100_000, "not JSON (nested too deeply)"),
         ("m.parquet", b"PAR1 not really", "not a readable parquet"),
         ("m.yaml", b"a: 1", "suffix .yaml"),
         ("pair.json", b"{", "not JSON"),
@@ -150,6 +173,85 @@ def test_no_usable_row_is_an_error_that_sums_up_the_reasons(folder):
         read_manifest(jsonl(folder, row(chosen="x.mp4"), row(id="two", chosen="y.mp4")))
     with pytest.raises(DataError, match="no such manifest"):
         read_manifest(folder / "other.jsonl")
+
+
+def test_contradicting_rows_are_dropped_both_and_counted(folder):
+    rows = [row(), row(id="two", chosen="c.mp4"), row(id="three", chosen="b.mp4", rejected="a.mp4"),
+            row(id="four", prompt="a dog", chosen="b.mp4", rejected="a.mp4")]  # fmt: skip
+    manifest = read_manifest(jsonl(folder, *rows))
+    assert [pair.id for pair in manifest.pairs] == ["two", "four"]
+    reason = "another row of the prompt prefers the same clips the other way round"
+    assert manifest.summary()["dropped"] == {reason: 2}
+    with pytest.raises(DataError, match="the other way round"):
+        read_manifest(manifest.path, strict=True)
+
+
+def test_weights_that_are_all_zero_are_an_error_and_some_are_noted(folder):
+    with pytest.raises(DataError, match="every pair has weight 0"):
+        read_manifest(jsonl(folder, row(weight=0), row(id="two", chosen="c.mp4", weight=0)))
+    manifest = read_manifest(jsonl(folder, row(weight=0), row(id="two", chosen="c.mp4")))
+    assert manifest.notes == ("1 pair(s) have weight 0 and teach nothing",) and len(manifest) == 2
+
+
+def test_a_parquet_column_given_twice_is_an_error(folder):
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = pyarrow.table([["a"], ["a.mp4"], ["b.mp4"], ["c.mp4"]], names=["prompt", "chosen", "rejected", "chosen"])
+    pyarrow.parquet.write_table(columns, folder / "twice.parquet")
+    with pytest.raises(DataError, match="column 'chosen' is given twice"):
+        read_manifest(folder / "twice.parquet")
+
+
+def test_a_time_stamp_as_an_id_drops_its_row(folder):
+    from datetime import datetime
+
+    manifest = read_manifest(parquet(folder, row(id=datetime(2026, 1, 1)), row(id=None, chosen="c.mp4")))
+    assert len(manifest) == 1 and manifest.dropped[0].reason == "id is not text or a whole number"
+
+
+def test_a_criterion_is_refused_where_there_are_no_labels(folder):
+    with pytest.raises(ConfigError, match="criterion='TA': only a VideoAlign table.*pairs.jsonl is plain"):
+        read_manifest(jsonl(folder, row()), criterion="TA")
+
+
+def test_clips_start_at_a_root_when_one_is_given(folder, tmp_path_factory, monkeypatch):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    lines = jsonl(folder, row()).read_text()
+    (elsewhere / "pairs.jsonl").write_text(lines)
+    with pytest.raises(DataError, match="chosen file missing"):
+        read_manifest(elsewhere / "pairs.jsonl")
+    assert read_manifest(elsewhere / "pairs.jsonl", root=folder).pairs == read_manifest(folder / "pairs.jsonl").pairs
+    with pytest.raises(ConfigError, match="root=.*no such folder"):
+        read_manifest(elsewhere / "pairs.jsonl", root=folder / "nowhere")
+    monkeypatch.setenv("HOME", str(folder))
+    assert read_manifest("~/pairs.jsonl", root="~").pairs[0].chosen == folder / "a.mp4"
+    assert read_manifest(jsonl(folder, row(chosen="~/c.mp4"))).pairs[0].chosen == folder / "c.mp4"
+
+
+def test_the_table_shows_text_from_outside_as_it_is_and_harmless(folder):
+    from rich.console import Console
+
+    names = ["x[/v2].mp4", "[bold]b.mp4", "\x1b[31mred.mp4", "\u202egpm.mp4"]
+    manifest = read_manifest(jsonl(folder, row(), *(row(id=name, chosen=name) for name in names)))
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))
+    console.print(used_dropped_table(manifest, examples=9))
+    text = console.export_text()
+    assert "x[/v2].mp4" in text and "[bold]b.mp4" in text and r"\x1b[31mred.mp4" in text and r"\u202egpm.mp4" in text
+    assert "\x1b" not in text and "\u202e" not in text
+
+
+def test_any_script_and_emoji_are_ordinary_text(folder):
+    prompts = ["一只猫在草地上跑", "قطة تجري على العشب", "ねこ 👩‍👩‍👧‍👦 🇺🇳", "кошка ȩ́", "𝕮𝖆𝖙"]
+    rows = [row(id=prompt, prompt=prompt) for prompt in prompts]
+    pairs = read_manifest(jsonl(folder, *rows)).pairs
+    assert [(pair.id, pair.prompt) for pair in pairs] == [(prompt, prompt) for prompt in prompts]
+    assert [printable(prompt) for prompt in prompts] == prompts
+
+
+def test_long_text_is_shown_by_both_ends():
+    shown = printable("a" * 5000 + "b")
+    assert len(shown) <= 1000 and shown.startswith("aaa") and shown.endswith("aab") and "[…" in shown
 
 
 def videoalign(folder, *labels, name="pairs.csv"):
@@ -200,7 +302,7 @@ def test_videodpo_pairs_index_the_clips_and_old_paths_are_found_by_their_ends(fo
     clips = []
     for number in range(2):
         for side, score in (("winvideos", 0.9), ("losevideos", 0.4)):
-            (folder / side / f"{number:06d}.mp4").write_bytes(b"x")
+            (folder / side / f"{number:06d}.mp4").write_bytes(side.encode())
             base = "/home/author/vidpro" if number else "."
             basic = {"clip_path": f"{base}/{side}/{number:06d}.mp4", "score": score, "clip_duration": 1.6}
             clips.append({"basic": basic, "misc": {"frame_caption": ["unused"]}})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from pgdpo_fast.data.limits import LIMITS, VideoLimits
+from pgdpo_fast.errors import ConfigError
 from pgdpo_fast.families import FAMILIES, ClipSize
 
 PIXELS, WORDS = "pixel-unshuffle", "hash"  # codec and text encoder without weights
@@ -56,24 +58,26 @@ class Encode:
     """A clip with too few frames: drop the pair ("error"), or repeat the last frame ("pad")."""
     format: Literal["plain", "videoalign", "videodpo"] | None = None
     """Manifest layout, when the columns should not decide."""
-    criterion: Literal["majority", "VQ", "MQ", "TA", "Overall"] = "majority"
-    """VideoAlign: the label that decides, or the majority of VQ, MQ and TA. Ties are dropped."""
+    root: Path | None = None
+    """Folder that relative clip paths start at; unset: the manifest's."""
+    criterion: Literal["majority", "VQ", "MQ", "TA", "Overall"] | None = None
+    """VideoAlign: the label that decides, or (unset) the majority of VQ, MQ and TA. Ties are dropped."""
     dtype: Dtype = "fp32"
     """Precision of the stored latents and embeddings."""
-    vae_dtype: Dtype = "fp32"
-    """Precision the VAE runs in. bf16 halves time and memory and changes the latents slightly."""
-    text_dtype: Dtype = "bf16"
-    """Precision the text encoder runs in, as in the diffusers pipelines."""
-    vae_mode: Literal["mode", "sample"] = "mode"
-    """Latent of a clip: the posterior's mean, or one draw from it seeded by the clip itself."""
+    vae_dtype: Dtype | None = None
+    """Precision the VAE runs in; unset: fp32. bf16 halves time and memory and changes the latents slightly."""
+    text_dtype: Dtype | None = None
+    """Precision the text encoder runs in; unset: bf16, as in the diffusers pipelines."""
+    vae_mode: Literal["mode", "sample"] | None = None
+    """Latent of a clip: the posterior's mean (unset: mode), or one draw from it seeded by the clip itself."""
     device: str = "auto"
     """Device for VAE and text encoder: auto, cpu, cuda or cuda:N."""
-    spatial: int = 4
-    """pixel-unshuffle: pixels per latent side."""
-    temporal: int = 1
-    """pixel-unshuffle: frames per latent frame (F = temporal*k + 1)."""
-    text_dim: int = 32
-    """hash: length of a word's vector."""
+    spatial: int | None = None
+    """pixel-unshuffle: pixels per latent side; unset: 4."""
+    temporal: int | None = None
+    """pixel-unshuffle: frames per latent frame (F = temporal*k + 1); unset: 1."""
+    text_dim: int | None = None
+    """hash: length of a word's vector; unset: 32."""
     strict: bool = False
     """Stop at the first pair that cannot be used, instead of dropping it with its reason."""
     max_dropped: float = 0.1
@@ -96,7 +100,6 @@ class Encode:
         from pgdpo_fast.data.encode import DROPPED_FILE, encode_manifest
         from pgdpo_fast.data.manifest import Manifest, read_manifest, used_dropped_table
         from pgdpo_fast.devices import select_device, select_dtype
-        from pgdpo_fast.errors import ConfigError
         from pgdpo_fast.models import adapter_class
         from pgdpo_fast.printable import printable
         from pgdpo_fast.storage import describe_bytes
@@ -104,8 +107,17 @@ class Encode:
         console = Console(stderr=True)
         select_device(self.device, "--device")
         for key in ("dtype", "vae_dtype", "text_dtype"):
-            select_dtype(getattr(self, key), f"--{key.replace('_', '-')}")
+            if (value := getattr(self, key)) is not None:
+                select_dtype(value, f"--{key.replace('_', '-')}")
         text_name = self.text or (WORDS if self.codec == PIXELS else self.codec)
+        pixels, words = self.codec == PIXELS, text_name == WORDS
+        chosen = {
+            **self._flags(pixels, f"--codec {PIXELS}", spatial=4, temporal=1),
+            **self._flags(not pixels, "a codec with weights", vae_dtype="fp32", vae_mode="mode"),
+            **self._flags(words, f"--text {WORDS}", text_dim=32),
+            **self._flags(not words, "a text encoder with weights", text_dtype="bf16"),
+            **self._flags(not (pixels and words), "a codec or text encoder with weights", model=None, revision=None),
+        }
         if self.model is None and (self.codec != PIXELS or text_name != WORDS):
             raise ConfigError(
                 f"codec {self.codec!r} with text {text_name!r} needs --model, the folder or hub id of a "
@@ -114,7 +126,9 @@ class Encode:
         usual = SMALL if self.codec == PIXELS else adapter_class(self.codec).clip
         given = {key: getattr(self, key) for key in ClipSize._fields}
         clip = usual._replace(**{key: value for key, value in given.items() if value is not None})
-        manifest = read_manifest(self.manifest, format=self.format, criterion=self.criterion, strict=self.strict)
+        manifest = read_manifest(
+            self.manifest, root=self.root, format=self.format, criterion=self.criterion, strict=self.strict
+        )
 
         def tell(line: str) -> None:
             console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
@@ -125,11 +139,11 @@ class Encode:
             tell("note: first_frame is recorded in the index and not encoded")
         rate = f"{clip.fps:g} frames a second" if clip.fps else "the source's frame rate"
         tell(f"note: clips of {clip.frames} frames, {clip.height}x{clip.width}, at {rate}")
-        codec, text = self._codec(), self._text(text_name)
+        codec, text = self._codec(chosen), self._text(text_name, chosen)
         with rows_progress(console, "encoding pairs") as progress:
             store = encode_manifest(
                 manifest,
-                self.output,
+                self.output.expanduser(),
                 codec=codec,
                 text=text,
                 frames=clip.frames,
@@ -160,27 +174,42 @@ class Encode:
             tell(f"dropped rows: {listed}")
         return 0
 
-    def _codec(self):
+    def _flags(self, apply: bool, takers: str, **defaults) -> dict:
+        """These flags as given, or their defaults; ConfigError when one is given that nothing would read."""
+        given = {key: getattr(self, key) for key in defaults if getattr(self, key) is not None}
+        if given and not apply:
+            key = next(iter(given))
+            raise ConfigError(f"--{key.replace('_', '-')} {given[key]}: only {takers} takes it; leave it out")
+        return {**defaults, **given}
+
+    def _codec(self, chosen: dict):
         from pgdpo_fast.data.codec import DiffusersVAECodec, PixelUnshuffleCodec
         from pgdpo_fast.models import adapter_class
 
         if self.codec == PIXELS:
-            return PixelUnshuffleCodec(spatial=self.spatial, temporal=self.temporal)
+            return PixelUnshuffleCodec(spatial=chosen["spatial"], temporal=chosen["temporal"])
         return DiffusersVAECodec(
-            self.model,
+            self._model(),
             adapter_class(self.codec).latents,
             revision=self.revision,
-            dtype=self.vae_dtype,
-            mode=self.vae_mode,
+            dtype=chosen["vae_dtype"],
+            mode=chosen["vae_mode"],
             device=self.device,
         )
 
-    def _text(self, name: str):
+    def _text(self, name: str, chosen: dict):
         from pgdpo_fast.data.text import HashTextEncoder, TransformersTextEncoder
         from pgdpo_fast.models import adapter_class
 
         if name == WORDS:
-            return HashTextEncoder(dim=self.text_dim)
+            return HashTextEncoder(dim=chosen["text_dim"])
         return TransformersTextEncoder(
-            self.model, adapter_class(name).text, revision=self.revision, dtype=self.text_dtype, device=self.device
+            self._model(),
+            adapter_class(name).text,
+            revision=self.revision,
+            dtype=chosen["text_dtype"],
+            device=self.device,
         )
+
+    def _model(self) -> str:
+        return os.path.expanduser(self.model)

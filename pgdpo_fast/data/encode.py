@@ -434,7 +434,7 @@ def _index_row(manifest: Manifest, pair: Pair) -> dict:
     def written(path: Path | None) -> str | None:
         if path is None:
             return None
-        folder = manifest.path.parent
+        folder = manifest.clips_root
         return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
 
     return {

@@ -7,17 +7,19 @@ A row is used or it is dropped with a reason that reaches the user; nothing disa
 from __future__ import annotations
 
 import csv
+import filecmp
 import hashlib
 import json
 import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pgdpo_fast.errors import ConfigError, DataError
 from pgdpo_fast.options import choice, did_you_mean
+from pgdpo_fast.printable import printable
 from pgdpo_fast.storage import atomic_file
 
 __all__ = [
@@ -80,6 +82,12 @@ class Manifest:
     pairs: tuple[Pair, ...]
     dropped: tuple[Dropped, ...] = ()
     notes: tuple[str, ...] = ()
+    root: Path | None = None
+
+    @property
+    def clips_root(self) -> Path:
+        """The folder that relative clip paths start at."""
+        return self.root or self.path.parent
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -95,24 +103,38 @@ class _Drop(Exception):
 
 
 def read_manifest(
-    path: str | os.PathLike, *, format: str | None = None, criterion: str = "majority", strict: bool = False
+    path: str | os.PathLike,
+    *,
+    root: str | os.PathLike | None = None,
+    format: str | None = None,
+    criterion: str | None = None,
+    strict: bool = False,
 ) -> Manifest:
     """Read a manifest and check every row.
 
     `path` is a .jsonl, .csv or .parquet file, VideoDPO's pair.json, or the folder that holds it. Relative clip paths
-    are resolved against the manifest's folder. A row without `id` gets a hash of its content, stable across machines.
+    are resolved against `root`, by default the manifest's folder; "~" is the home folder in all of them. A row without
+    `id` gets a hash of its content, stable across machines.
 
     `format` is detected from the columns unless given: "plain"; "videoalign" (columns path_A, path_B, prompt and the
-    labels VQ, MQ, TA, Overall = A | B | same; `criterion` picks one label, or "majority" of VQ, MQ and TA, in which
-    "same" abstains); "videodpo" (pair.json + metadata.json, video1 preferred).
+    labels VQ, MQ, TA, Overall = A | B | same; `criterion` picks one label, or "majority", the default, of VQ, MQ and
+    TA, in which "same" abstains); "videodpo" (pair.json + metadata.json, video1 preferred).
+
+    Two rows of one prompt that prefer the same two clips the other way round are dropped, both; so is a pair whose two
+    clips have the same bytes.
 
     With `strict`, the first dropped row is a DataError. Raises DataError when the file is missing or malformed, has
-    unknown or missing columns, gives one id to different pairs, or has no usable row; ConfigError on a bad argument.
+    unknown, missing or repeated columns, gives one id to different pairs, or has no usable row or no weight above zero;
+    ConfigError on a bad argument, or `criterion` for a manifest that has none.
     """
     if format is not None:
         choice("format", format, FORMATS)
-    choice("criterion", criterion, CRITERIA)
-    path = Path(path).absolute()
+    if criterion is not None:
+        choice("criterion", criterion, CRITERIA)
+    path = _expanded(path)
+    root = None if root is None else _expanded(root)
+    if root is not None and not root.is_dir():
+        raise ConfigError(f"root={str(root)!r}: no such folder; expected the one that clip paths start at")
     if path.is_dir():
         if not (path / "pair.json").is_file():
             raise DataError(
@@ -120,7 +142,7 @@ def read_manifest(
                 "folder with pair.json and metadata.json"
             )
         path = path / "pair.json"
-    if not path.is_file():
+    if not _is_file(path):
         raise DataError(f"{path}: no such manifest; expected a .jsonl, .csv or .parquet file")
 
     suffix = path.suffix.lower()
@@ -130,7 +152,7 @@ def read_manifest(
                 f"{path}: a .json file can only be VideoDPO's pair.json, and format={format!r} was asked for; "
                 "write plain manifests as .jsonl, .csv or .parquet"
             )
-        format, rows, notes = "videodpo", *_videodpo_rows(path)
+        format, rows, notes = "videodpo", *_videodpo_rows(path, root or path.parent)
     else:
         records = list(_read_records(path, suffix))
         columns = list(dict.fromkeys(name for _, record in records for name in record))
@@ -139,11 +161,16 @@ def read_manifest(
         detected = "videoalign" if set(VIDEOALIGN_COLUMNS[:2]) <= set(columns) else "plain"
         format = format or detected
         if format == "videoalign":
-            rows, notes = _videoalign_rows(path, records, columns, criterion)
+            rows, notes = _videoalign_rows(path, records, columns, criterion or "majority")
         else:
             _check_columns(path, columns)
             rows, notes = records, []
-    manifest = _check_rows(path, format, rows, notes)
+    if criterion is not None and format != "videoalign":
+        raise ConfigError(
+            f"criterion={criterion!r}: only a VideoAlign table has labels to choose from, and {path.name} is {format}; "
+            "leave it out"
+        )
+    manifest = _check_rows(path, root, format, rows, notes)
     if strict and manifest.dropped:
         first = manifest.dropped[0]
         raise DataError(
@@ -156,6 +183,11 @@ def read_manifest(
             f"{path}: none of {len(manifest.dropped)} rows is usable ({reasons}; first: "
             f"{manifest.dropped[0].where} {manifest.dropped[0].detail}); repair the manifest"
         )
+    weightless = sum(pair.weight == 0 for pair in manifest.pairs)
+    if weightless == len(manifest):
+        raise DataError(f"{path}: every pair has weight 0, so nothing would be learnt; give some a weight above zero")
+    if weightless:
+        manifest = replace(manifest, notes=(*manifest.notes, f"{weightless} pair(s) have weight 0 and teach nothing"))
     return manifest
 
 
@@ -205,76 +237,130 @@ def write_dropped(path: Path, dropped: Sequence[Dropped]) -> None:
 def used_dropped_table(manifest: Manifest, examples: int = 3):
     """A rich table of rows used and dropped, by reason, with up to `examples` rows of each reason spelt out."""
     from rich.table import Table
+    from rich.text import Text
 
     summary = manifest.summary()
-    table = Table(
-        title=f"{manifest.path.name}: {summary['used']} of {summary['read']} pairs used", title_justify="left"
-    )
+    name = printable(manifest.path.name)
+    table = Table(title=Text(f"{name}: {summary['used']} of {summary['read']} pairs used"), title_justify="left")
     table.add_column("outcome", no_wrap=True)
     table.add_column("pairs", justify="right")
     table.add_column("for example", overflow="fold")
     table.add_row("used", str(summary["used"]), "")
     for reason, count in sorted(summary["dropped"].items(), key=lambda item: -item[1]):
         rows = [item for item in manifest.dropped if item.reason == reason]
-        lines = [f"{item.where}{f': {item.detail}' if item.detail else ''}" for item in rows[:examples]]
+        lines = [printable(f"{item.where}{f': {item.detail}' if item.detail else ''}") for item in rows[:examples]]
         if count > examples:
             lines.append(f"and {count - examples} more")
-        table.add_row(f"dropped: {reason}", str(count), "\n".join(lines))
+        table.add_row(Text(f"dropped: {reason}"), str(count), Text("\n".join(lines)))
     return table
+
+
+def _expanded(path: str | os.PathLike) -> Path:
+    return Path(os.path.expanduser(path)).absolute()
+
+
+def _is_file(path: Path) -> bool:
+    """Path.is_file, and False too for a name that the file system cannot hold or that may not be looked at."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _json(text: str | bytes):
+    """json.loads, where a key given twice and nesting beyond Python's limit are ValueErrors too."""
+
+    def once(items: list[tuple]) -> dict:
+        if twice := [key for key, count in Counter(key for key, _ in items).items() if count > 1]:
+            raise ValueError(f"key {twice[0]!r} is given twice")
+        return dict(items)
+
+    try:
+        return json.loads(text, object_pairs_hook=once)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def _read_records(path: Path, suffix: str) -> Iterator[tuple[str, dict]]:
     """(where, row) of every row, empty values left out."""
-
-    def present(row: dict) -> dict:
-        return {key: value for key, value in row.items() if value is not None and value != ""}
-
-    if suffix in (".jsonl", ".ndjson"):
-        with open(path, encoding="utf-8-sig") as file:
-            try:
-                for number, line in enumerate(file, 1):
-                    if not line.strip():
-                        continue
-                    try:
-                        row = json.loads(line)
-                    except json.JSONDecodeError as error:
-                        raise DataError(
-                            f"{path}:{number}: not JSON ({error.msg} at column {error.colno}); expected one "
-                            "object per line"
-                        ) from None
-                    if not isinstance(row, dict):
-                        raise DataError(f"{path}:{number}: a {type(row).__name__}; expected one object per line")
-                    yield f"{path.name}:{number}", present(row)
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path}: not UTF-8 text ({error.reason}); save the manifest as UTF-8") from None
-    elif suffix == ".csv":
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            try:
-                reader = csv.DictReader(file, restkey="")
-                for row in reader:
-                    where = f"{path.name}:{reader.line_num}"
-                    if "" in row and row[""]:
-                        raise DataError(
-                            f"{path}:{reader.line_num}: more values than the header has columns; quote fields "
-                            "that contain commas"
-                        )
-                    yield where, present(row)
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path}: not UTF-8 text ({error.reason}); save the manifest as UTF-8") from None
-            except csv.Error as error:
-                raise DataError(f"{path}: not CSV ({error}); expected a header and one pair per row") from None
-    elif suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            rows = pyarrow.parquet.read_table(path).to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
-        for number, row in enumerate(rows):
-            yield f"{path.name} row {number}", present(row)
-    else:
+    readers = {".jsonl": _jsonl_records, ".ndjson": _jsonl_records, ".csv": _csv_records, ".parquet": _parquet_records}
+    if suffix not in readers:
         raise DataError(f"{path}: suffix {suffix or 'none'} is not a manifest's; expected .jsonl, .csv or .parquet")
+    try:
+        for where, row in readers[suffix](path):
+            yield where, {key: value for key, value in row.items() if value is not None and value != ""}
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason}); save the manifest as UTF-8") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from None
+
+
+def _jsonl_records(path: Path) -> Iterator[tuple[str, dict]]:
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = _json(line)
+            except ValueError as error:
+                if isinstance(error, UnicodeDecodeError):
+                    raise
+                reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+                raise DataError(f"{path}:{number}: not JSON ({reason}); expected one object per line") from None
+            if not isinstance(row, dict):
+                raise DataError(f"{path}:{number}: a {type(row).__name__}; expected one object per line")
+            yield f"{path.name}:{number}", row
+
+
+def _csv_records(path: Path) -> Iterator[tuple[str, dict]]:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        try:
+            reader = csv.reader(file)
+            header = next(reader, [])
+            _check_header(path, header)
+            for values in reader:
+                if not values:
+                    continue
+                if len(values) != len(header):
+                    raise DataError(
+                        f"{path}:{reader.line_num}: {'more' if len(values) > len(header) else 'fewer'} values "
+                        f"({len(values)}) than the header has columns ({len(header)}); quote fields that contain "
+                        "commas, and leave none out"
+                    )
+                yield f"{path.name}:{reader.line_num}", dict(zip(header, values, strict=True))
+        except csv.Error as error:
+            raise DataError(f"{path}: not CSV ({error}); expected a header and one pair per row") from None
+
+
+def _check_header(path: Path, header: list[str]) -> None:
+    known = {*REQUIRED, *OPTIONAL, *VIDEOALIGN_COLUMNS}
+    if twice := [name for name, count in Counter(header).items() if count > 1]:
+        raise DataError(f"{path}: column {twice[0]!r} is given twice; keep one")
+    for separator, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
+        if len(header) == 1 and len(known & {part.strip() for part in header[0].split(separator)}) > 1:
+            raise DataError(f"{path}: its columns are separated by {name}; save it with commas")
+    if header and not known & set(header):
+        raise DataError(
+            f"{path}: the first line names no column of a manifest ({', '.join(header)[:80]}); expected a header with "
+            f"{', '.join(REQUIRED)}"
+        )
+
+
+def _parquet_records(path: Path) -> Iterator[tuple[str, dict]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        names = pyarrow.parquet.read_schema(path).names
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise DataError(f"{path}: column {twice[0]!r} is given twice; keep one")
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+    for number, row in enumerate(rows):
+        yield f"{path.name} row {number}", row
 
 
 def _check_columns(path: Path, columns: list[str]) -> None:
@@ -324,7 +410,7 @@ def _videoalign_row(row: dict, labels: list[str]) -> dict | _Drop:
     return {**kept, "chosen": row.get(first), "rejected": row.get(second)}
 
 
-def _videodpo_rows(path: Path):
+def _videodpo_rows(path: Path, root: Path):
     """Plain rows of VideoDPO's pair.json, whose video1 (preferred) and video2 index the clips of metadata.json.
 
     metadata.json is a list of {"basic": {"clip_path", "score"?}, "misc": {"frame_caption": [prompt]}}. A clip is looked
@@ -334,10 +420,12 @@ def _videodpo_rows(path: Path):
     values = []
     for file in (path, metadata_path):
         try:
-            value = json.loads(file.read_text(encoding="utf-8"))
+            value = _json(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise DataError(f"{file}: missing; a VideoDPO folder has pair.json and metadata.json") from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except OSError as error:
+            raise DataError(f"{file}: cannot be read ({error.strerror or error}); check its permissions") from None
+        except ValueError as error:
             raise DataError(f"{file}: not JSON ({error}); a VideoDPO folder has pair.json and metadata.json") from None
         if not isinstance(value, list):
             raise DataError(f"{file}: a {type(value).__name__}; expected VideoDPO's list of objects")
@@ -352,8 +440,8 @@ def _videodpo_rows(path: Path):
         if not isinstance(basic, dict) or not basic.get("clip_path"):
             raise _Drop("metadata.json names no clip_path", f"clip {index}")
         recorded = Path(str(basic["clip_path"]))
-        near = path.parent / Path(*recorded.parts[-2:])
-        found = near if not (path.parent / recorded).exists() and near.exists() else recorded
+        near = root / Path(*recorded.parts[-2:])
+        found = near if not _is_file(root / recorded) and _is_file(near) else recorded
         return str(found), basic.get("score")
 
     rows = []
@@ -384,14 +472,14 @@ def _videodpo_rows(path: Path):
     return rows, notes
 
 
-def _check_rows(path: Path, format: str, rows, notes: list[str]) -> Manifest:
+def _check_rows(path: Path, root: Path | None, format: str, rows, notes: list[str]) -> Manifest:
     pairs: dict[str, tuple[str, Pair]] = {}
     dropped = []
     for where, row in rows:
         try:
             if isinstance(row, _Drop):
                 raise row
-            pair = _pair(path.parent, row)
+            pair = _pair(root or path.parent, row)
             if pair.id in pairs:
                 first, other = pairs[pair.id]
                 if other != pair:
@@ -404,7 +492,16 @@ def _check_rows(path: Path, format: str, rows, notes: list[str]) -> Manifest:
         except _Drop as drop:
             expected = drop.args[0].startswith("tie: ") or drop.args[0] == "same pair again"
             dropped.append(Dropped(where, *drop.args, fault=not expected))
-    return Manifest(path, format, tuple(pair for _, pair in pairs.values()), tuple(dropped), tuple(notes))
+    for where, pair in _contradictions(list(pairs.values())):
+        del pairs[pair.id]
+        dropped.append(Dropped(where, "another row of the prompt prefers the same clips the other way round", pair.id))
+    return Manifest(path, format, tuple(pair for _, pair in pairs.values()), tuple(dropped), tuple(notes), root)
+
+
+def _contradictions(pairs: list[tuple[str, Pair]]) -> list[tuple[str, Pair]]:
+    """(where, pair) of the rows that cancel one another out, in order."""
+    said = {(pair.prompt, pair.chosen, pair.rejected) for _, pair in pairs}
+    return [(where, pair) for where, pair in pairs if (pair.prompt, pair.rejected, pair.chosen) in said]
 
 
 def _pair(folder: Path, row: dict) -> Pair:
@@ -412,6 +509,8 @@ def _pair(folder: Path, row: dict) -> Pair:
         value = row.get(name, "")
         if not isinstance(value, str):
             raise _Drop(f"{name} is not text", repr(value)[:60])
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise _Drop(f"{name} holds half a character", ascii(value)[:60])
         return value.strip()
 
     def number(name: str) -> float | None:
@@ -420,26 +519,33 @@ def _pair(folder: Path, row: dict) -> Pair:
             return None
         try:
             result = float(value) if not isinstance(value, bool) else math.nan
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             result = math.nan
         if not math.isfinite(result):
             raise _Drop(f"{name} is not a finite number", repr(value)[:60])
         return result
 
     def clip(name: str) -> Path:
-        file = Path(os.path.normpath(folder / text(name)))
-        if not file.is_file():
+        file = Path(os.path.normpath(folder / os.path.expanduser(text(name))))
+        if not _is_file(file):
             raise _Drop(f"{name} file missing", str(file))
         if file.stat().st_size == 0:
             raise _Drop(f"{name} file empty", str(file))
         return file
 
+    id = row.get("id", "")
+    if isinstance(id, bool) or not isinstance(id, (str, int)):
+        raise _Drop("id is not text or a whole number", repr(id)[:60])
+    if isinstance(id, str):
+        id = text("id")
     for name in REQUIRED:
         if not text(name):
             raise _Drop(f"{name} empty")
     chosen, rejected = clip("chosen"), clip("rejected")
     if chosen.samefile(rejected):
         raise _Drop("chosen and rejected are the same file", str(chosen))
+    if chosen.stat().st_size == rejected.stat().st_size and filecmp.cmp(chosen, rejected, shallow=False):
+        raise _Drop("chosen and rejected hold the same bytes", f"{chosen} and {rejected}")
     chosen_score, rejected_score = number("chosen_score"), number("rejected_score")
     if (chosen_score is None) != (rejected_score is None):
         raise _Drop("only one of chosen_score and rejected_score given")
@@ -453,7 +559,7 @@ def _pair(folder: Path, row: dict) -> Pair:
     if weight is not None and weight < 0:
         raise _Drop("weight is negative", f"{weight:g}")
     return Pair(
-        id=str(row["id"]).strip() if str(row.get("id", "")).strip() else _row_id(row),
+        id=(str(id) if abs(id) < 1 << 64 else hex(id)) if isinstance(id, int) else id or _row_id(row),
         prompt=text("prompt"),
         chosen=chosen,
         rejected=rejected,

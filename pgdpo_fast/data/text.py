@@ -20,6 +20,7 @@ import torch
 from pgdpo_fast.devices import select_device, select_dtype
 from pgdpo_fast.errors import ConfigError, DataError
 from pgdpo_fast.families import TextRule
+from pgdpo_fast.options import integer
 from pgdpo_fast.storage import weights_digest
 
 __all__ = [
@@ -61,8 +62,7 @@ class HashTextEncoder:
 
     def __post_init__(self):
         for key in ("dim", "max_length"):
-            if type(getattr(self, key)) is not int or getattr(self, key) < 1:
-                raise ConfigError(f"{key}={getattr(self, key)!r}; expected a whole number of at least 1")
+            integer(key, getattr(self, key), 1, 65_536)  # four times the widest text encoder; rows are kept in memory
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
