@@ -10,13 +10,17 @@ PINS := $(VENV)/constraints.txt
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu tests/*.cpp)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test gradcheck bench gpu lint clean
+.PHONY: demo test test-torch-2.11 gradcheck bench gpu lint clean
 
 demo: $(READY)  ## render clips, encode, train, fine-tune with DPO and PG-DPO, write out/demo/report.html
 	$(BIN)/pgdpo-fast demo
 
 test: $(READY)  ## the whole suite, two workers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+test-torch-2.11:  ## opt-in: all compiled code built, loaded and checked with the oldest torch, a CUDA build (5 GB); needs nvcc, no GPU
+	$(MAKE) VENV=.venv-2.11 TORCH=2.11.0 .venv-2.11/.ready
+	OMP_NUM_THREADS=1 .venv-2.11/bin/python -m pytest -q tests/test_cuda_build.py tests/test_native.py tests/test_fused.py
 
 gradcheck: $(READY)  ## parity and gradcheck tests of the loss alone
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q tests/test_objectives.py tests/test_loss.py tests/test_fused.py tests/test_native.py
@@ -34,12 +38,12 @@ lint: $(READY)  ## style, format of Python and C++, types: all that .pre-commit-
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) out build *.egg-info
+	rm -rf $(VENV) .venv-2.11 out build *.egg-info
 
 # The venv counts as ready only once everything is installed; a broken install is redone.
 $(READY): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	sed -e '' $(if $(TORCH),-e 's/^torch==.*/torch==$(TORCH)/' -e '/^triton==/d') constraints.txt > $(PINS)
-	$(PIP) install --quiet --constraint $(PINS) torch setuptools wheel
+	$(PIP) install --quiet --constraint $(PINS) torch 'setuptools>=77' wheel
 	$(PIP) install --quiet --constraint $(PINS) --no-build-isolation --editable '.[train,bench,dev]'
 	touch $@
