@@ -29,7 +29,7 @@ bench: $(READY)  ## fused loss against eager and torch.compile on this machine
 	$(BIN)/pgdpo-fast bench --quick
 
 gpu:  ## everything that needs a GPU: correctness, then speed; uses the environment's own torch and triton
-	$(PYTHON) bench/gpu.py
+	$(PYTHON) bench/gpu.py --require triton native
 
 lint: $(READY)  ## style, format of Python and C++, types: all that .pre-commit-config.yaml runs, on the whole tree
 	$(BIN)/ruff check .

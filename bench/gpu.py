@@ -1,10 +1,10 @@
-"""Everything that needs a GPU, in one command and under eight minutes: correctness first, then speed.
+"""Everything that needs a GPU, in one command and under ten minutes: correctness first, then speed.
 
 Needs torch >= 2.11 and triton >= 3.6; parts whose packages are missing are skipped with the reason. Each section runs
-in a process of its own with a time limit; results so far are on disk after each. A form or backend that is red in the
-correctness part gets no speed figure.
+in a process of its own with a time limit; results so far are on disk after each. The figure of a form or backend that
+is red in the correctness part stays in the record and out of the tables.
 
-    python bench/gpu.py [--out FOLDER] [--seconds 470]
+    python bench/gpu.py [--out FOLDER] [--seconds 580] [--require triton native]
     python bench/gpu.py --dry-run        # the whole harness on a CPU, tiny shapes; its figures mean nothing
 """
 
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,14 +42,17 @@ SECTIONS = (
     Section("environment", 90, 0),
     Section("parity", 115, 1, shards=8),
     Section("properties", 115, 1),
-    Section("memcheck", 115, 1),
-    Section("racecheck", 115, 1),
+    Section("suites", 115, 1),
     Section("warm", 115, 1, shards=3),
-    Section("speed", 200, 2),
-    Section("tuning", 55, 3),
-    Section("cache", 25, 4),
-    Section("step", 60, 5),
+    Section("alone", 40, 2),
+    Section("memcheck", 60, 3),
+    Section("racecheck", 60, 4),
+    Section("speed", 200, 5),
+    Section("tuning", 55, 6),
+    Section("cache", 25, 7),
+    Section("step", 60, 8),
 )
+TIMED = ("speed", "tuning", "cache", "step")
 GRACE = 8.0  # seconds past its limit before a section is ended from outside
 LEAST = 10.0  # seconds a section must have left to be started
 
@@ -75,9 +79,9 @@ def run_section(options: argparse.Namespace) -> int:
     load_all()
     from bench import sections
 
-    red = json.loads(Path(options.red).read_text()) if options.red else []
+    checks = json.loads(Path(options.checks).read_text()) if options.checks else []
     index, of = map(int, options.shard.split("/"))
-    run = sections.Run(Path(options.records), options.seconds, options.seed, (index, of), red, options.dry_run)
+    run = sections.Run(Path(options.records), options.seconds, options.seed, (index, of), checks, options.dry_run)
     sections.SECTIONS[options.section](run)
     run.add(kind="done")
     return 0
@@ -86,7 +90,7 @@ def run_section(options: argparse.Namespace) -> int:
 # -- the parent: imports nothing heavy, so that nothing in a section can take it down
 
 
-def start(section: Section, shard: int, folder: Path, seconds: float, options, red: Path | None):
+def start(section: Section, shard: int, folder: Path, seconds: float, options, checks: Path | None):
     records = folder / f"{section.name}-{shard}.jsonl"
     command = [
         sys.executable,
@@ -102,7 +106,7 @@ def start(section: Section, shard: int, folder: Path, seconds: float, options, r
         "--shard",
         f"{shard}/{section.shards}",
     ]
-    command += ["--red", str(red)] if red else []
+    command += ["--checks", str(checks)] if checks else []
     command += ["--dry-run"] if options.dry_run else []
     variables = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if options.dry_run:
@@ -117,10 +121,30 @@ def start(section: Section, shard: int, folder: Path, seconds: float, options, r
 
 
 def stop(process: subprocess.Popen) -> None:
-    """End a section's process and those it started."""
-    if process.poll() is None:
+    """End a section's process and those it started, also when it ended before them: a sanitizer's child, say, that
+    would compute on while speed is measured."""
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    process.wait()
+
+
+def computing() -> list[str]:
+    """Processes that nvidia-smi sees computing on the devices, `pid, name` each."""
+    query = ["nvidia-smi", "--query-compute-apps=pid,process_name", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
+
+
+def alone_on_device(patience: float = 10.0) -> dict:
+    """A check that nothing computes on the device before speed is measured; what was just ended may take a moment."""
+    until = time.monotonic() + patience
+    while (others := computing()) and time.monotonic() < until:
+        time.sleep(0.5)
+    record = {"check": "nothing else computes", "backend": ""}
+    return record | {"status": "red" if others else "ok", "detail": "; ".join(others)}
 
 
 def finish(process, records: Path, log: Path, until: float) -> tuple[list[dict], str]:
@@ -129,8 +153,8 @@ def finish(process, records: Path, log: Path, until: float) -> tuple[list[dict],
         process.wait(max(0.1, until - time.monotonic()))
         ended = "ok" if process.returncode == 0 else f"exit code {process.returncode}"
     except subprocess.TimeoutExpired:
-        stop(process)
         ended = "time limit"
+    stop(process)
     found = []
     for line in records.read_text().splitlines() if records.exists() else ():
         try:
@@ -177,8 +201,10 @@ def run_waves(options, folder: Path, save) -> dict:
     if options.dry_run:  # its times mean nothing, so timed parts may share the machine
         chosen = [replace(section, wave=min(section.wave, 2), shards=1) for section in chosen]
     for wave in sorted({section.wave for section in chosen}):
-        red = folder / "red.json"
-        red.write_text(json.dumps([check for check in result["checks"] if check["status"] == "red"]))
+        if any(section.name in TIMED for section in chosen if section.wave == wave) and not options.dry_run:
+            result["checks"].append(alone_on_device())
+        checks = folder / "checks.json"
+        checks.write_text(json.dumps(result["checks"]))
         running = []
         try:
             for section in (s for s in chosen if s.wave == wave):
@@ -188,7 +214,7 @@ def run_waves(options, folder: Path, save) -> dict:
                     continue
                 until = time.monotonic() + seconds + GRACE
                 running += [
-                    (section, until, start(section, shard, folder, seconds, options, red))
+                    (section, until, start(section, shard, folder, seconds, options, checks))
                     for shard in range(section.shards)
                 ]
             wave_begin = time.monotonic()
@@ -210,6 +236,11 @@ def run_waves(options, folder: Path, save) -> dict:
         finally:
             for _, _, (process, _, _) in running:
                 stop(process)
+        if wave == 0:
+            missing = (result["environment"] or {}).get("missing", {})
+            for name in set(options.require) & set(missing):
+                detail = f"required, but {missing[name]}"
+                result["checks"].append({"check": "required", "backend": name, "status": "red", "detail": detail})
         result["seconds"] = time.monotonic() - begin
         save(result)
         if wave == 0 and result["environment"] is None:
@@ -243,10 +274,14 @@ def markdown(result: dict) -> str:
         "| --- | --- | ---: | ---: | ---: | --- |",
     ]
     groups: dict[tuple[str, str], list[dict]] = {}
+    done = {(c["check"], c["backend"], c.get("key")) for c in result["checks"] if c["status"] != "retried alone"}
     for check in result["checks"]:
+        if check["status"] == "retried alone" and (check["check"], check["backend"], check.get("key")) in done:
+            continue
         groups.setdefault((check["check"], check["backend"]), []).append(check)
     for (name, backend), found in sorted(groups.items()):
-        count = {s: sum(c["status"] == s for c in found) for s in ("ok", "red", "skipped")}
+        count = {s: sum(c["status"] == s for c in found) for s in ("ok", "red")}
+        count["skipped"] = len(found) - sum(count.values())  # one to be retried alone that was not is one of these
         said = [c["detail"] for c in found if c["status"] != "ok"] or [found[0]["detail"] if len(found) == 1 else ""]
         out.append(
             f"| {name} | {backend} | {count['ok']} | {count['red']} | {count['skipped']} | "
@@ -319,8 +354,8 @@ def save_in(folder: Path, name: str, result: dict, plots: bool) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder of the results; bench/results/<device> by default")
-    parser.add_argument("--seconds", type=float, default=470.0, help="time for everything")
+    parser.add_argument("--out", type=Path, help="folder of the results; $OUT, or bench/results/<device>")
+    parser.add_argument("--seconds", type=float, default=580.0, help="time for everything")
     parser.add_argument("--seed", type=int, default=None, help="seed of the random inputs; a fresh one by default")
     parser.add_argument(
         "--only",
@@ -330,7 +365,10 @@ def main() -> int:
         help="run these sections alone (and environment)",
     )
     parser.add_argument("--dry-run", action="store_true", help="exercise the harness on a CPU with tiny shapes")
-    for inner in ("--section", "--records", "--red"):
+    parser.add_argument(
+        "--require", nargs="*", default=[], choices=("triton", "native"), help="backends whose absence is red"
+    )
+    for inner in ("--section", "--records", "--checks"):
         parser.add_argument(inner, help=argparse.SUPPRESS)
     parser.add_argument("--shard", default="0/1", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -340,13 +378,19 @@ def main() -> int:
 
     load("bench", ROOT / "bench")
     name = "dry-run" if options.dry_run else "gpu"
-    out = options.out or (ROOT / "out" / "gpu-dry-run" if options.dry_run else None)
+    out = options.out or (Path(os.environ["OUT"]) if os.environ.get("OUT") else None)
+    out = out or (ROOT / "out" / "gpu-dry-run" if options.dry_run else None)
     with tempfile.TemporaryDirectory(prefix="pgdpo-gpu-") as scratch:
 
         def save(result, plots=False):
             facts = result["environment"]
             if facts:
-                save_in(out or ROOT / "bench" / "results" / facts["slug"], name, result, plots)
+                place = out or ROOT / "bench" / "results" / facts["slug"]
+                save_in(place, name, result, plots)
+                if out:  # one log of all sections, beside the results
+                    logs = sorted(Path(scratch).glob("*.log"))
+                    text = "".join(f"==== {log.stem}\n{log.read_text(errors='replace')[-20000:]}\n" for log in logs)
+                    (place / f"{name}.log").write_text(text)
             done = [f"{n} {'ok' if e['ended'] == 'ok' else 'FAILED'}" for n, e in result["sections"].items()]
             print(f"[{result['seconds']:5.0f} s] {', '.join(done)}", flush=True)
 
@@ -359,7 +403,7 @@ def main() -> int:
     from bench import report
 
     if result["cases"] and result["copy"]:
-        print(report.summary(result))
+        print(report.headline(result))
     return 1 if any(check["status"] == "red" for check in result["checks"]) else 0
 
 

@@ -367,7 +367,8 @@ def measure(
     """Gate and measure all contenders on one case, as a JSON-ready record.
 
     Args:
-        withheld: (contender, case) -> why its speed must not be measured (red elsewhere), or None.
+        withheld: (contender, case) -> why its speed stays out of tables and figures (red elsewhere), or None; it is
+            measured and recorded all the same.
         count_launches: on a GPU, profile one call of each contender.
         progress: called with a line before each slow part.
     """
@@ -391,8 +392,7 @@ def measure(
     steps = {}
     for contender in contenders:
         entry = record["contenders"][contender.name] = {"status": "skipped"}
-        reason = contender.refuses(case, device) or withheld(contender, case)
-        if reason:
+        if reason := contender.refuses(case, device):
             entry["reason"] = reason
             continue
         progress(f"{case.key}: {contender.name}, check")
@@ -414,14 +414,17 @@ def measure(
             }
             continue
         entry["status"] = "ok"
+        if reason := withheld(contender, case):
+            entry["withheld"] = reason
         steps[contender.name] = lambda i, call=call: call(inputs[i % sets])
         del loss, gradient
 
     progress(f"{case.key}: timing {', '.join(steps)}")
+    fused = {contender.name for contender in contenders if contender.fused}
     record["copy"] = asdict(copy_timing(case.floor_bytes, device, seconds=0.1 * budget.seconds))
     if device.type == "cuda":
         for name, step in steps.items():
-            _measure_on_device(record["contenders"][name], step, sets)
+            _measure_on_device(record["contenders"][name], step, sets, name in fused)
             if count_launches:
                 record["contenders"][name]["launches"] = launches(step)
     else:
@@ -432,14 +435,16 @@ def measure(
     return record
 
 
-def _measure_on_device(entry: dict, step: Step, sets: int) -> None:
-    entry["time"] = asdict(time_on_device(step, sets))
+def _measure_on_device(entry: dict, step: Step, sets: int, whole: bool) -> None:
+    """Graph time; with `whole`, or where that cannot be had, launch by launch and the host's time too."""
     try:
         entry["graph"] = asdict(time_graph(step, sets))
     except RuntimeError as error:  # work that synchronizes cannot be captured; the launch-by-launch time stands
         entry["graph_failed"] = str(error).splitlines()[0][:300]
         torch.cuda.synchronize()
-    entry["host_s"] = host_seconds(step, entry["time"]["median"])
+    if whole or "graph" not in entry:
+        entry["time"] = asdict(time_on_device(step, sets))
+        entry["host_s"] = host_seconds(step, entry["time"]["median"])
 
 
 def measure_copy(device: torch.device, seconds: float = 2.0) -> dict:

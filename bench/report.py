@@ -46,7 +46,8 @@ def size(nbytes: float | None) -> str:
 
 
 def lines(result: dict) -> Iterator[dict]:
-    """One flat mapping a (case, contender), ready for any table. `status` other than ok carries its reason."""
+    """One flat mapping a (case, contender), ready for any table. `status` other than ok carries its reason; "withheld"
+    is a figure that stays in the record and out of tables, ratios and plots."""
     on_gpu = result["environment"]["device_type"] == "cuda"
     for case in result["cases"]:
         if "skipped" in case:
@@ -57,11 +58,13 @@ def lines(result: dict) -> Iterator[dict]:
             line = {
                 "case": case["key"],
                 "contender": name,
-                "status": entry["status"],
-                "reason": entry.get("reason", ""),
+                "status": "withheld" if "withheld" in entry else entry["status"],
+                "reason": entry.get("withheld") or entry.get("reason", ""),
             }
             seconds = times.get(name)
-            if seconds is not None:
+            if seconds is not None and line["status"] == "withheld":
+                line["reason"] += f"; it took {duration(seconds)}"
+            elif seconds is not None:
                 timing = entry.get("graph") or entry["time"]
                 line |= {
                     "time": seconds,
@@ -76,7 +79,7 @@ def lines(result: dict) -> Iterator[dict]:
                 }
                 if on_gpu:
                     line |= {
-                        "launch_by_launch": entry["time"]["median"],
+                        "launch_by_launch": entry["time"]["median"] if "time" in entry else None,
                         "host": entry.get("host_s"),
                         "launches": entry.get("launches"),
                     }
@@ -318,6 +321,11 @@ def _save(figure, path: Path) -> Path:
     return path
 
 
+def _shown(case: dict, name: str) -> bool:
+    entry = case["contenders"].get(name, {})
+    return entry.get("status") == "ok" and "withheld" not in entry
+
+
 def roofline(result: dict, path: Path) -> Path:
     """Floor bytes over time against the floor's bytes, under the copy of as many bytes."""
     from matplotlib.ticker import EngFormatter
@@ -350,12 +358,12 @@ def roofline(result: dict, path: Path) -> Path:
             points = [
                 (case["floor_bytes"], case["floor_bytes"] / best_time(case["contenders"][name]) / 1e9)
                 for case in cases
-                if case["granularity"] == granularity and case["contenders"].get(name, {}).get("status") == "ok"
+                if case["granularity"] == granularity and _shown(case, name)
             ]
             if points:
                 used.add(granularity)
                 axes.scatter(*zip(*points, strict=True), color=colour, marker=marker, s=45, zorder=3, label=None)
-        if any(case["contenders"].get(name, {}).get("status") == "ok" for case in cases):
+        if any(_shown(case, name) for case in cases):
             axes.scatter([], [], color=colour, marker="o", label=name)
     for granularity in markers:
         if granularity in used:
@@ -406,6 +414,19 @@ def speedup(result: dict, path: Path) -> Path:
     axes.set(xlabel="times as fast as eager (loss and gradients)", title=title(result))
     figure.legend(fontsize=8, ncols=len(names), loc="outside lower center", frameon=False)
     return _save(figure, path)
+
+
+def headline(result: dict, limit: int = 11_000) -> str:
+    """A line for each case and fused backend, at most `limit` characters: what must be in the end of a long log."""
+    rows = ["case | backend | time | spread | vs eager | vs compile | of copy | host | temporaries"]
+    keys = ("time", "spread", "vs_eager", "vs_compile", "of_copy", "host", "beyond_gradients")
+    for line in lines(result):
+        if line["contender"] in ("triton", "native"):
+            cells = [cell(key, line.get(key)) for key in keys] if line["status"] == "ok" else [line["reason"][:120]]
+            rows.append(" | ".join([line["case"], line["contender"], *cells]))
+    rows.append(summary(result))
+    text = "\n".join(rows)
+    return text if len(text) <= limit else text[: limit - 40] + "\n... cut; all of it is in the report"
 
 
 def summary(result: dict) -> str:

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 import pgdpo_fast as pf
+from pgdpo_fast.backends import native
 
 from . import correctness, harness
 from .contenders import CONTENDERS, OBJECTIVE, Contender, Inputs, make_inputs
@@ -32,9 +33,11 @@ class Run:
     """What a section knows: device, deadline, seed, which share of the work is its own, and where findings go."""
 
     def __init__(
-        self, records: Path, seconds: float, seed: int, shard: tuple[int, int], red: list[dict], dry_run: bool
+        self, records: Path, seconds: float, seed: int, shard: tuple[int, int], checks: list[dict], dry_run: bool
     ):
-        self.records, self.seed, self.shard, self.red, self.dry_run = records, seed, shard, red, dry_run
+        self.records, self.seed, self.shard, self.dry_run = records, seed, shard, dry_run
+        self.red = [check for check in checks if check["status"] == "red"]
+        self.retried = [check for check in checks if check["status"] == "retried alone"]
         self.deadline = time.monotonic() + seconds
         if not dry_run and not torch.cuda.is_available():
             raise SystemExit("no CUDA device: torch.cuda.is_available() is False; try --dry-run")
@@ -72,7 +75,18 @@ def environment(run: Run) -> None:
     run.add(kind="copy", **harness.measure_copy(run.device, 0.1 if run.dry_run else 2.0))
     begin = time.monotonic()
     names, reasons = correctness.usable_backends(run.device)  # builds the native kernels where that is still to do
-    run.add(kind="environment", backends=names, backends_unavailable=reasons, build_seconds=time.monotonic() - begin)
+    missing = dict(reasons)
+    if run.device.type == "cuda":  # what C++ has there are the kernels of the reference cache
+        missing.pop("native", None)
+        if reason := native.rows_unavailable(run.device):
+            missing["native"] = reason
+    run.add(
+        kind="environment",
+        backends=names,
+        backends_unavailable=reasons,
+        missing=missing,
+        build_seconds=time.monotonic() - begin,
+    )
 
 
 # -- correctness
@@ -98,31 +112,108 @@ def parity(run: Run) -> None:
             "granularity": case.granularity,
             "reference_form": case.reference_form,
         }
-        run.add(kind="begin", **record)
-        try:
-            record |= correctness.parity(case, name, run.device, i, run.seed)
-        except Exception as error:  # a broken form is a finding; the others are still to be compared
-            record |= {"status": "red", "detail": describe(error)}
-        run.add(kind="check", **record)
-        run.stop_on_dead_device()
+        _checked(run, record, lambda i=i, case=case, name=name: _parity(run, i, case, name))
+
+
+def _parity(run: Run, index: int, case: Case, backend: str) -> dict:
+    return correctness.parity(case, backend, run.device, index, run.seed)
+
+
+def _checked(run: Run, record: dict, check: Callable[[], dict | str], last: bool = False) -> None:
+    """Run one check and record how it ended. Beside other processes the memory of the card may not do: such a check is
+    "retried alone" by the section of that name, and red only if it fails there."""
+    run.add(kind="begin", **record)
+    begin = time.monotonic()
+    try:
+        found = check()
+        record |= found if isinstance(found, dict) else {"status": "ok", "detail": found}
+    except correctness.Skip as reason:
+        record |= {"status": "skipped", "detail": str(reason)}
+    except torch.OutOfMemoryError as error:
+        record |= {"status": "red" if last else "retried alone", "detail": describe(error)}
+        torch.cuda.empty_cache()
+    except Exception as error:  # a broken form is a finding; the others are still to be compared
+        record |= {"status": "red", "detail": describe(error)}
+    run.add(kind="check", **record, seconds=time.monotonic() - begin)
+    run.stop_on_dead_device()
 
 
 def properties(run: Run) -> None:
     for name, backend, check in correctness.checks(run.device, run.dry_run):
-        record = {"kind": "check", "check": name, "backend": backend}
-        if run.left() < 0:
-            run.add(**record, status="skipped", detail="no time left in this section")
+        if name in ALONE:
             continue
-        run.add(**record | {"kind": "begin"})
-        begin = time.monotonic()
-        try:
-            record |= {"status": "ok", "detail": check()}
-        except correctness.Skip as reason:
-            record |= {"status": "skipped", "detail": str(reason)}
-        except Exception as error:  # red, whatever was raised
-            record |= {"status": "red", "detail": describe(error)}
-        run.add(**record, seconds=time.monotonic() - begin)
-        run.stop_on_dead_device()
+        record = {"check": name, "backend": backend}
+        if run.left() < 0:
+            run.add(kind="check", **record, status="skipped", detail="no time left in this section")
+        else:
+            _checked(run, record, check)
+
+
+ALONE = ("offsets",)  # checks that need most of the card's memory
+
+
+def alone(run: Run) -> None:
+    """What needs the whole card, and what ran out of memory beside other processes."""
+    again = [(check["check"], check["backend"], check.get("key")) for check in run.retried]
+    work = [
+        ({"check": name, "backend": backend}, check)
+        for name, backend, check in correctness.checks(run.device, run.dry_run)
+        if name in ALONE or (name, backend, None) in again
+    ]
+    names, _ = correctness.usable_backends(run.device)
+    for i, case in enumerate(correctness.parity_cases(run.dry_run)):
+        for name in names:
+            if ("parity", name, case.key) in again:
+                form = {"granularity": case.granularity, "reference_form": case.reference_form}
+                record = {"check": "parity", "backend": name, "key": case.key, **form}
+                work.append((record, lambda i=i, case=case, name=name: _parity(run, i, case, name)))
+    for record, check in work:
+        if run.left() < 0:
+            run.add(kind="check", **record, status="skipped", detail="no time left in this section")
+        else:
+            _checked(run, record, check, last=True)
+
+
+SUITES = ("test_fused.py", "test_loss.py", "test_diffusion.py", "test_draws.py")  # those that take a CUDA device
+
+
+def suites(run: Run) -> None:
+    """The tests that run on CUDA where there is one, over the very modules that are timed."""
+    try:
+        import pytest
+    except ImportError:
+        run.add(kind="check", check="tests", backend="triton", status="skipped", detail="needs pytest")
+        return
+    folder = Path(__file__).resolve().parent.parent / "tests"
+
+    class Count:
+        def __init__(self):
+            self.passed, self.failed = 0, []
+
+        def pytest_runtest_logreport(self, report):
+            if report.failed:
+                self.failed.append(report.nodeid.rpartition("/")[2])
+            self.passed += report.when == "call" and report.passed
+
+        def pytest_runtest_teardown(self, item):
+            if run.left() < 0:
+                item.session.shouldstop = "no time left"
+
+    for name in SUITES:
+        record = {"check": f"tests/{name}", "backend": "triton"}
+        if run.left() < 0:
+            run.add(kind="check", **record, status="skipped", detail="no time left in this section")
+            continue
+        count = Count()
+        selected = ["-m", "gpu"] if run.dry_run else []
+
+        def tests(name=name, count=count, selected=selected):
+            ended = pytest.main(["-q", "-p", "no:cacheprovider", *selected, str(folder / name)], plugins=[count])
+            broken = ended in (pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR)
+            detail = f"{count.passed} passed, {len(count.failed)} failed {'; '.join(count.failed[:5])}".rstrip()
+            return {"status": "red" if count.failed or broken else "ok", "detail": detail}
+
+        _checked(run, record, tests)
 
 
 def small_kernels(run: Run) -> None:
@@ -154,6 +245,8 @@ def _sanitizer(run: Run, tool: str) -> None:
         found,
         "--tool",
         tool,
+        "--report-api-errors",  # torch asks for what may fail, by design
+        "no",
         "--error-exitcode",
         "9",
         sys.executable,
@@ -198,7 +291,7 @@ def racecheck(run: Run) -> None:
 
 
 def withheld_by(red: list[dict]) -> Callable[[Contender, Case], str | None]:
-    """Why a fused contender's speed must not be reported: a red check of its backend, or of its very form (parity)."""
+    """Why a fused contender's figure stays out of the headline: a red check of its backend, or of its very form."""
 
     def reason(contender: Contender, case: Case) -> str | None:
         for record in red if contender.fused else ():
@@ -211,18 +304,18 @@ def withheld_by(red: list[dict]) -> Callable[[Contender, Case], str | None]:
                 and record["check"] not in ("draws", "cached_rows")
                 and same_form
             ):
-                return f"withheld: {record['check']} is red ({record['detail']})"
+                return f"{record['check']} is red ({record['detail']})"
         return None
 
     return reason
 
 
 def speed_cases(dry_run: bool) -> list[tuple[Case, bool]]:
-    """(case, with torch.compile), most wanted first."""
+    """(case, with torch.compile), most wanted first. Four pairs are timed for the fused backends alone."""
     if dry_run:
         return [(Case(SMALL_SHAPES[0], 1, "sample", "errors"), False), (Case(SMALL_SHAPES[0], 2, "element"), False)]
     main = [
-        (Case(SHAPES[name], pairs, *form), True)
+        (Case(SHAPES[name], pairs, *form), pairs != 4)
         for pairs in (1, 16, 4)
         for name in SHAPES
         for form in (("sample", "errors"), ("element", "predictions"))
@@ -233,7 +326,7 @@ def speed_cases(dry_run: bool) -> list[tuple[Case, bool]]:
     whole = [Case(SHAPES[name], pairs, "sample", "predictions") for pairs in BATCHES for name in SHAPES]
     known = {case for case, _ in main}
     return main + [
-        (case, case.shape is wan and case in whole)
+        (case, case.shape is wan and case in whole and case.pairs != 4)
         for case in dict.fromkeys(forms + whole)
         if case.possible and case not in known
     ]
@@ -246,7 +339,9 @@ def speed(run: Run) -> None:
         if run.left() < 0:
             run.add(kind="left_out", check="speed", count=len(work) - place, of=len(work))
             return
-        contenders = [c for c in CONTENDERS if compiled or c.name != "compile"]
+        contenders = [
+            c for c in CONTENDERS if c.fused or ((compiled or c.name != "compile") and (case.pairs != 4 or run.dry_run))
+        ]
         budget = harness.Budget(0.05, (2, 3)) if run.dry_run else harness.DEFAULT_BUDGET
         run.add(
             kind="case",
@@ -535,6 +630,8 @@ SECTIONS = {
         environment,
         parity,
         properties,
+        suites,
+        alone,
         memcheck,
         racecheck,
         warm,

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -275,14 +276,62 @@ def test_parity_covers_the_whole_grid_at_an_odd_and_at_a_true_size():
     assert {c.shape.name for c in cases} >= set(shapes.SHAPES)
 
 
-def test_the_speed_table_has_every_shape_and_batch_with_compile():
-    with_compile = {
-        (case.shape.name, case.pairs, case.granularity) for case, compiled in sections.speed_cases(False) if compiled
-    }
-    assert with_compile >= {(s, b, g) for s in shapes.SHAPES for b in (1, 4, 16) for g in ("sample", "element")}
+def test_the_speed_table_has_every_shape_and_batch_and_compile_at_one_and_sixteen_pairs():
+    cases = sections.speed_cases(False)
+    timed = {(case.shape.name, case.pairs, case.granularity) for case, _ in cases}
+    compiled = {(case.shape.name, case.pairs, case.granularity) for case, with_compile in cases if with_compile}
+    wanted = {(s, b, g) for s in shapes.SHAPES for b in (1, 4, 16) for g in ("sample", "element")}
+    assert timed >= wanted and compiled >= {(s, b, g) for s, b, g in wanted if b != 4}
+    assert 4 not in {b for _, b, _ in compiled}
 
 
-def test_red_forms_and_red_backends_get_no_speed_figure():
+def test_a_withheld_figure_is_in_the_record_and_in_no_table(tmp_path):
+    ours = Wrong("native", "")
+    object.__setattr__(ours, "error", 0.0)
+    result = table.run((SMALL,), CPU, seed=3, budget=FAST, contenders=(EAGER,))
+    record = harness.measure(
+        SMALL, CPU, contenders=(EAGER, ours), budget=FAST, withheld=lambda c, _: "streams is red" if c is ours else None
+    )
+    assert record["contenders"]["native"]["time"]["median"] > 0
+    result |= {"cases": [record]}
+    page, seconds = report.markdown(result), report.best_time(record["contenders"]["native"])
+    assert "| native |" not in page and "| eager |" in page
+    assert f"native withheld: streams is red; it took {report.duration(seconds)}" in page
+    assert "streams is red" in report.headline(result) and "vs eager (" not in report.headline(result)
+
+
+class Finding(list):
+    """Stands in for a section's Run."""
+
+    retried, red, dry_run, device, seed = [], [], True, CPU, 0
+
+    def add(self, **record):
+        self.append(record)
+
+    def left(self):
+        return 1.0
+
+    def stop_on_dead_device(self):
+        pass
+
+
+def test_out_of_memory_beside_others_is_retried_alone_and_only_there_red(monkeypatch):
+    def check():
+        raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+
+    monkeypatch.setattr(correctness, "checks", lambda *_: [("streams", "triton", check), ("draws", "", lambda: "fine")])
+    monkeypatch.setattr(correctness, "usable_backends", lambda _: ([], {}))
+    first = Finding()
+    sections.properties(first)
+    found = [r for r in first if r["kind"] == "check"]
+    assert [(r["check"], r["status"]) for r in found] == [("streams", "retried alone"), ("draws", "ok")]
+    again = Finding()
+    again.retried = found[:1]
+    sections.alone(again)
+    assert [(r["check"], r["status"]) for r in again if r["kind"] == "check"] == [("streams", "red")]
+
+
+def test_red_forms_and_red_backends_are_withheld():
     native, triton = (SimpleNamespace(name=name, fused=True) for name in ("native", "triton"))
     parity = {
         "check": "parity",
@@ -321,7 +370,7 @@ def fake_sections(tmp_path, monkeypatch, bodies):
     monkeypatch.setattr(gpu, "GRACE", 0.5)
     monkeypatch.setattr(gpu, "LEAST", 0.1)
     saved = []
-    options = SimpleNamespace(seconds=17.0, seed=1, only=[], dry_run=False)
+    options = SimpleNamespace(seconds=17.0, seed=1, only=[], dry_run=False, require=["triton", "native"])
     return gpu.run_waves(options, tmp_path, lambda result: saved.append(json.dumps(result))), saved
 
 
@@ -348,6 +397,40 @@ def test_a_section_that_crashes_or_hangs_is_recorded_and_the_rest_goes_on(tmp_pa
     assert [(c["check"], c["status"]) for c in result["checks"]] == [("streams", "red"), ("streams", "skipped")]
 
 
+def test_a_required_backend_that_is_missing_is_red(tmp_path, monkeypatch):
+    facts = "{'kind': 'environment', 'device': 'x', 'missing': {'native': 'no nvcc found'}}"
+    result, _ = fake_sections(
+        tmp_path, monkeypatch, {"environment": f"out.write(json.dumps({facts}) + '\\n')", "parity": ""}
+    )
+    assert result["checks"] == [
+        {"check": "required", "backend": "native", "status": "red", "detail": "required, but no nvcc found"}
+    ]
+
+
+def test_nothing_a_section_started_is_alive_when_the_next_begins(tmp_path, monkeypatch):
+    child = "import subprocess\nprint(subprocess.Popen(['sleep', '300']).pid, file=open('CHILD', 'w'))"
+    look = """
+        pid = open("CHILD").read().strip()
+        try:
+            state = open(f"/proc/{pid}/stat").read().split()[2]
+        except FileNotFoundError:
+            state = "gone"
+        out.write(json.dumps({"kind": "case", "state": state}) + "\\n")
+    """
+    monkeypatch.chdir(tmp_path)
+    bodies = {"environment": ENVIRONMENT, "sanitizer": child, "speed": textwrap.dedent(look)}
+    monkeypatch.setattr(gpu, "computing", lambda: [])
+    result, _ = fake_sections(tmp_path, monkeypatch, bodies)
+    assert [case["state"] in ("gone", "Z") for case in result["cases"]] == [True], result["cases"]
+
+
+def test_speed_beside_another_computing_process_is_red(monkeypatch):
+    monkeypatch.setattr(gpu, "computing", lambda: ["4242, python"])
+    found = gpu.alone_on_device(patience=0.0)
+    assert found["status"] == "red" and "4242" in found["detail"]
+    assert sections.withheld_by([found])(SimpleNamespace(name="triton", fused=True), SMALL)
+
+
 def test_without_a_device_nothing_else_is_started(tmp_path, monkeypatch):
     result, saved = fake_sections(tmp_path, monkeypatch, {"environment": "sys.exit('no CUDA device')", "speed": ""})
     assert list(result["sections"]) == ["environment"] and len(saved) == 1
@@ -357,13 +440,16 @@ def test_without_a_device_nothing_else_is_started(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_dry_run_goes_through_every_section(tmp_path):
     done = subprocess.run(
-        [sys.executable, str(ROOT / "bench" / "gpu.py"), "--dry-run", "--out", str(tmp_path)],
+        [sys.executable, str(ROOT / "bench" / "gpu.py"), "--dry-run"],
         capture_output=True,
         text=True,
         cwd=tmp_path,
+        env=os.environ | {"OUT": str(tmp_path)},
         timeout=600,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert len(list(tmp_path.iterdir())) <= 8 and "==== parity" in (tmp_path / "dry-run.log").read_text()
+    assert "case | backend | time" in done.stdout[-12000:]
     result = json.loads((tmp_path / "dry-run.json").read_text())
     assert {name: entry["ended"] for name, entry in result["sections"].items()} == {s.name: "ok" for s in gpu.SECTIONS}
     checks = {(c["check"], c["backend"]): c["status"] for c in result["checks"]}
