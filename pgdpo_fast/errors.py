@@ -5,7 +5,9 @@ A message says what was given, what was expected and what to do next, in one lin
 
 __all__ = [
     "BackendUnavailable",
+    "BusyError",
     "ConfigError",
+    "DamagedError",
     "DataError",
     "NonFiniteError",
     "OutOfMemoryError",
@@ -36,6 +38,14 @@ class DataError(PgdpoError, ValueError):
     exit_code = 3
 
 
+class BusyError(DataError):
+    """Another process is writing in the folder."""
+
+
+class DamagedError(DataError):
+    """A file's bytes are not those that were written."""
+
+
 class NonFiniteError(PgdpoError, ArithmeticError):
     """A loss, gradient or error became NaN or infinite; nothing was updated."""
 
@@ -49,6 +59,6 @@ class OutOfMemoryError(PgdpoError, MemoryError):
 
 
 class Preempted(PgdpoError):
-    """The process was asked to stop (SIGTERM); state was saved and the resume command is in the message."""
+    """The process was asked to stop (SIGTERM, SIGINT, SIGHUP); state was saved and the message says how to resume."""
 
     exit_code = 75

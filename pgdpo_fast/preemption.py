@@ -1,21 +1,97 @@
-"""SIGTERM as a question the long loops ask, so that they stop between two pieces of work and never inside a write."""
+"""SIGTERM, SIGINT and SIGHUP (a scheduler, Ctrl-C, a closed terminal) as one orderly end: save, say how to resume.
+
+The first signal raises in the main thread at once, wherever it is, so that nobody waits for a clip, a forward or a
+hash; files are whole or absent at any moment. Where several things must change together, `deferred` holds it back.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["sigterm_watch"]
+from pgdpo_fast.errors import Preempted
+
+__all__ = ["Stop", "Stopping", "sigterm_watch", "stoppable"]
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class Stop(BaseException):
+    """A signal came. Not an Exception, so that no library takes it for a failure of its own."""
+
+
+class Stopping:
+    """What is known of signals within a `stoppable` block. Calling it says whether one came."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self._held_back = 0
+
+    def __call__(self) -> bool:
+        return self.name is not None
+
+    def check(self) -> None:
+        """Raise Stop if a signal came: for loops, because Python drops what is raised while it collects garbage."""
+        if self.name is not None:
+            raise Stop(self.name)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within the block a signal is only noted; Stop is raised at its end."""
+        self._held_back += 1
+        try:
+            yield
+        finally:
+            self._held_back -= 1
+        if not self._held_back:
+            self.check()
+
+    def _receive(self, number: int, frame: object) -> None:
+        name = signal.Signals(number).name
+        if self.name is None:
+            self.name = name
+            if not self._held_back:
+                raise Stop(name)
+        elif self.name == name and number != signal.SIGHUP:  # of a closed terminal shell and kernel both send one
+            if sys.stderr.isatty():
+                os.write(2, b"\x1b[?25h\n")  # a progress line may have hidden the cursor
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+
+@contextmanager
+def stoppable(message: Callable[[str], str]) -> Iterator[Stopping]:
+    """Within the block the first SIGTERM, SIGINT or SIGHUP raises Stop in the main thread, which leaves as Preempted.
+
+    The same SIGTERM or SIGINT again ends the process at once. A signal that the process was started to ignore (nohup, a
+    shell's background job) stays ignored. Outside the main thread, where Python allows no handlers, nothing is changed.
+
+    Args:
+        message: of the Preempted error, given the signal's name: what was kept, and how to go on.
+    """
+    stopping, previous = Stopping(), {}
+    try:
+        try:
+            if threading.current_thread() is threading.main_thread():
+                for number in SIGNALS:
+                    if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                        previous[number] = signal.getsignal(number)
+                        signal.signal(number, stopping._receive)
+            yield stopping
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+    except Stop as stop:
+        raise Preempted(message(stop.args[0])) from None
 
 
 @contextmanager
 def sigterm_watch() -> Iterator[Callable[[], bool]]:
-    """Within the block SIGTERM is noted instead of killing the process; the yielded function says whether it came.
-
-    Outside the main thread, where Python allows no handlers, the answer stays False.
-    """
+    """Within the block SIGTERM is noted instead of killing the process; the yielded function says whether it came."""
     came = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield came.is_set

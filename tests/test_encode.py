@@ -291,8 +291,8 @@ def test_a_store_gives_back_what_was_encoded(store, manifest):
         assert torch.equal(codec.decode(example.chosen), read_video(pair.chosen))
         assert torch.equal(example.rejected, codec.encode(read_video(pair.rejected)))
         assert torch.equal(example.conditioning["text"], text.encode(pair.prompt)["text"])
-    names = sorted(files_of(store.path))
-    assert names == [".lock", "index.parquet", *(f"shard-{k:05d}.safetensors" for k in range(4)), "store.json"]
+    names = [name[:11] if name.startswith("shard") else name for name in sorted(files_of(store.path))]
+    assert names == [".lock", "index.parquet", *(f"shard-{k:05d}" for k in range(4)), "store.json"]
     assert store.row(store.ids[0])["chosen"] == "clips/0000_chosen.mp4"
     with pytest.raises(DataError, match="no pair 'x'"):
         store.get("x")
@@ -653,21 +653,22 @@ def test_a_flipped_bit_anywhere_is_found_before_a_row_is_handed_out(tmp_path):
 
 
 @pytest.mark.parametrize("harm", ["truncate", "empty", "remove", "extend", "zero"])
-@pytest.mark.parametrize("name", ["shard-00002.safetensors", "index.parquet", "store.json"])
+@pytest.mark.parametrize("name", ["shard-00002-*", "index.parquet", "store.json"])
 def test_harmed_files_are_named_and_encoding_again_mends_the_store(manifest, store, tmp_path, name, harm):
     folder = tmp_path / "s"
     shutil.copytree(store.path, folder)
-    path = folder / name
+    (path,) = folder.glob(name)
     data = path.read_bytes()
     harmed = {"truncate": data[:-9], "empty": b"", "extend": data + b"\n", "zero": bytes(len(data))}
     path.unlink() if harm == "remove" else path.write_bytes(harmed[harm])
-    with pytest.raises(DataError, match=name):
+    with pytest.raises(DataError, match=path.name):
         read_all(folder)
+    notes = []
+    encode(manifest, folder, tell=notes.append)
     if name == "store.json" and harm != "remove":
-        with pytest.raises(DataError, match="store.json: damaged"):
-            encode(manifest, folder)
-        path.unlink()
-    encode(manifest, folder)
+        assert "store.json.damaged" in notes[0]
+        assert (folder / "store.json.damaged").read_bytes() == harmed[harm]
+        (folder / "store.json.damaged").unlink()
     assert files_of(folder) == files_of(store.path)
 
 
@@ -675,7 +676,7 @@ def test_verify_reads_every_shard(store, tmp_path):
     shutil.copytree(store.path, tmp_path / "s")
     copy = LatentStore(tmp_path / "s")
     copy.verify()
-    path = tmp_path / "s/shard-00003.safetensors"
+    (path,) = (tmp_path / "s").glob("shard-00003-*")
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)

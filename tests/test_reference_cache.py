@@ -402,12 +402,14 @@ def test_sigterm_stops_between_two_forwards_and_the_same_call_goes_on(tmp_path):
 
     def compute(keys):
         computed.extend(keys)
-        if len(computed) == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
         return compute_rows(keys)
 
-    with pytest.raises(Preempted, match="resume with: do it again") as caught:
-        make(tmp_path / "cache", compute=compute, resume_command="do it again")
+    def terminate(done, total):
+        if done == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Preempted, match="6 of .* rows.*resume with: do it again") as caught:
+        make(tmp_path / "cache", compute=compute, progress=terminate, resume_command="do it again")
     assert caught.value.exit_code == 75 and len(computed) == 6
     with pytest.raises(DataError, match="not finished"):
         ReferenceCache(tmp_path / "cache")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -24,7 +25,7 @@ import torch
 from pgdpo_fast import __version__
 from pgdpo_fast.data.clips import content_hashes, in_order, remember_hashes, result_of
 from pgdpo_fast.data.codec import Codec
-from pgdpo_fast.data.latent_store import INDEX_FILE, SCHEMA, STORE_FILE, LatentStore
+from pgdpo_fast.data.latent_store import INDEX_FILE, SCHEMA, SHARD_NAME, STORE_FILE, LatentStore, read_state
 from pgdpo_fast.data.limits import LIMITS, VideoLimits
 from pgdpo_fast.data.manifest import Dropped, Manifest, Pair, read_manifest, write_dropped
 from pgdpo_fast.data.text import TextEncoder
@@ -36,15 +37,19 @@ from pgdpo_fast.data.video import (
     read_video,
 )
 from pgdpo_fast.devices import select_dtype
-from pgdpo_fast.errors import ConfigError, DataError, Preempted
-from pgdpo_fast.preemption import sigterm_watch
+from pgdpo_fast.errors import ConfigError, DamagedError, DataError, Preempted
+from pgdpo_fast.preemption import Stopping, stoppable
 from pgdpo_fast.storage import (
     Shard,
     atomic_file,
     canonical_json,
     check_disk,
     exclusive_lock,
-    read_json,
+    hashed_shard,
+    real_folder,
+    real_path,
+    remove_temporaries,
+    set_aside,
     sha256_bytes,
     sha256_file,
     verified,
@@ -126,8 +131,8 @@ def encode_manifest(
     prompt through `text`. Tensors are stored in `dtype`. A pair with an unusable clip is dropped and listed in
     `store.dropped` and dropped.jsonl, or with `strict` is an error. Existing work in `output` made with the same
     settings, the sha256 of every clip among them, is verified, kept and continued. `progress(done, total)` is called
-    after every pair, `tell(line)` for every dropped pair and for what of the clips 8-bit frames cannot hold;
-    `provenance` (paths, versions) is recorded but decides nothing.
+    after every pair, `tell(line)` for every dropped pair, for what of the clips 8-bit frames cannot hold and
+    for a damaged store.json that was set aside; `provenance` (paths, versions) is recorded but decides nothing.
 
     Before the first pair is encoded the headers and packets of all clips are read. A larger share of the manifest's
     rows than `max_dropped` that cannot be used, ties and repeated rows not counted, is an error then, or as soon as
@@ -135,7 +140,7 @@ def encode_manifest(
 
     Raises ConfigError on a geometry the codec cannot take (before any work); DataError when the settings differ from
     the store's, naming the field, when the disk is too small, when too many pairs or all are unusable; Preempted on
-    SIGTERM, with `resume_command` in its message.
+    SIGTERM, SIGINT or SIGHUP, at once, with `resume_command` in its message.
     """
     if not isinstance(manifest, Manifest):
         manifest = read_manifest(manifest)
@@ -170,12 +175,21 @@ def encode_manifest(
         if progress:
             progress(now, total)
 
-    with exclusive_lock(output), sigterm_watch() as stop:
+    def stopped(name: str) -> str:
+        return (
+            f"stopped by {name} with {done} of {len(manifest)} pairs encoded in {output}; resume with: {resume_command}"
+        )
+
+    with stoppable(stopped) as stop, exclusive_lock(output):
         try:
+            remove_temporaries(output)
+            real_folder(output, STAGING)
             clips = [path for pair in manifest.pairs for path in (pair.chosen, pair.rejected)]
             hashes = content_hashes(clips, output / STAGING / CLIPS_FILE, stop)
             settings["manifest"] = {"pairs": len(manifest), "sha256": _manifest_hash(manifest, hashes)}
-            state = _load_state(output, settings) or {
+            state = _load_state(output, settings, tell)
+            known = state is not None
+            state = state or {
                 "kind": "latents",
                 "schema": SCHEMA,
                 "complete": False,
@@ -203,7 +217,7 @@ def encode_manifest(
                 count,
                 tell,
             )
-            kept = _verify_groups(output, state)
+            kept = job.verify_groups(known)
             todo = [number for number in range(-(-len(manifest) // per_shard)) if number not in kept]
             text_rows = sum(text.token_count(pair.prompt) for number in todo for pair in job.pairs(number))
             check_disk(
@@ -228,11 +242,8 @@ def encode_manifest(
                     f"{first['reason']} ({first['detail']})"
                 )
             _finish(output, manifest, state)
-        except Preempted:
-            raise Preempted(
-                f"stopped by SIGTERM with {done} of {len(manifest)} pairs encoded in {output}; resume with: "
-                f"{resume_command}"
-            ) from None
+        except Preempted:  # a thread that reads clips saw the signal first
+            raise Preempted(stopped(stop.name)) from None
     return LatentStore(output)
 
 
@@ -249,11 +260,17 @@ class _Job:
     state: dict
     strict: bool
     max_dropped: float
-    stop: Callable[[], bool]
+    stop: Stopping
     progress: Callable[[int, int], None]
     tell: Callable[[str], None]
     done: int = 0
     dropped: dict[int, dict] = field(default_factory=dict)
+    found: dict[int, Shard] = field(default_factory=dict)  # whole shards that lack a row: a dropped one, or for a fault
+
+    @property
+    def identity(self) -> str:
+        """What a shard carries, so that one of another store is never taken for this one's."""
+        return sha256_bytes(canonical_json(self.state["settings"]).encode())
 
     def indices(self, number: int) -> range:
         size = self.state["settings"]["pairs_per_shard"]
@@ -309,15 +326,53 @@ class _Job:
                 f"--max-dropped {math.ceil(100 * len(faults) / read) / 100:g}"
             )
 
+    def verify_groups(self, known: bool) -> set[int]:
+        """Numbers of the finished shards that are whole; the others leave the state, to be encoded again.
+
+        Shards that store.json does not list, because it was lost or the writer killed before it, are found by the hash
+        in their name. Without a store.json (`known`) those of another store are an error, otherwise they are removed.
+        """
+        where, whole, listed = self.output / STORE_FILE, [], set()
+        for group in self.state["groups"]:
+            try:
+                if group["file"]:
+                    shard = Shard.listed(where, group["file"])
+                    verified(self.output, shard)
+                    listed.add(shard.name)
+                whole.append(group)
+            except DataError:
+                real_path(self.output, group["file"]["name"]).unlink(missing_ok=True)
+        numbers = {group["number"] for group in whole}
+        size = self.state["settings"]["pairs_per_shard"]
+        self.state["dropped"] = [item for item in self.state["dropped"] if item["index"] // size in numbers]
+        for path in sorted(self.output.glob("shard-*")):
+            if path.name in listed or not re.fullmatch(SHARD_NAME, path.name):
+                continue
+            number, found = int(path.name.split("-")[1].partition(".")[0]), hashed_shard(path)
+            if found and found[1] != self.identity and not known:
+                raise DataError(
+                    f"{path}: belongs to a store of other settings, whose store.json is lost; set them back, or choose "
+                    "another output folder"
+                )
+            if not found or found[1] != self.identity or number in numbers or not self.indices(number):
+                path.unlink()
+            elif len(_rows(path)) == len(self.indices(number)):
+                whole.append({"number": number, "pairs": len(self.indices(number)), "file": found[0].to_dict()})
+                numbers.add(number)
+            else:
+                self.found[number] = found[0]
+        self.state["groups"] = sorted(whole, key=lambda group: group["number"])
+        return numbers
+
     def encode_group(self, number: int) -> None:
         """Encode the rows of one shard, write it, record it in store.json, and clear its staged rows."""
-        staged = _staged_rows(self.output / STAGING, self.indices(number))
-        unusable = [index for index in self.indices(number) if index in self.dropped]
-        missing = [index for index in self.indices(number) if index not in staged and index not in self.dropped]
-        self.advance(len(staged) + len(unusable))
+        staged, file = _staged_rows(self.output / STAGING, self.indices(number)), self.found.get(number)
+        finished = _rows(self.output / file.name) if file else ()
+        here = {*staged, *finished, *self.dropped}
+        missing = [index for index in self.indices(number) if index not in here]
+        self.advance(len(self.indices(number)) - len(missing))
         for index, clips in _prefetched(missing, self._read_pair):
-            if self.stop():
-                raise Preempted("between two pairs")
+            self.stop.check()
             try:
                 staged[index] = self._stage(index, result_of(clips, self.stop))
             except _Unusable as fault:
@@ -325,14 +380,17 @@ class _Job:
                 self._check_share()
             self.advance(1)
 
-        tensors = {}
+        tensors = _load(self.output / file.name) if file else {}
         for index in sorted(staged):
             tensors.update({f"{index:08d}.{name}": tensor for name, tensor in _load(staged[index]).items()})
-        file = write_shard(self.output / f"shard-{number:05d}.safetensors", tensors) if tensors else None
+        path = self.output / f"shard-{number:05d}.safetensors"
+        whole = write_shard(path, tensors, self.identity, hashed=True) if tensors else None
+        if file and file != whole:
+            real_path(self.output, file.name).unlink()
         self.state["groups"] = sorted(
             [
                 *self.state["groups"],
-                {"number": number, "pairs": len(self.indices(number)), "file": file and file.to_dict()},
+                {"number": number, "pairs": len(self.indices(number)), "file": whole and whole.to_dict()},
             ],
             key=lambda group: group["number"],
         )
@@ -364,9 +422,8 @@ class _Job:
         for name, tensor in row.items():
             if not torch.isfinite(tensor).all():
                 raise _Unusable(f"{name} not finite once encoded", f"in {self.dtype}; encode and store in fp32")
-        path = self.output / STAGING / f"{index:08d}.safetensors"
-        shard = write_shard(path, row, durable=False)
-        return path.replace(path.with_name(f"{index:08d}-{shard.sha256}.safetensors"))
+        staging = real_folder(self.output, STAGING)
+        return staging / write_shard(staging / f"{index:08d}.safetensors", row, durable=False, hashed=True).name
 
 
 def _told(item: dict) -> Dropped:
@@ -402,18 +459,26 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
+def _rows(shard: Path) -> set[int]:
+    """Numbers of the rows in a whole shard."""
+    from safetensors import safe_open
+
+    with safe_open(shard, "pt") as file:
+        return {int(key.partition(".")[0]) for key in file.keys()}
+
+
 def _staged_rows(staging: Path, indices: Iterable[int]) -> dict[int, Path]:
     """Rows finished by an earlier run. Half-written or damaged ones are removed; so are rows of finished shards."""
     rows = {}
-    for path in sorted(staging.glob("*")) if staging.is_dir() else ():
+    for path in sorted(staging.glob("*")) if real_folder(staging.parent, staging.name).is_dir() else ():
         if path.name == CLIPS_FILE:
             continue
-        index, _, digest = path.stem.partition("-")
+        index = path.stem.partition("-")[0]
         if index.isdigit() and int(index) > max(indices):
             continue
-        if index.isdigit() and int(index) in indices and digest and sha256_file(path) == digest:
+        if index.isdigit() and int(index) in indices and hashed_shard(path):
             rows[int(index)] = path
-        else:
+        elif path.is_symlink() or not path.is_dir():
             path.unlink()
     return rows
 
@@ -450,21 +515,21 @@ def _index_row(manifest: Manifest, pair: Pair) -> dict:
     }
 
 
-def _load_state(output: Path, settings: dict) -> dict | None:
-    """The store.json of an earlier run with the same settings, or None in a new folder."""
-    if not (output / STORE_FILE).exists():
+def _load_state(output: Path, settings: dict, tell: Callable[[str], None]) -> dict | None:
+    """The store.json of an earlier run with the same settings; None in a new folder and where it is damaged."""
+    where = real_path(output, STORE_FILE)
+    if where.exists():
+        try:
+            state = read_state(output)
+        except DamagedError as error:
+            tell(f"{error}; set aside as {set_aside(where).name}, the whole shards are found by their hashes")
+    if not where.exists():
         foreign = [path.name for path in output.iterdir() if not _ours(path.name)]
         if foreign:
             raise DataError(
                 f"{output}: not empty and no store (it holds {sorted(foreign)[0]}); choose another output folder"
             )
         return None
-    state = read_json(output / STORE_FILE)
-    if state.get("kind") != "latents" or state.get("schema") != SCHEMA:
-        raise DataError(
-            f"{output}: holds {state.get('kind')!r} of schema {state.get('schema')}, expected 'latents' of "
-            f"schema {SCHEMA}; choose another output folder"
-        )
     before, now = _flat(state["settings"]), _flat(settings)
     differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     if differing:
@@ -479,7 +544,8 @@ def _load_state(output: Path, settings: dict) -> dict | None:
 
 
 def _ours(name: str) -> bool:
-    return name in (STAGING, INDEX_FILE, DROPPED_FILE, ".lock") or name.endswith(".tmp") or name.startswith("shard-")
+    fixed = "|".join(map(re.escape, (STAGING, INDEX_FILE, DROPPED_FILE, ".lock")))
+    return bool(re.fullmatch(rf"{fixed}|\..+\.tmp|{STORE_FILE}\.damaged.*|{SHARD_NAME}", name))
 
 
 def _flat(settings: dict, prefix: str = "") -> dict:
@@ -487,25 +553,6 @@ def _flat(settings: dict, prefix: str = "") -> dict:
     for key, value in settings.items():
         flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
     return flat
-
-
-def _verify_groups(output: Path, state: dict) -> set[int]:
-    """Numbers of the finished shards that are whole; the others leave `state`, to be encoded again."""
-    for stray in output.glob(".*.tmp"):
-        stray.unlink()
-    whole = []
-    for group in state["groups"]:
-        try:
-            if group["file"]:
-                verified(output, Shard(**group["file"]))
-            whole.append(group)
-        except DataError:
-            (output / group["file"]["name"]).unlink(missing_ok=True)
-    size = state["settings"]["pairs_per_shard"]
-    numbers = {group["number"] for group in whole}
-    state["groups"] = whole
-    state["dropped"] = [item for item in state["dropped"] if item["index"] // size in numbers]
-    return numbers
 
 
 def _finish(output: Path, manifest: Manifest, state: dict) -> None:

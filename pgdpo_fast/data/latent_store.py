@@ -7,6 +7,7 @@ is hashed in full before its first row is handed out by this process, so damage 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,22 @@ import torch
 
 from pgdpo_fast.data.manifest import Dropped
 from pgdpo_fast.errors import DataError
-from pgdpo_fast.storage import Shard, canonical_json, check_size, open_shard, read_json, sha256_bytes, verified
+from pgdpo_fast.storage import (
+    Shard,
+    canonical_json,
+    check_size,
+    laid_out,
+    open_shard,
+    read_json,
+    sha256_bytes,
+    verified,
+)
 
 __all__ = ["SCHEMA", "Example", "LatentStore"]
 
 SCHEMA = 1  # version of the layout below
 STORE_FILE, INDEX_FILE = "store.json", "index.parquet"
+SHARD_NAME = r"shard-\d{5,}(-[0-9a-f]{64})?\.safetensors"  # without the hash in stores of 0.1.0
 
 
 @dataclass(frozen=True)
@@ -54,23 +65,30 @@ class LatentStore:
             raise DataError(
                 f"{self.path}: no such store; make one with: pgdpo-fast encode --manifest <file> --output {self.path}"
             )
-        self.metadata = read_json(self.path / STORE_FILE)
-        if self.metadata.get("kind") != "latents" or self.metadata.get("schema") != SCHEMA:
-            raise DataError(
-                f"{self.path}: holds {self.metadata.get('kind')!r} of schema {self.metadata.get('schema')}, "
-                f"expected 'latents' of schema {SCHEMA}; encode again with this version"
-            )
+        where = self.path / STORE_FILE
+        self.metadata = read_state(self.path)
         if not self.metadata["complete"]:
             done = sum(group["pairs"] for group in self.metadata["groups"])
             raise DataError(
                 f"{self.path}: encoding has not finished ({done} of {self.settings['manifest']['pairs']} pairs); "
                 "run the same encode command again to resume it"
             )
-        self._shards = [Shard(**group["file"]) if group["file"] else None for group in self.metadata["groups"]]
+        self._shards = [
+            Shard.listed(where, group["file"]) if group["file"] else None for group in self.metadata["groups"]
+        ]
+        self._index = Shard.listed(where, self.metadata["index"])
         for shard in filter(None, self._shards):
             check_size(self.path, shard)
-        index = verified(self.path, Shard(**self.metadata["index"]))
-        rows = pyarrow.parquet.read_table(index).to_pylist()
+        index = verified(self.path, self._index)
+        with laid_out(where):
+            if [group["number"] for group in self.metadata["groups"]] != list(range(len(self._shards))):
+                raise ValueError("its groups are not numbered in order")
+        with laid_out(index):
+            rows = pyarrow.parquet.read_table(index).to_pylist()
+            for row in rows:
+                if not 0 <= row["shard"] < len(self._shards) or self._shards[row["shard"]] is None:
+                    raise ValueError(f"pair {row['id']!r} lies in shard {row['shard']}, which there is not")
+                row["prompt"], row["weight"], int(row["row"])
         self._rows = {row["id"]: row for row in rows}
         self._handles: dict[int, object] = {}
 
@@ -118,7 +136,7 @@ class LatentStore:
     @property
     def bytes(self) -> int:
         """Size of shards and index on disk."""
-        return sum(shard.bytes for shard in filter(None, self._shards)) + self.metadata["index"]["bytes"]
+        return sum(shard.bytes for shard in filter(None, self._shards)) + self._index.bytes
 
     def row(self, id: str) -> dict:
         """What the index knows of a pair, without touching tensors: prompt, weight, scores, file names, text_rows."""
@@ -134,19 +152,53 @@ class LatentStore:
         """One pair. Raises DataError for an unknown id or a damaged shard."""
         row = self.row(id)
         handle = self._handle(row["shard"])
-        tensors = {
-            name: handle.get_tensor(f"{row['row']:08d}.{name}").float()
-            for name in ("chosen", "rejected", *self.conditioning)
-        }
-        return Example(id, row["prompt"], tensors.pop("chosen"), tensors.pop("rejected"), tensors, row["weight"])
+        with laid_out(self.path / self._shards[row["shard"]].name):
+            tensors = {
+                name: handle.get_tensor(f"{row['row']:08d}.{name}").float()
+                for name in ("chosen", "rejected", *self.conditioning)
+            }
+            wanted = {"chosen": self.shape, "rejected": self.shape, **self.conditioning}
+            for name, shape in wanted.items():
+                found = tuple(tensors[name].shape)
+                if len(found) != len(shape) or any(n not in (-1, have) for n, have in zip(shape, found, strict=True)):
+                    raise ValueError(f"{name} of pair {id!r} is {list(found)}, the store holds {list(shape)}")
+        chosen, rejected = tensors.pop("chosen"), tensors.pop("rejected")
+        return Example(id, row["prompt"], chosen, rejected, tensors, row["weight"])
 
     def verify(self) -> None:
         """Hash every file now. Raises DataError naming the first damaged one."""
         for shard in filter(None, self._shards):
             verified(self.path, shard)
-        verified(self.path, Shard(**self.metadata["index"]))
+        verified(self.path, self._index)
 
     def _handle(self, number: int):
         if number not in self._handles:
             self._handles[number] = open_shard(self.path, self._shards[number])
         return self._handles[number]
+
+
+def read_state(path: Path) -> dict:
+    """The sealed content of store.json, of a finished store or one being made, with everything in it that is read."""
+    where = path / STORE_FILE
+    state = read_json(where)
+    if state.get("kind") != "latents" or state.get("schema") != SCHEMA:
+        raise DataError(
+            f"{path}: holds {state.get('kind')!r} of schema {state.get('schema')}, expected 'latents' of "
+            f"schema {SCHEMA}; make it with this version, in another folder"
+        )
+    with laid_out(where):
+        state["settings"]["manifest"]["pairs"], state["truncated_prompts"] + 0
+        state["settings"]["pairs_per_shard"] + 0, state["text_dim"] + 0
+        for shape in state.get("conditioning", {}).values():
+            tuple(map(int, shape))
+        if len(tuple(map(int, state["latent_shape"]))) != 4:
+            raise ValueError("latent_shape is not of four numbers")
+        for group in state["groups"]:
+            group["number"] + group["pairs"]
+            if group["file"] and not re.fullmatch(SHARD_NAME, Shard.listed(where, group["file"]).name):
+                raise ValueError(f"{group['file']['name']!r} is no shard")
+        if state["complete"]:
+            Shard.listed(where, state["index"])
+        for item in state["dropped"]:
+            item["index"] + 0, item["id"], item["reason"], item["detail"]
+    return state

@@ -9,24 +9,26 @@ kill loses at most the forward it was in.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pgdpo_fast import __version__
-from pgdpo_fast.errors import DataError, Preempted
-from pgdpo_fast.preemption import sigterm_watch
+from pgdpo_fast.errors import BusyError, DamagedError, DataError
+from pgdpo_fast.preemption import Stopping, stoppable
 from pgdpo_fast.reference.cache import (
     CACHE_FILE,
     INDEX_FILE,
     REMAKE,
     SCHEMA,
+    SHARD_NAME,
     Block,
     Layout,
     ReferenceCache,
@@ -40,6 +42,11 @@ from pgdpo_fast.storage import (
     canonical_json,
     check_disk,
     exclusive_lock,
+    hashed_shard,
+    real_folder,
+    real_path,
+    remove_temporaries,
+    set_aside,
     sha256_bytes,
     sha256_file,
     write_json,
@@ -61,6 +68,7 @@ def build_cache(
     compute: Callable[[Sequence[tuple[str, int]]], Rows],
     provenance: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    tell: Callable[[str], None] = lambda text: None,
     rank: int = 0,
     world_size: int = 1,
     resume_command: str = "the same call again",
@@ -75,21 +83,29 @@ def build_cache(
         compute: rows `[B, ...]` of up to `layout.pairs_per_forward` (pair id, draw).
         provenance: recorded (where weights came from, versions), decides nothing.
         progress: called with (rows finished, rows in all) after every forward and shard.
+        tell: called with lines a person should read.
         rank, world_size: of this process, to start on shards the others do not start on. All return when all is done.
 
     Raises:
         DataError: the folder holds another cache (naming the field), or the disk is full; finished work stays.
         NonFiniteError: a row is not finite; nothing of its forward is kept.
-        Preempted: SIGTERM came; the message holds `resume_command`.
+        Preempted: SIGTERM, SIGINT or SIGHUP came; the message holds `resume_command`.
     """
     ids = [id for block in blocks for id in block.ids]
     if len(set(ids)) < len(ids):
         raise ValueError("blocks: expected every pair id once")
     path = Path(path).absolute()
-    if (larger := _larger(path, fingerprint, blocks, layout)) is not None:
-        return larger
-    with sigterm_watch() as stop:
-        job = _Job(path, dict(fingerprint), list(blocks), layout, compute, stop, progress, resume_command)
+    job = _Job(path, dict(fingerprint), list(blocks), layout, compute, progress, tell)
+
+    def stopped(name: str) -> str:
+        return (
+            f"stopped by {name} with {job.rows_finished()} of {len(job.keys)} rows in {path}; "
+            f"resume with: {resume_command}"
+        )
+
+    with stoppable(stopped) as job.stopping:
+        if (larger := _larger(path, fingerprint, blocks, layout)) is not None:
+            return larger
         job.open(dict(provenance or {}))
         numbers = range(len(job.ranges))
         order = [*numbers[rank::world_size], *(number for number in numbers if number % world_size != rank)]
@@ -124,9 +140,9 @@ class _Job:
     blocks: list[Block]
     layout: Layout
     compute: Callable[[Sequence[tuple[str, int]]], Rows]
-    stop: Callable[[], bool]
     progress: Callable[[int, int], None] | None
-    resume_command: str
+    tell: Callable[[str], None]
+    stopping: Stopping = field(default_factory=Stopping)
 
     def __post_init__(self):
         self.ranges = self.layout.shards(self.blocks)
@@ -136,6 +152,7 @@ class _Job:
         # every shard carries it, so that one from another cache is never taken for this one's
         self.identity = sha256_bytes(canonical_json(identity).encode())
         self.finished: dict[int, Shard] = {}
+        self.lost = False  # whether what cache.json said is unknown because it is damaged
         self.current = 0  # rows finished of the shard being worked on
 
     # -- the folder
@@ -143,12 +160,13 @@ class _Job:
     def open(self, provenance: dict[str, Any]) -> None:
         """Make the folder this job's, or check that it is; find what is finished; check the disk for the rest."""
         with self._locked():
-            self._state()
+            remove_temporaries(self.path, CACHE_FILE, INDEX_FILE)
+            self.lost = self._state() is None and any(self.path.glob(f"{CACHE_FILE}.damaged*"))
         for number in range(len(self.ranges)):
             if self._find(number):
                 shutil.rmtree(self._staging(number), ignore_errors=True)
         self.report()
-        missing = len(self.keys) - self._rows_finished()
+        missing = len(self.keys) - self.rows_finished()
         if missing:
             check_disk(
                 self.path,
@@ -173,9 +191,17 @@ class _Job:
                 )
 
     def _state(self) -> dict[str, Any] | None:
-        """cache.json of an earlier or a concurrent call, checked to be of the same cache; None in a new folder."""
-        if (self.path / CACHE_FILE).exists():
-            state = read_state(self.path)
+        """cache.json of an earlier or a concurrent call, checked to be of the same cache; None in a new folder and
+        where it is damaged."""
+        where = real_path(self.path, CACHE_FILE)
+        real_folder(self.path, STAGING)
+        state = None
+        if where.exists():
+            try:
+                state = read_state(self.path)
+            except DamagedError as error:
+                self.tell(f"{error}; set aside as {set_aside(where).name}, the whole shards are found by their hashes")
+        if state:
             check_equal(self.path, state["fingerprint"], self.fingerprint, REMAKE)
             check_equal(self.path, state["layout"], layout_mapping(self.layout), REMAKE)
             return state
@@ -198,13 +224,20 @@ class _Job:
         return Shard(INDEX_FILE, file.stat().st_size, sha256_file(file)).to_dict()
 
     def _find(self, number: int) -> bool:
-        """Whether shard `number` is finished; damaged or foreign files under its number are removed."""
+        """Whether shard `number` is finished; damaged files under its number are removed, and so are those of an
+        earlier extent of this cache. Where cache.json is damaged, other whole shards are an error."""
         if number in self.finished:
             return True
         for file in sorted(self.path.glob(f"shard-{number:05d}-*.safetensors")):
-            if _whole(file, self.identity):
-                self.finished[number] = Shard(file.name, file.stat().st_size, _named_digest(file))
+            found = hashed_shard(file)
+            if found and found[1] == self.identity:
+                self.finished[number] = found[0]
                 return True
+            if found and self.lost:
+                raise DataError(
+                    f"{file}: belongs to a cache of other settings, whose cache.json is damaged; set them back, or "
+                    "choose another output folder"
+                )
             file.unlink(missing_ok=True)
         return False
 
@@ -213,11 +246,11 @@ class _Job:
         """The folder's lock, waited for: its holder is about to let go."""
         with ExitStack() as stack:
             while True:
-                self._check_stop()
+                self.stopping.check()
                 try:
                     stack.enter_context(exclusive_lock(self.path))
                     break
-                except DataError:
+                except BusyError:
                     time.sleep(POLL_SECONDS)
             yield
 
@@ -229,7 +262,7 @@ class _Job:
         while todo:
             idle = True
             for number in todo:
-                self._check_stop()
+                self.stopping.check()
                 with ExitStack() as claim:
                     if not self._claim(number, claim):
                         continue
@@ -247,13 +280,8 @@ class _Job:
         """Lock a shard's staging folder until `stack` closes; False while another process holds it."""
         try:
             stack.enter_context(exclusive_lock(self._staging(number)))
-        except (DataError, FileNotFoundError):  # the folder vanishes when its holder is done
+        except BusyError:
             return False
-        except OSError as error:
-            raise DataError(
-                f"{self.path}: could not be written ({error.strerror or error}); free space or fix the "
-                "folder's permissions, then run the same command again"
-            ) from error
         return True
 
     def _make(self, number: int) -> Shard:
@@ -263,13 +291,12 @@ class _Job:
         staged = _staged(staging, starts, self.identity)
         for start in starts:
             if start not in staged:
-                self._check_stop()
+                self.stopping.check()
                 keys = self.keys[start : min(start + size, rows.stop)]
                 values = self.compute(keys)
                 check_finite(values, keys)
-                name = f"{start:010d}"
-                file = write_shard(staging / f"{name}.safetensors", values, self.identity, durable=False)
-                staged[start] = (staging / file.name).replace(staging / f"{name}-{file.sha256}.safetensors")
+                target = staging / f"{start:010d}.safetensors"
+                staged[start] = staging / write_shard(target, values, self.identity, False, hashed=True).name
             self.current = min(start + size, rows.stop) - rows.start
             self.report()
         parts = [_load(staged[start]) for start in starts]
@@ -289,42 +316,18 @@ class _Job:
                 (self.path / STAGING).rmdir()
 
     def _staging(self, number: int) -> Path:
-        return self.path / STAGING / f"{number:05d}"
+        return real_folder(self.path, f"{STAGING}/{number:05d}")
 
-    def _rows_finished(self) -> int:
+    def rows_finished(self) -> int:
         return sum(len(self.ranges[number]) for number in self.finished) + self.current
 
     def report(self) -> None:
         if self.progress:
-            self.progress(self._rows_finished(), len(self.keys))
-
-    def _check_stop(self) -> None:
-        if self.stop():
-            raise Preempted(
-                f"stopped by SIGTERM with {self._rows_finished()} of {len(self.keys)} rows in {self.path}; "
-                f"resume with: {self.resume_command}"
-            )
+            self.progress(self.rows_finished(), len(self.keys))
 
 
 def _ours(name: str) -> bool:
-    return name in (STAGING, INDEX_FILE, ".lock") or name.endswith(".tmp") or name.startswith("shard-")
-
-
-def _named_digest(file: Path) -> str:
-    return file.stem.rpartition("-")[2]
-
-
-def _whole(file: Path, identity: str) -> bool:
-    """Whether a file has the hash its name ends in and was made for the cache `identity`."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        if sha256_file(file) != _named_digest(file):
-            return False
-        with safe_open(file, "pt") as handle:
-            return (handle.metadata() or {}).get("description") == identity
-    except (FileNotFoundError, SafetensorError):
-        return False
+    return bool(re.fullmatch(rf"{STAGING}|{INDEX_FILE}|\.lock|\..+\.tmp|{CACHE_FILE}\.damaged.*|{SHARD_NAME}", name))
 
 
 def _staged(staging: Path, starts: Sequence[int], identity: str) -> dict[int, Path]:
@@ -332,9 +335,10 @@ def _staged(staging: Path, starts: Sequence[int], identity: str) -> dict[int, Pa
     staged = {}
     for file in sorted(staging.iterdir()):
         start = file.name.partition("-")[0]
-        if start.isdigit() and int(start) in starts and _whole(file, identity):
+        found = hashed_shard(file) if start.isdigit() and int(start) in starts else None
+        if found and found[1] == identity:
             staged[int(start)] = file
-        elif file.name != ".lock":
+        elif file.name != ".lock" and (file.is_symlink() or not file.is_dir()):
             file.unlink()
     return staged
 

@@ -18,13 +18,14 @@ import torch
 
 from pgdpo_fast.errors import DataError
 from pgdpo_fast.reference.fingerprint import check_equal
-from pgdpo_fast.reference.rows import Rows, as_reference, gather, row_tensors
-from pgdpo_fast.storage import Shard, check_size, open_shard, read_json, verified
+from pgdpo_fast.reference.rows import DTYPES, FORMATS, Rows, as_reference, gather, row_tensors
+from pgdpo_fast.storage import Shard, check_size, laid_out, open_shard, read_json, verified
 
 __all__ = ["SCHEMA", "Block", "Layout", "ReferenceCache"]
 
 SCHEMA = 1  # version of the layout below and of the numbers in the rows
 CACHE_FILE, INDEX_FILE = "cache.json", "index.json"
+SHARD_NAME = r"shard-\d{5,}-[0-9a-f]{64}\.safetensors"
 REMAKE = "set it back, or make a cache for these settings: pgdpo-fast cache-reference CONFIG --output NEW_FOLDER"
 
 
@@ -77,6 +78,12 @@ class Layout:
         forwards = max(1, min(64, shard_bytes // (one.row_bytes * pairs_per_forward)))
         return replace(one, rows_per_shard=forwards * pairs_per_forward)
 
+    def check(self) -> None:
+        """Raise ValueError or TypeError for a layout that `of` never makes."""
+        numbers = (*self.shape, self.pairs_per_forward, self.rows_per_shard)
+        if self.format not in FORMATS or self.dtype not in DTYPES or len(self.shape) != 4 or min(numbers) < 1:
+            raise ValueError(f"layout {self}")
+
     @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
@@ -112,13 +119,17 @@ class ReferenceCache:
                 f"{self.path}: the reference pass has not finished; run the same cache-reference command "
                 "again to resume it"
             )
-        self.fingerprint: dict[str, Any] = state["fingerprint"]
-        self.provenance: dict[str, Any] = state["provenance"]
-        self.layout = Layout(**{**state["layout"], "shape": tuple(state["layout"]["shape"])})
-        self.shards = [Shard(**shard) for shard in state["shards"]]
+        where = self.path / CACHE_FILE
+        with laid_out(where):
+            self.fingerprint: dict[str, Any] = dict(state["fingerprint"])
+            self.provenance: dict[str, Any] = dict(state["provenance"])
+            self.layout = Layout(**{**state["layout"], "shape": tuple(state["layout"]["shape"])})
+            self.layout.check()
+            self.shards = [Shard.listed(where, shard) for shard in state["shards"]]
+            index = Shard.listed(where, state["index"])
         for shard in self.shards:
             check_size(self.path, shard)
-        self.blocks = read_index(self.path, Shard(**state["index"]))
+        self.blocks = read_index(self.path, index)
         self._ranges = self.layout.shards(self.blocks)
         if len(self._ranges) != len(self.shards):
             raise DataError(
@@ -158,8 +169,7 @@ class ReferenceCache:
         places = [self._place(number) for number in self.numbers(keys)]
         for shard, _ in places:
             if shard not in self._tables:
-                handle = open_shard(self.path, self.shards[shard])
-                self._tables[shard] = {name: handle.get_tensor(name) for name in handle.keys()}
+                self._tables[shard] = self._read(shard)
         return gather(self._tables, places, out)
 
     def get(self, keys: Sequence[tuple[str, int]], device: torch.device | str = "cpu"):
@@ -169,10 +179,7 @@ class ReferenceCache:
 
     def table(self) -> Rows:
         """All rows in host memory, in the order of `numbers`; for the format "errors", whose rows are a few bytes."""
-        shards = []
-        for shard in self.shards:
-            handle = open_shard(self.path, shard)
-            shards.append({name: handle.get_tensor(name) for name in handle.keys()})
+        shards = [self._read(number) for number in range(len(self.shards))]
         return {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
 
     def numbers(self, keys: Sequence[tuple[str, int]]) -> list[int]:
@@ -190,6 +197,17 @@ class ReferenceCache:
         read_state(self.path)
         for shard in self.shards:
             verified(self.path, shard)
+
+    def _read(self, number: int) -> Rows:
+        """The rows of a whole shard, memory-mapped; DataError where they are not those of the layout."""
+        shard, rows = self.shards[number], len(self._ranges[number])
+        handle = open_shard(self.path, shard)
+        with laid_out(self.path / shard.name):
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}
+            found = {name: (tuple(values.shape), values.dtype) for name, values in tensors.items()}
+            if found != {name: ((rows, *shape), dtype) for name, (shape, dtype) in self.layout.tensors.items()}:
+                raise ValueError(f"expected {rows} rows of the format {self.layout.format!r}")
+        return tensors
 
     @cached_property
     def _positions(self) -> dict[str, tuple[int, int, int]]:
@@ -222,12 +240,16 @@ def read_state(path: Path) -> dict[str, Any]:
             f"{path}: holds {state.get('kind')!r} of schema {state.get('schema')}, expected 'reference' of "
             f"schema {SCHEMA}; make the cache again with this version, in another folder"
         )
+    with laid_out(path / CACHE_FILE):
+        state["complete"], state["fingerprint"].items(), state["layout"].items(), state["shards"], state["provenance"]
     return state
 
 
 def read_index(path: Path, index: Shard) -> list[Block]:
     """Ids and draws of every block."""
-    return [Block(tuple(block["ids"]), block["draws"]) for block in read_json(verified(path, index))["blocks"]]
+    where = verified(path, index)
+    with laid_out(where):
+        return [Block(tuple(block["ids"]), block["draws"] + 0) for block in read_json(where)["blocks"]]
 
 
 def layout_mapping(layout: Layout) -> dict[str, Any]:
