@@ -45,9 +45,31 @@ enum Flag : int {
   // Not in objectives.py: callers that know k1 == k2 add it, and one sigmoid serves alpha and 1 - gamma.
   FLAG_ONE_SIGMOID = 256,
 };
-enum Ratio : int { RATIO_LOGIT = 0, RATIO_SYMMETRIC = 1, RATIO_ABS = 2, RATIO_SIGNED = 3 };
+enum Ratio : int {
+  RATIO_LOGIT = 0,
+  RATIO_SYMMETRIC = 1,
+  RATIO_ABS = 2,
+  RATIO_SIGNED = 3,
+};
 constexpr double RATIO_LIMIT = 1e6;
-constexpr int PARAMETERS = 8;
+// Where an objective's numbers stand: the fields of Parameters.
+enum Parameter : int {
+  PARAMETER_HALF_BETA = 0,
+  PARAMETER_K1 = 1,
+  PARAMETER_K2 = 2,
+  PARAMETER_IPR_SCALE = 3,
+  PARAMETER_EPS = 4,
+  PARAMETER_LABEL_SMOOTHING = 5,
+  PARAMETER_TARGET = 6,
+  PARAMETER_DELTA = 7,
+  PARAMETER_WEIGHT = 8,
+  PARAMETER_PENALTY = 9,
+  PARAMETER_SHIFT = 10,
+  PARAMETER_THRESHOLD = 11,
+  PARAMETER_CLIP = 12,
+  PARAMETER_MU = 13,
+  PARAMETERS = 14,
+};
 
 template <class T>
 struct ScalarOf {
@@ -231,11 +253,11 @@ PGDPO_HD void pgdpo_weights(int flags, const scalar_of<T>* parameters, const Err
   const bool regularized = flags & (FLAG_IPR_REWARD | FLAG_IPR_ANCHOR);
   out.alpha = out.gamma = T(1);
   out.alpha_complement = out.complement = out.by_chosen = out.by_rejected = T(0);
-  const T ratio =
-      ratio_and_slopes((flags >> FLAG_RATIO_SHIFT) & 3, flags & FLAG_ATTACHED, errors.gap_chosen, errors.gap_rejected,
-                       T(parameters[0]), T(parameters[4]), out.by_chosen, out.by_rejected);
+  const T ratio = ratio_and_slopes((flags >> FLAG_RATIO_SHIFT) & 3, flags & FLAG_ATTACHED, errors.gap_chosen,
+                                   errors.gap_rejected, T(parameters[PARAMETER_HALF_BETA]),
+                                   T(parameters[PARAMETER_EPS]), out.by_chosen, out.by_rejected);
   if (regularized) {
-    const Sigmoids<T> switched(T(parameters[2]) * ratio);
+    const Sigmoids<T> switched(T(parameters[PARAMETER_K2]) * ratio);
     out.complement = switched.up;
     out.gamma = switched.down;
   }
@@ -244,7 +266,7 @@ PGDPO_HD void pgdpo_weights(int flags, const scalar_of<T>* parameters, const Err
       out.alpha = out.complement;
       out.alpha_complement = out.gamma;
     } else {
-      const Sigmoids<T> scaled(T(parameters[1]) * ratio);
+      const Sigmoids<T> scaled(T(parameters[PARAMETER_K1]) * ratio);
       out.alpha = scaled.up;
       out.alpha_complement = scaled.down;
     }
@@ -257,9 +279,9 @@ PGDPO_HD T preference_logits(int kind, const scalar_of<T>* parameters, const Err
   const T d_w = errors.gap_chosen, d_l = errors.gap_rejected;
   T margin = d_l - d_w;
   if (kind == KIND_PGDPO) margin = alpha * d_l - d_w;
-  if (kind == KIND_DPO_SHIFT) margin = T(parameters[1]) * d_l - d_w;
-  if (kind == KIND_DPOP) margin = margin - T(parameters[1]) * select(d_w < T(0), T(0), d_w);
-  return T(parameters[0]) * margin;
+  if (kind == KIND_DPO_SHIFT) margin = T(parameters[PARAMETER_SHIFT]) * d_l - d_w;
+  if (kind == KIND_DPOP) margin = margin - T(parameters[PARAMETER_PENALTY]) * select(d_w < T(0), T(0), d_w);
+  return T(parameters[PARAMETER_HALF_BETA]) * margin;
 }
 
 // Those objectives halfway: PG-DPO's weights, z and exp(-|z|).
@@ -269,29 +291,29 @@ struct Halfway {
   T logits, decay;
 };
 
-// Runs one group through the objective. `parameters` are the PARAMETERS numbers of Epilogue.parameters, zero-padded;
+// Runs one group through the objective. `parameters` are the PARAMETERS numbers of Epilogue.parameters;
 // `halfway`, where given, has been computed before.
 template <class T>
 PGDPO_HD Terms<T> objective(int kind, int flags, const scalar_of<T>* parameters, const Errors<T>& errors,
                             const Outer<T>* outer = nullptr, const Halfway<T>* halfway = nullptr) {
   const T zero = T(0), one = T(1), half = T(0.5);
-  const T half_beta = T(parameters[0]);
+  const T half_beta = T(parameters[PARAMETER_HALF_BETA]);
   const T d_w = errors.gap_chosen, d_l = errors.gap_rejected;
   Terms<T> out{zero, zero, one, one, one, zero, zero, zero, zero, zero, zero};
   if (kind == KIND_SFT) {
     out.loss = errors.policy_chosen;
     out.by_chosen = one;
   } else if (kind == KIND_SLIC || kind == KIND_HINGE) {
-    const T weight = half * T(parameters[2]);
+    const T weight = half * T(parameters[PARAMETER_WEIGHT]);
     const T slope = kind == KIND_SLIC ? half : half_beta;
     out.logits = kind == KIND_SLIC ? half * (errors.policy_rejected - errors.policy_chosen) : half_beta * (d_l - d_w);
-    const T hinge = T(parameters[1]) - out.logits;
+    const T hinge = T(parameters[PARAMETER_DELTA]) - out.logits;
     const T active = select(hinge >= zero, slope, zero);
     out.loss = select(hinge < zero, zero, hinge) + weight * errors.policy_chosen;
     out.by_chosen = active + weight;
     out.by_rejected = zero - active;
   } else if (kind == KIND_IPO) {
-    const T off_target = half * (d_l - d_w) - T(parameters[1]);
+    const T off_target = half * (d_l - d_w) - T(parameters[PARAMETER_TARGET]);
     out.logits = half_beta * (d_l - d_w);
     out.loss = off_target * off_target;
     out.by_chosen = zero - off_target;
@@ -310,7 +332,8 @@ PGDPO_HD Terms<T> objective(int kind, int flags, const scalar_of<T>* parameters,
     T slope = half_beta * preferred.down;
     if (kind == KIND_PGDPO) {
       const bool ars = flags & FLAG_ARS, regularized = flags & (FLAG_IPR_REWARD | FLAG_IPR_ANCHOR);
-      const T k1 = T(parameters[1]), k2 = T(parameters[2]), scale = T(parameters[3]);
+      const T k1 = T(parameters[PARAMETER_K1]), k2 = T(parameters[PARAMETER_K2]);
+      const T scale = T(parameters[PARAMETER_IPR_SCALE]);
       const Weights<T>& weights = start.weights;
       out.alpha = weights.alpha;
       out.gamma = weights.gamma;
@@ -338,24 +361,24 @@ PGDPO_HD Terms<T> objective(int kind, int flags, const scalar_of<T>* parameters,
       }
     } else if (kind == KIND_DPOP) {
       out.loss = preferred.softplus_minus();
-      out.by_chosen = slope * (one + select(d_w < zero, zero, T(parameters[1])));
+      out.by_chosen = slope * (one + select(d_w < zero, zero, T(parameters[PARAMETER_PENALTY])));
       out.by_rejected = zero - slope;
     } else if (kind == KIND_DPO_SHIFT) {
-      out.alpha = T(parameters[1]);
+      out.alpha = T(parameters[PARAMETER_SHIFT]);
       out.loss = preferred.softplus_minus();
       out.by_chosen = slope;
       out.by_rejected = zero - slope * out.alpha;
     } else {
-      const T smoothing = T(parameters[1]);
+      const T smoothing = T(parameters[PARAMETER_LABEL_SMOOTHING]);
       out.loss = preferred.softplus_minus();
-      if (parameters[1] != 0) {
+      if (parameters[PARAMETER_LABEL_SMOOTHING] != 0) {
         out.loss = (one - smoothing) * out.loss + smoothing * preferred.softplus_plus();
         slope = half_beta * ((one - smoothing) * preferred.down - smoothing * preferred.up);
       }
       if (flags & FLAG_IMPORTANCE) {
         const T raw = exponential(T(-0.5) * errors.posterior_scale * (errors.policy_chosen + errors.policy_rejected));
-        const T clip = T(parameters[6]);
-        out.importance = select(raw < T(parameters[5]), zero, clamp(raw, one - clip, one + clip));
+        const T clip = T(parameters[PARAMETER_CLIP]);
+        out.importance = select(raw < T(parameters[PARAMETER_THRESHOLD]), zero, clamp(raw, one - clip, one + clip));
         out.loss = out.importance * out.loss;
         slope = out.importance * slope;
       }
@@ -365,7 +388,7 @@ PGDPO_HD Terms<T> objective(int kind, int flags, const scalar_of<T>* parameters,
   }
   if (flags & FLAG_SAFEGUARD) {
     const auto conflict = errors.cross > zero;
-    const T bound = (one - T(parameters[7])) * errors.policy_chosen / select(conflict, errors.cross, one);
+    const T bound = (one - T(parameters[PARAMETER_MU])) * errors.policy_chosen / select(conflict, errors.cross, one);
     out.by_rejected = out.by_rejected * select(conflict, clamp(bound, zero, one), one);
   }
   return out;

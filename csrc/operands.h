@@ -69,8 +69,21 @@ Out rows_of(const Tensor& x, const char* name, const Tensor& like, int64_t pairs
   return rows;
 }
 
-// The operands every operator takes, in the order of `gather` in pgdpo_fast/backends/operands.py: chosen and rejected
-// in two tensors, or in one whose rows hold the chosen half first. A target [pairs, ...] without rejected is shared.
+// The bundles of pgdpo_fast/backends/operands.py and objectives.py that operators take besides the operands.
+struct PairNumbers {
+  const MaybeTensor &weight, &posterior_scale;
+};
+struct Plan {
+  int64_t reference_form, groups, length;
+  bool anchor = false, cross = false;
+};
+struct Epilogue {
+  int64_t kind, flags;
+  const std::vector<double>& parameters;
+};
+
+// The operands every operator takes: chosen and rejected in two tensors, or in one whose rows hold the chosen half
+// first. A target [pairs, ...] without rejected is shared.
 struct Operands {
   Pair pair;
   Tensor policy;
@@ -78,8 +91,9 @@ struct Operands {
 
   Operands(const Tensor& p_w, const MaybeTensor& p_l, const Tensor& y_w, const MaybeTensor& y_l,
            const MaybeTensor& noise, const MaybeTensor& target_scale, const MaybeTensor& q_w, const MaybeTensor& q_l,
-           const MaybeTensor& s_w, const MaybeTensor& s_l, int64_t form, int64_t groups, int64_t length)
+           const MaybeTensor& s_w, const MaybeTensor& s_l, const Plan& plan)
       : policy(p_w), stacked(!p_l) {
+    const int64_t groups = plan.groups, length = plan.length, form = plan.reference_form;
     STD_TORCH_CHECK(p_w.dim() >= 2 && p_w.numel() > 0 && (p_l || p_w.size(0) % 2 == 0), "policy: expected pairs");
     pair.pairs = p_l ? p_w.size(0) : p_w.size(0) / 2;
     const int64_t n = p_w.numel() / p_w.size(0);
@@ -223,20 +237,28 @@ inline std::vector<RowCopy> row_copies(const std::vector<Tensor>& tables, const 
   return copies;
 }
 
-// What an objective computes with besides the operands.
-struct Settings {
-  const MaybeTensor &reference_errors, &weight, &posterior_scale;
-  bool anchor, cross;
-  int64_t kind, flags;
-  const std::vector<double>& parameters;
-};
-
-// The operands as every operator takes them, and the same passed on. Schemas are in pgdpo_fast/backends/operators.py.
+// Each bundle as an operator takes it, field by field, and made of those fields. An operator's schema is in
+// pgdpo_fast/backends/operators.py.
 #define PGDPO_OPERANDS                                                                                            \
   const Tensor &p_w, const MaybeTensor &p_l, const Tensor &y_w, const MaybeTensor &y_l, const MaybeTensor &noise, \
       const MaybeTensor &target_scale, const MaybeTensor &q_w, const MaybeTensor &q_l, const MaybeTensor &s_w,    \
       const MaybeTensor &s_l
 #define PGDPO_PASS_OPERANDS p_w, p_l, y_w, y_l, noise, target_scale, q_w, q_l, s_w, s_l
+#define PGDPO_NUMBERS const MaybeTensor &weight, const MaybeTensor &posterior_scale
+#define PGDPO_PASS_NUMBERS  \
+  PairNumbers {             \
+    weight, posterior_scale \
+  }
+#define PGDPO_PLAN int64_t reference_form, int64_t groups, int64_t length, bool anchor, bool cross
+#define PGDPO_PASS_PLAN                           \
+  Plan {                                          \
+    reference_form, groups, length, anchor, cross \
+  }
+#define PGDPO_EPILOGUE int64_t kind, int64_t flags, std::vector<double> parameters
+#define PGDPO_PASS_EPILOGUE \
+  Epilogue {                \
+    kind, flags, parameters \
+  }
 
 }  // namespace
 }  // namespace pgdpo

@@ -9,10 +9,59 @@
 
 #include <stdint.h>
 
+#include "epilogue.h"
+
 namespace pgdpo {
 
 enum Storage : int { BFLOAT16, FLOAT16, FLOAT32, FLOAT64, FLOAT8 };
-enum Reference : int { REFERENCE_NONE, REFERENCE_PREDICTION, REFERENCE_BFLOAT16, REFERENCE_FLOAT8 };
+// Mirrors of pgdpo_fast/backends/operands.py: the reference's form, and the planes of Telemetry, Coefficients and
+// ElementMeans. Those of the statistics are the fields of GroupErrors in pgdpo_fast/objectives.py.
+enum Reference : int {
+  REFERENCE_NONE = 0,
+  REFERENCE_PREDICTION = 1,
+  REFERENCE_BFLOAT16 = 2,
+  REFERENCE_FLOAT8 = 3,
+};
+enum Statistic : int {
+  STATISTIC_POLICY_CHOSEN = 0,
+  STATISTIC_POLICY_REJECTED = 1,
+  STATISTIC_GAP_CHOSEN = 2,
+  STATISTIC_GAP_REJECTED = 3,
+  STATISTIC_ANCHOR = 4,
+  STATISTIC_CROSS = 5,
+  STATISTICS = 6,
+};
+enum TelemetryRow : int {
+  TELEMETRY_PER_PAIR_LOSS = 0,
+  TELEMETRY_LOGITS = 1,
+  TELEMETRY_ALPHA = 2,
+  TELEMETRY_GAMMA = 3,
+  TELEMETRY_IMPORTANCE = 4,
+  TELEMETRY_POLICY_CHOSEN_ERROR = 5,
+  TELEMETRY_POLICY_REJECTED_ERROR = 6,
+  TELEMETRY_CHOSEN_GAP = 7,
+  TELEMETRY_REJECTED_GAP = 8,
+  TELEMETRY = 9,
+};
+enum Coefficient : int {
+  COEFFICIENT_CHOSEN = 0,
+  COEFFICIENT_REJECTED = 1,
+  COEFFICIENT_ANCHOR = 2,
+  COEFFICIENTS = 3,
+};
+enum ElementMean : int {
+  MEAN_GAMMA = 0,
+  MEAN_PREFERENCE = 1,
+  MEAN_COMPLEMENT = 2,
+  MEAN_IMPLICIT = 3,
+  ELEMENT_MEANS = 4,
+};
+// Planes of element sums: those of the telemetry (the first is the preference term P with `outer`), then these.
+enum ElementSum : int {
+  SUM_COMPLEMENT = 9,
+  SUM_IMPLICIT = 10,
+  ELEMENT_SUMS = 11,
+};
 
 // Rows of one operand, `stride` elements apart, each contiguous.
 struct Rows {
@@ -37,15 +86,11 @@ struct Pair {
   int64_t pairs = 0, numel = 0, segments = 0, length = 0, groups = 1;
 };
 
-// Planes of errors: policy errors, gaps, anchor, cross. Planes of element sums: the nine of the telemetry (the first is
-// P instead of the loss with `outer`), 1 - gamma, and the regularizer I. Planes of means: gamma, P, 1 - gamma, I.
-constexpr int STATISTICS = 6, TELEMETRY = 9, ELEMENT_SUMS = 11, ELEMENT_MEANS = 4;
-
 // What an element pass computes besides its operands; numbers are in double and rounded to the pass's type on use.
 struct Elements {
   int kind = 0, flags = 0;
   bool outer = false;
-  double parameters[8] = {};
+  double parameters[PARAMETERS] = {};
   const double* scale = nullptr;            // [pairs], of the gradients, or null: write none
   const double* posterior_scale = nullptr;  // [pairs] or null
   const double* means = nullptr;            // [ELEMENT_MEANS, pairs], for gradients with `outer`
@@ -60,7 +105,7 @@ struct Passes {
   const char* name;
   // sums: [STATISTICS, pairs * segments]. anchor, cross: whether those planes are wanted; unwanted ones are zero.
   void (*errors)(const Pair&, bool anchor, bool cross, double* sums, int64_t begin, int64_t end);
-  // coefficients: [3, pairs * groups], of p_w - y_w, p_l - y_l and p_w - q_w.
+  // coefficients: [COEFFICIENTS, pairs * groups], of p_w - y_w, p_l - y_l and p_w - q_w.
   void (*gradients)(const Pair&, bool anchor, const double* coefficients, const MutableRows gradient[2], int64_t begin,
                     int64_t end);
   void (*elements)(const Pair&, const Elements&, int64_t begin, int64_t end);

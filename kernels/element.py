@@ -12,17 +12,39 @@ from pgdpo_fast.kernels.epilogue import (
     FLAG_IMPORTANCE,
     FLAG_IPR_ANCHOR,
     KIND_SFT,
+    PARAMETER_IPR_SCALE,
     objective,
     pgdpo_slopes,
     pgdpo_terms,
     safeguarded,
 )
-from pgdpo_fast.kernels.pair import load, load_targets, reference_terms, thread_sums
+from pgdpo_fast.kernels.pair import (
+    REFERENCE_NONE,
+    TELEMETRY_ALPHA,
+    TELEMETRY_CHOSEN_GAP,
+    TELEMETRY_GAMMA,
+    TELEMETRY_IMPORTANCE,
+    TELEMETRY_LOGITS,
+    TELEMETRY_PER_PAIR_LOSS,
+    TELEMETRY_POLICY_CHOSEN_ERROR,
+    TELEMETRY_POLICY_REJECTED_ERROR,
+    TELEMETRY_REJECTED_GAP,
+    load,
+    load_targets,
+    reference_terms,
+    segment_at,
+    thread_sums,
+)
 
-# Planes of the partial sums: the nine of the telemetry, then 1 - gamma and the regularizer for OUTER.
-ELEMENT_SUMS = 11
-# Planes of the means OUTER needs in its second pass: gamma, P, 1 - gamma, I.
-ELEMENT_MEANS = 4
+# Planes of the partial sums: those of the telemetry (the first is the preference term with OUTER), then these.
+SUM_COMPLEMENT = tl.constexpr(9)
+SUM_IMPLICIT = tl.constexpr(10)
+SUMS = tl.constexpr(11)
+# Mirrors of ElementMeans in pgdpo_fast/backends/operands.py, which OUTER needs in its second pass.
+MEAN_GAMMA = tl.constexpr(0)
+MEAN_PREFERENCE = tl.constexpr(1)
+MEAN_COMPLEMENT = tl.constexpr(2)
+MEAN_IMPLICIT = tl.constexpr(3)
 
 
 @triton.jit
@@ -30,31 +52,20 @@ def element_block(
     sums,
     gw_ptr,
     gl_ptr,
-    pw_ptr,
-    pl_ptr,
-    yw_ptr,
-    yl_ptr,
-    noise_ptr,
-    qw_ptr,
-    ql_ptr,
-    sw_ptr,
-    sl_ptr,
+    x,
     params_ptr,
-    noise_scale,
-    clean_scale,
     posterior_scale,
     scale,
     mean_gamma,
     mean_preference,
     mean_complement,
     mean_implicit,
-    phase,
     offsets,
     mask,
     KIND: tl.constexpr,
     FLAGS: tl.constexpr,
     OUTER: tl.constexpr,
-    SUMS: tl.constexpr,
+    WITH_SUMS: tl.constexpr,
     GRADS: tl.constexpr,
     REFERENCE: tl.constexpr,
     SHARED_TARGET: tl.constexpr,
@@ -66,11 +77,9 @@ def element_block(
     LANES: tl.constexpr,
 ):
     """One block of elements through the objective: telemetry into the running sums, gradients to memory."""
-    p_w = load(pw_ptr, offsets, mask, MASKED, COMPUTE)
-    p_l = load(pl_ptr, offsets, mask, MASKED, COMPUTE)
-    y_w, y_l = load_targets(
-        yw_ptr, yl_ptr, noise_ptr, noise_scale, clean_scale, offsets, mask, SHARED_TARGET, TARGET_BUILT, MASKED, COMPUTE
-    )
+    p_w = load(x.pw_ptr, offsets, mask, MASKED, COMPUTE)
+    p_l = load(x.pl_ptr, offsets, mask, MASKED, COMPUTE)
+    y_w, y_l = load_targets(x, offsets, mask, SHARED_TARGET, TARGET_BUILT, MASKED, COMPUTE)
     u_w = p_w - y_w
     u_l = p_l - y_l
     e_w = u_w * u_w
@@ -78,12 +87,12 @@ def element_block(
     minus_w = 0.0 * u_w
     d_w = minus_w
     d_l = minus_w
-    if REFERENCE != 0:
+    if REFERENCE != REFERENCE_NONE:
         minus_w, plus_w = reference_terms(
-            p_w, y_w, qw_ptr, sw_ptr, phase, offsets, mask, REFERENCE, PACK_BLOCK, MASKED, COMPUTE
+            p_w, y_w, x.qw_ptr, x.sw_ptr, x.phase, offsets, mask, REFERENCE, PACK_BLOCK, MASKED, COMPUTE
         )
         minus_l, plus_l = reference_terms(
-            p_l, y_l, ql_ptr, sl_ptr, phase, offsets, mask, REFERENCE, PACK_BLOCK, MASKED, COMPUTE
+            p_l, y_l, x.ql_ptr, x.sl_ptr, x.phase, offsets, mask, REFERENCE, PACK_BLOCK, MASKED, COMPUTE
         )
         d_w = minus_w * plus_w
         d_l = minus_l * plus_l
@@ -95,7 +104,7 @@ def element_block(
             e_w, d_w, d_l, anchor, params_ptr, FLAGS, COMPUTE
         )
         importance = 0.0 * u_w + 1.0
-        ipr_scale = tl.load(params_ptr + 3)
+        ipr_scale = tl.load(params_ptr + PARAMETER_IPR_SCALE)
         g_w, g_l, g_anchor = pgdpo_slopes(
             d_l,
             logits,
@@ -131,7 +140,7 @@ def element_block(
         else:
             tl.store(gw_ptr + offsets, gradient_w)
             tl.store(gl_ptr + offsets, gradient_l)
-    if SUMS:
+    if WITH_SUMS:
         if MASKED:  # a lane of zeros still has a loss, an alpha and a gamma
             loss = tl.where(mask, loss, 0.0)
             logits = tl.where(mask, logits, 0.0)
@@ -140,59 +149,41 @@ def element_block(
             importance = tl.where(mask, importance, 0.0)
             complement = tl.where(mask, complement, 0.0)
         sums = (
-            sums[0] + thread_sums(loss, BLOCK, LANES),
-            sums[1] + thread_sums(logits, BLOCK, LANES),
-            sums[2] + thread_sums(alpha, BLOCK, LANES),
-            sums[3] + thread_sums(gamma, BLOCK, LANES),
-            sums[4] + thread_sums(importance, BLOCK, LANES),
-            sums[5] + thread_sums(e_w, BLOCK, LANES),
-            sums[6] + thread_sums(e_l, BLOCK, LANES),
-            sums[7] + thread_sums(d_w, BLOCK, LANES),
-            sums[8] + thread_sums(d_l, BLOCK, LANES),
-            sums[9] + thread_sums(complement, BLOCK, LANES),
-            sums[10] + thread_sums(implicit, BLOCK, LANES),
+            sums[TELEMETRY_PER_PAIR_LOSS] + thread_sums(loss, BLOCK, LANES),
+            sums[TELEMETRY_LOGITS] + thread_sums(logits, BLOCK, LANES),
+            sums[TELEMETRY_ALPHA] + thread_sums(alpha, BLOCK, LANES),
+            sums[TELEMETRY_GAMMA] + thread_sums(gamma, BLOCK, LANES),
+            sums[TELEMETRY_IMPORTANCE] + thread_sums(importance, BLOCK, LANES),
+            sums[TELEMETRY_POLICY_CHOSEN_ERROR] + thread_sums(e_w, BLOCK, LANES),
+            sums[TELEMETRY_POLICY_REJECTED_ERROR] + thread_sums(e_l, BLOCK, LANES),
+            sums[TELEMETRY_CHOSEN_GAP] + thread_sums(d_w, BLOCK, LANES),
+            sums[TELEMETRY_REJECTED_GAP] + thread_sums(d_l, BLOCK, LANES),
+            sums[SUM_COMPLEMENT] + thread_sums(complement, BLOCK, LANES),
+            sums[SUM_IMPLICIT] + thread_sums(implicit, BLOCK, LANES),
         )
     return sums
 
 
 @triton.jit
 def pair_elements_kernel(
-    gw_ptr,
-    gl_ptr,
-    pw_ptr,
-    pl_ptr,
-    yw_ptr,
-    yl_ptr,
-    noise_ptr,
-    qw_ptr,
-    ql_ptr,
-    sw_ptr,
-    sl_ptr,
-    target_scale_ptr,
-    weight_ptr,
-    posterior_scale_ptr,
-    params_ptr,
-    mean_ptr,
-    incoming_ptr,
-    partial_ptr,
-    gw_stride,
+    gw_ptr,  # [B, n] in the predictions' dtype, written with GRADS
+    gl_ptr,  # the same
+    operands,  # Operands
+    weight_ptr,  # [B] COMPUTE, with WEIGHTED
+    posterior_scale_ptr,  # [B] COMPUTE, with FLAG_IMPORTANCE
+    params_ptr,  # [PARAMETERS] COMPUTE
+    mean_ptr,  # [MEANS, B] COMPUTE, with OUTER and GRADS
+    incoming_ptr,  # [] fp32 or fp64, with INCOMING
+    partial_ptr,  # [SUMS, B, segments] COMPUTE, written with WITH_SUMS
+    gw_stride,  # elements between rows
     gl_stride,
-    pw_stride,
-    pl_stride,
-    yw_stride,
-    yl_stride,
-    noise_stride,
-    qw_stride,
-    ql_stride,
-    sw_stride,
-    sl_stride,
-    pairs,
-    n,
-    seg_len,
+    pairs,  # B
+    n,  # elements of a video
+    seg_len,  # elements of a segment; the last may be shorter
     KIND: tl.constexpr,
     FLAGS: tl.constexpr,
     OUTER: tl.constexpr,
-    SUMS: tl.constexpr,
+    WITH_SUMS: tl.constexpr,
     GRADS: tl.constexpr,
     INCOMING: tl.constexpr,
     SPECULATIVE: tl.constexpr,
@@ -206,7 +197,7 @@ def pair_elements_kernel(
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Grid (segments, pairs). Writes gradients `[B, ...]` (GRADS) and partial sums `[11, B, segments]` (SUMS).
+    """Grid (segments, pairs). Writes gradients (GRADS) and partial sums (WITH_SUMS).
 
     INCOMING scales the gradients by the incoming gradient `[]`; with SPECULATIVE the buffers already hold those for 1.
     """
@@ -226,21 +217,7 @@ def pair_elements_kernel(
     length = tl.minimum(n - start, seg_len).to(tl.int32)
     gw_ptr += pair * gw_stride + start
     gl_ptr += pair * gl_stride + start
-    pw_ptr += pair * pw_stride + start
-    pl_ptr += pair * pl_stride + start
-    yw_ptr += pair * yw_stride + start
-    yl_ptr += pair * yl_stride + start
-    noise_ptr += pair * noise_stride + start
-    qw_ptr += pair * qw_stride + start
-    ql_ptr += pair * ql_stride + start
-    sw_ptr += pair * sw_stride + start // PACK_BLOCK
-    sl_ptr += pair * sl_stride + start // PACK_BLOCK
-    phase = (start % PACK_BLOCK).to(tl.int32)
-    noise_scale = 0.0
-    clean_scale = 1.0
-    if TARGET_BUILT:
-        noise_scale = tl.load(target_scale_ptr + pair).to(COMPUTE)
-        clean_scale = tl.load(target_scale_ptr + pairs + pair).to(COMPUTE)
+    x = segment_at(operands, pair, start, pairs, TARGET_BUILT, PACK_BLOCK, COMPUTE)
     posterior_scale = 0.0
     if FLAG_IMPORTANCE & FLAGS:
         posterior_scale = tl.load(posterior_scale_ptr + pair).to(COMPUTE)
@@ -249,10 +226,10 @@ def pair_elements_kernel(
     mean_complement = 0.0
     mean_implicit = 0.0
     if OUTER and GRADS:
-        mean_gamma = tl.load(mean_ptr + pair)
-        mean_preference = tl.load(mean_ptr + pairs + pair)
-        mean_complement = tl.load(mean_ptr + 2 * pairs + pair)
-        mean_implicit = tl.load(mean_ptr + 3 * pairs + pair)
+        mean_gamma = tl.load(mean_ptr + MEAN_GAMMA * pairs + pair)
+        mean_preference = tl.load(mean_ptr + MEAN_PREFERENCE * pairs + pair)
+        mean_complement = tl.load(mean_ptr + MEAN_COMPLEMENT * pairs + pair)
+        mean_implicit = tl.load(mean_ptr + MEAN_IMPLICIT * pairs + pair)
 
     zero = tl.zeros([BLOCK // LANES], COMPUTE)
     sums = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
@@ -263,31 +240,20 @@ def pair_elements_kernel(
             sums,
             gw_ptr,
             gl_ptr,
-            pw_ptr,
-            pl_ptr,
-            yw_ptr,
-            yl_ptr,
-            noise_ptr,
-            qw_ptr,
-            ql_ptr,
-            sw_ptr,
-            sl_ptr,
+            x,
             params_ptr,
-            noise_scale,
-            clean_scale,
             posterior_scale,
             scale,
             mean_gamma,
             mean_preference,
             mean_complement,
             mean_implicit,
-            phase,
             begin + lanes,
             None,
             KIND,
             FLAGS,
             OUTER,
-            SUMS,
+            WITH_SUMS,
             GRADS,
             REFERENCE,
             SHARED_TARGET,
@@ -304,31 +270,20 @@ def pair_elements_kernel(
             sums,
             gw_ptr,
             gl_ptr,
-            pw_ptr,
-            pl_ptr,
-            yw_ptr,
-            yl_ptr,
-            noise_ptr,
-            qw_ptr,
-            ql_ptr,
-            sw_ptr,
-            sl_ptr,
+            x,
             params_ptr,
-            noise_scale,
-            clean_scale,
             posterior_scale,
             scale,
             mean_gamma,
             mean_preference,
             mean_complement,
             mean_implicit,
-            phase,
             offsets,
             offsets < length,
             KIND,
             FLAGS,
             OUTER,
-            SUMS,
+            WITH_SUMS,
             GRADS,
             REFERENCE,
             SHARED_TARGET,
@@ -339,25 +294,25 @@ def pair_elements_kernel(
             BLOCK,
             LANES,
         )
-    if SUMS:
+    if WITH_SUMS:
         segments = tl.num_programs(0)
         plane = tl.cast(pairs, tl.int64) * segments
         partial_ptr += pair * segments + segment
-        for k in tl.static_range(11):
+        for k in tl.static_range(SUMS):
             tl.store(partial_ptr + k * plane, tl.sum(sums[k], 0))
 
 
 @triton.jit
 def fold_elements_kernel(
-    partial_ptr,
-    weight_ptr,
-    params_ptr,
-    loss_ptr,
-    telemetry_ptr,
-    mean_ptr,
-    pairs,
-    segments,
-    n,
+    partial_ptr,  # [SUMS, B, segments] COMPUTE
+    weight_ptr,  # [B] COMPUTE, with WEIGHTED
+    params_ptr,  # [PARAMETERS] COMPUTE
+    loss_ptr,  # [] COMPUTE, written
+    telemetry_ptr,  # [TELEMETRY, B] COMPUTE, written
+    mean_ptr,  # [MEANS, B] COMPUTE, written
+    pairs,  # B
+    segments,  # of a video
+    n,  # elements of a video
     OUTER: tl.constexpr,
     GAPS: tl.constexpr,
     WEIGHTED: tl.constexpr,
@@ -365,7 +320,7 @@ def fold_elements_kernel(
     ROWS: tl.constexpr,
     FOLD: tl.constexpr,
 ):
-    """Partial sums `[11, B, segments]` to loss `[]`, telemetry `[9, B]` and means `[4, B]`. One program."""
+    """Partial sums to loss, telemetry and means. One program."""
     plane = tl.cast(pairs, tl.int64) * segments
     mean = 1.0 / (tl.zeros([1], COMPUTE) + n)
     total = tl.zeros([ROWS], COMPUTE)
@@ -376,7 +331,7 @@ def fold_elements_kernel(
         gamma = preference
         complement = preference
         implicit = preference
-        for k in tl.static_range(11):
+        for k in tl.static_range(SUMS):
             sums = tl.zeros([ROWS, FOLD], COMPUTE)
             for begin in range(0, segments, FOLD):
                 step = begin + tl.arange(0, FOLD)
@@ -385,26 +340,26 @@ def fold_elements_kernel(
                     partial_ptr + k * plane + where, mask=inside[:, None] & (step[None, :] < segments), other=0.0
                 )
             value = tl.sum(sums, 1) * mean
-            if k == 0:
+            if k == TELEMETRY_PER_PAIR_LOSS:
                 preference = value
-            elif k == 3:
+            elif k == TELEMETRY_GAMMA:
                 gamma = value
-            elif k == 9:
+            elif k == SUM_COMPLEMENT:
                 complement = value
-            elif k == 10:
+            elif k == SUM_IMPLICIT:
                 implicit = value
-            if k > 0 and k < 9:
-                if k >= 7 and not GAPS:
+            if k > TELEMETRY_PER_PAIR_LOSS and k <= TELEMETRY_REJECTED_GAP:
+                if k >= TELEMETRY_CHOSEN_GAP and not GAPS:
                     value += float("nan")
                 tl.store(telemetry_ptr + k * pairs + row, value, mask=inside)
         loss = preference
         if OUTER:
-            loss = gamma * preference + tl.load(params_ptr + 3) * complement * implicit
-        tl.store(mean_ptr + row, gamma, mask=inside)
-        tl.store(mean_ptr + pairs + row, preference, mask=inside)
-        tl.store(mean_ptr + 2 * pairs + row, complement, mask=inside)
-        tl.store(mean_ptr + 3 * pairs + row, implicit, mask=inside)
-        tl.store(telemetry_ptr + row, loss, mask=inside)
+            loss = gamma * preference + tl.load(params_ptr + PARAMETER_IPR_SCALE) * complement * implicit
+        tl.store(mean_ptr + MEAN_GAMMA * pairs + row, gamma, mask=inside)
+        tl.store(mean_ptr + MEAN_PREFERENCE * pairs + row, preference, mask=inside)
+        tl.store(mean_ptr + MEAN_COMPLEMENT * pairs + row, complement, mask=inside)
+        tl.store(mean_ptr + MEAN_IMPLICIT * pairs + row, implicit, mask=inside)
+        tl.store(telemetry_ptr + TELEMETRY_PER_PAIR_LOSS * pairs + row, loss, mask=inside)
         if WEIGHTED:
             loss *= tl.load(weight_ptr + row, mask=inside, other=0.0).to(COMPUTE)
         total += tl.where(inside, loss, 0.0)

@@ -23,7 +23,29 @@ FLAG_IPR_ANCHOR = tl.constexpr(4)
 FLAG_ATTACHED = tl.constexpr(8)
 FLAG_SAFEGUARD = tl.constexpr(64)
 FLAG_IMPORTANCE = tl.constexpr(128)
+# Two bits of FLAGS say which ratio, an index into RATIOS there.
+FLAG_RATIO_SHIFT = tl.constexpr(4)
+FLAG_RATIO_MASK = tl.constexpr(3 << 4)
+RATIO_LOGIT = tl.constexpr(0)
+RATIO_SYMMETRIC = tl.constexpr(1)
+RATIO_ABS = tl.constexpr(2)
+RATIO_SIGNED = tl.constexpr(3)
 RATIO_LIMIT = tl.constexpr(1e6)
+# Places of an objective's numbers in the tensor behind params_ptr: the fields of Parameters there.
+PARAMETER_HALF_BETA = tl.constexpr(0)
+PARAMETER_K1 = tl.constexpr(1)
+PARAMETER_K2 = tl.constexpr(2)
+PARAMETER_IPR_SCALE = tl.constexpr(3)
+PARAMETER_EPS = tl.constexpr(4)
+PARAMETER_LABEL_SMOOTHING = tl.constexpr(5)
+PARAMETER_TARGET = tl.constexpr(6)
+PARAMETER_DELTA = tl.constexpr(7)
+PARAMETER_WEIGHT = tl.constexpr(8)
+PARAMETER_PENALTY = tl.constexpr(9)
+PARAMETER_SHIFT = tl.constexpr(10)
+PARAMETER_THRESHOLD = tl.constexpr(11)
+PARAMETER_CLIP = tl.constexpr(12)
+PARAMETER_MU = tl.constexpr(13)
 
 
 @triton.jit
@@ -62,16 +84,16 @@ def sign(x):
 def ratio_and_slopes(chosen, rejected, half_beta, eps, RATIO: tl.constexpr):
     """PG-DPO's rho and its derivatives by the chosen and the rejected reward."""
     margin = chosen - rejected
-    if RATIO == 0:  # logit
+    if RATIO == RATIO_LOGIT:
         ratio = half_beta * margin
         by_chosen = half_beta + 0.0 * margin
         by_rejected = -by_chosen
-    elif RATIO == 1:  # symmetric
+    elif RATIO == RATIO_SYMMETRIC:
         inverse = 1.0 / (tl.abs(chosen) + tl.abs(rejected) + 1.0 / half_beta)
         ratio = margin * inverse
         by_chosen = (1.0 - ratio * sign(chosen)) * inverse
         by_rejected = (-1.0 - ratio * sign(rejected)) * inverse
-    elif RATIO == 2:  # abs
+    elif RATIO == RATIO_ABS:
         inverse = 1.0 / (tl.abs(rejected) + tl.abs(eps))
         ratio = margin * inverse
         by_chosen = inverse
@@ -91,20 +113,20 @@ def ratio_and_slopes(chosen, rejected, half_beta, eps, RATIO: tl.constexpr):
 @triton.jit
 def pgdpo_terms(e_w, d_w, d_l, anchor, params_ptr, FLAGS: tl.constexpr, COMPUTE: tl.constexpr):
     """PG-DPO's parts: logits, preference term P, regularizer I, alpha, gamma, 1 - gamma, the ratio and its slopes."""
-    half_beta = tl.load(params_ptr)
+    half_beta = tl.load(params_ptr + PARAMETER_HALF_BETA)
     chosen = -d_w
     rejected = -d_l
     ratio, by_chosen, by_rejected = ratio_and_slopes(
-        chosen, rejected, half_beta, tl.load(params_ptr + 4), (FLAGS >> 4) & 3
+        chosen, rejected, half_beta, tl.load(params_ptr + PARAMETER_EPS), (FLAG_RATIO_MASK & FLAGS) >> FLAG_RATIO_SHIFT
     )
     alpha = 0.0 * e_w + 1.0
     gamma = alpha
     complement = 0.0 * e_w
     implicit = complement
     if FLAG_ARS & FLAGS:
-        alpha = sigmoid(tl.load(params_ptr + 1) * ratio)
+        alpha = sigmoid(tl.load(params_ptr + PARAMETER_K1) * ratio)
     if (FLAG_IPR_REWARD | FLAG_IPR_ANCHOR) & FLAGS:
-        k2 = tl.load(params_ptr + 2)
+        k2 = tl.load(params_ptr + PARAMETER_K2)
         gamma = sigmoid(-k2 * ratio)
         complement = sigmoid(k2 * ratio)
     if FLAG_IPR_REWARD & FLAGS:
@@ -132,7 +154,7 @@ def pgdpo_slopes(
     FLAGS: tl.constexpr,
 ):
     """Derivatives of the loss by the chosen error, the rejected error and the anchor, from those by P, I and gamma."""
-    half_beta = tl.load(params_ptr)
+    half_beta = tl.load(params_ptr + PARAMETER_HALF_BETA)
     slope = by_preference * sigmoid(-logits) * half_beta
     g_w = slope
     g_l = -slope * alpha
@@ -144,10 +166,10 @@ def pgdpo_slopes(
     if FLAG_ATTACHED & FLAGS:
         by_ratio = 0.0 * logits
         if FLAG_ARS & FLAGS:
-            k1 = tl.load(params_ptr + 1)
+            k1 = tl.load(params_ptr + PARAMETER_K1)
             by_ratio -= slope * d_l * k1 * alpha * sigmoid(-k1 * ratio)
         if (FLAG_IPR_REWARD | FLAG_IPR_ANCHOR) & FLAGS:
-            by_ratio -= tl.load(params_ptr + 2) * gamma * complement * by_gamma
+            by_ratio -= tl.load(params_ptr + PARAMETER_K2) * gamma * complement * by_gamma
         g_w -= by_ratio * by_chosen
         g_l -= by_ratio * by_rejected
     return g_w, g_l, g_anchor
@@ -158,7 +180,7 @@ def safeguarded(g_l, e_w, cross, params_ptr, FLAGS: tl.constexpr):
     """The rejected derivative, scaled by Safeguarded's lambda where it asks for that."""
     if FLAG_SAFEGUARD & FLAGS:
         conflict = cross > 0
-        bound = (1.0 - tl.load(params_ptr + 7)) * e_w / tl.where(conflict, cross, 1.0)
+        bound = (1.0 - tl.load(params_ptr + PARAMETER_MU)) * e_w / tl.where(conflict, cross, 1.0)
         g_l *= tl.where(conflict, tl.minimum(tl.maximum(bound, 0.0), 1.0), 1.0)
     return g_l
 
@@ -182,7 +204,7 @@ def objective(
     Returns loss, logits, alpha, gamma, importance, and the derivatives of the loss by the chosen error, the rejected
     error and the anchor (a gap and its policy error have the same derivative by the prediction, so they are added).
     """
-    half_beta = tl.load(params_ptr)
+    half_beta = tl.load(params_ptr + PARAMETER_HALF_BETA)
     one = 0.0 * e_w + 1.0
     alpha = one
     gamma = one
@@ -194,8 +216,8 @@ def objective(
         g_w = one
         g_l = 0.0 * e_w
     elif KIND == KIND_SLIC or KIND == KIND_HINGE:
-        delta = tl.load(params_ptr + 1)
-        weight = 0.5 * tl.load(params_ptr + 2)
+        delta = tl.load(params_ptr + PARAMETER_DELTA)
+        weight = 0.5 * tl.load(params_ptr + PARAMETER_WEIGHT)
         if KIND == KIND_SLIC:
             slope = 0.5 * one
             logits = 0.5 * (e_l - e_w)
@@ -208,7 +230,7 @@ def objective(
         g_w = active + weight
         g_l = -active
     elif KIND == KIND_IPO:
-        off_target = 0.5 * (d_l - d_w) - tl.load(params_ptr + 1)
+        off_target = 0.5 * (d_l - d_w) - tl.load(params_ptr + PARAMETER_TARGET)
         logits = half_beta * (d_l - d_w)
         loss = off_target * off_target
         g_w = -off_target
@@ -217,7 +239,7 @@ def objective(
         logits, preference, implicit, alpha, gamma, complement, ratio, by_chosen, by_rejected = pgdpo_terms(
             e_w, d_w, d_l, anchor, params_ptr, FLAGS, COMPUTE
         )
-        ipr_scale = tl.load(params_ptr + 3)
+        ipr_scale = tl.load(params_ptr + PARAMETER_IPR_SCALE)
         loss = gamma * preference
         if (FLAG_IPR_REWARD | FLAG_IPR_ANCHOR) & FLAGS:
             loss += complement * (ipr_scale * implicit)
@@ -238,14 +260,14 @@ def objective(
         )
     elif KIND == KIND_DPOP:
         chosen = -d_w
-        penalty = tl.load(params_ptr + 1)
+        penalty = tl.load(params_ptr + PARAMETER_PENALTY)
         logits = half_beta * (chosen + d_l - penalty * tl.where(chosen > 0, 0.0, -chosen))
         loss = softplus(-logits, COMPUTE)
         slope = half_beta * sigmoid(-logits)
         g_w = slope * (1.0 + tl.where(chosen > 0, 0.0, penalty))
         g_l = -slope
     elif KIND == KIND_DPO_SHIFT:
-        shift = tl.load(params_ptr + 1)
+        shift = tl.load(params_ptr + PARAMETER_SHIFT)
         alpha = shift * one
         logits = half_beta * (shift * d_l - d_w)
         loss = softplus(-logits, COMPUTE)
@@ -253,15 +275,15 @@ def objective(
         g_w = slope
         g_l = -slope * shift
     else:
-        smoothing = tl.load(params_ptr + 1)
+        smoothing = tl.load(params_ptr + PARAMETER_LABEL_SMOOTHING)
         logits = half_beta * (d_l - d_w)
         loss = (1.0 - smoothing) * softplus(-logits, COMPUTE) + smoothing * softplus(logits, COMPUTE)
         slope = half_beta * ((1.0 - smoothing) * sigmoid(-logits) - smoothing * sigmoid(logits))
         if FLAG_IMPORTANCE & FLAGS:
             raw = tl.exp(-0.5 * posterior_scale * (e_w + e_l))
-            clip = tl.load(params_ptr + 6)
+            clip = tl.load(params_ptr + PARAMETER_CLIP)
             importance = tl.minimum(tl.maximum(raw, 1.0 - clip), 1.0 + clip)
-            importance = tl.where(raw < tl.load(params_ptr + 5), 0.0, importance)
+            importance = tl.where(raw < tl.load(params_ptr + PARAMETER_THRESHOLD), 0.0, importance)
             loss *= importance
             slope *= importance
         g_w = slope

@@ -4,18 +4,116 @@ A video is a row of `segments * seg_len` elements; segment s belongs to group s 
 are fixed-length chunks of the row; with frames as groups they are the H*W runs of a `[C, F, H, W]` row. Programs never
 share an output and every fold has a fixed order, so results do not depend on the grid, the device or the batch size.
 
-Operands: REFERENCE 0 none, 1 predictions, 2 packed bfloat16 residuals q - y, 3 packed float8 (e4m3) residuals with one
-float32 scale per PACK_BLOCK elements. TARGET_BUILT makes the target as noise_scale * noise + clean_scale * clean.
+Switches: REFERENCE is the reference's form, SHARED_TARGET says that the pair has one target, TARGET_BUILT makes it as
+noise_scale * noise + clean_scale * clean.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from pgdpo_fast.kernels.epilogue import FLAG_IMPORTANCE, objective
 
-# Planes of the statistics: policy errors, gaps, anchor, cross (all as sums until the fold divides them).
-STATISTICS = 6
-# Planes of the telemetry: loss, logits, alpha, gamma, importance, then the errors and gaps of both videos.
-TELEMETRY = 9
+# Mirrors of pgdpo_fast/backends/operands.py: ReferenceForm, and the planes of Telemetry and Coefficients. Those of the
+# statistics are the fields of GroupErrors in pgdpo_fast/objectives.py, all as sums until the fold divides them.
+REFERENCE_NONE = tl.constexpr(0)
+REFERENCE_PREDICTION = tl.constexpr(1)
+REFERENCE_BFLOAT16 = tl.constexpr(2)
+REFERENCE_FLOAT8 = tl.constexpr(3)
+STATISTIC_POLICY_CHOSEN = tl.constexpr(0)
+STATISTIC_POLICY_REJECTED = tl.constexpr(1)
+STATISTIC_GAP_CHOSEN = tl.constexpr(2)
+STATISTIC_GAP_REJECTED = tl.constexpr(3)
+STATISTIC_ANCHOR = tl.constexpr(4)
+STATISTIC_CROSS = tl.constexpr(5)
+TELEMETRY_PER_PAIR_LOSS = tl.constexpr(0)
+TELEMETRY_LOGITS = tl.constexpr(1)
+TELEMETRY_ALPHA = tl.constexpr(2)
+TELEMETRY_GAMMA = tl.constexpr(3)
+TELEMETRY_IMPORTANCE = tl.constexpr(4)
+TELEMETRY_POLICY_CHOSEN_ERROR = tl.constexpr(5)
+TELEMETRY_POLICY_REJECTED_ERROR = tl.constexpr(6)
+TELEMETRY_CHOSEN_GAP = tl.constexpr(7)
+TELEMETRY_REJECTED_GAP = tl.constexpr(8)
+COEFFICIENT_CHOSEN = tl.constexpr(0)
+COEFFICIENT_REJECTED = tl.constexpr(1)
+COEFFICIENT_ANCHOR = tl.constexpr(2)
+
+
+class Operands(NamedTuple):
+    """The latents of a call as a kernel's argument: rows of n contiguous elements, `stride` elements apart.
+
+    w is the chosen, l the rejected video. What a call lacks may point anywhere; it is not read.
+    """
+
+    pw_ptr: Any  # [B, n] bf16, fp16, fp32 or fp64: predictions
+    pl_ptr: Any
+    yw_ptr: Any  # [B, n] bf16, fp16, fp32 or fp64: targets, or clean latents with TARGET_BUILT
+    yl_ptr: Any
+    noise_ptr: Any  # [B, n] bf16, fp16, fp32 or fp64, with TARGET_BUILT
+    qw_ptr: Any  # [B, n] the reference's predictions, bf16 residuals q - y, or the same as uint8 of e4m3
+    ql_ptr: Any
+    sw_ptr: Any  # [B, ceil(n / PACK_BLOCK)] fp32 scales, with REFERENCE_FLOAT8
+    sl_ptr: Any
+    target_scale_ptr: Any  # [2, B] COMPUTE: noise_scale and clean_scale, with TARGET_BUILT
+    pw_stride: Any
+    pl_stride: Any
+    yw_stride: Any
+    yl_stride: Any
+    noise_stride: Any
+    qw_stride: Any
+    ql_stride: Any
+    sw_stride: Any
+    sl_stride: Any
+
+
+class Segment(NamedTuple):
+    """The run of a pair's rows that a program works on: where its operands start, and what its elements share."""
+
+    pw_ptr: Any
+    pl_ptr: Any
+    yw_ptr: Any
+    yl_ptr: Any
+    noise_ptr: Any
+    qw_ptr: Any
+    ql_ptr: Any
+    sw_ptr: Any
+    sl_ptr: Any
+    phase: Any  # int32: where in its block of PACK_BLOCK elements the run starts
+    noise_scale: Any  # COMPUTE
+    clean_scale: Any
+
+
+@triton.jit
+def segment_at(
+    x,
+    pair,
+    start,
+    pairs,
+    TARGET_BUILT: tl.constexpr,
+    PACK_BLOCK: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """The run of `x` from element `start` of `pair` on, both int64."""
+    noise_scale = 0.0
+    clean_scale = 1.0
+    if TARGET_BUILT:
+        noise_scale = tl.load(x.target_scale_ptr + pair).to(COMPUTE)
+        clean_scale = tl.load(x.target_scale_ptr + pairs + pair).to(COMPUTE)
+    return Segment(
+        pw_ptr=x.pw_ptr + (pair * x.pw_stride + start),
+        pl_ptr=x.pl_ptr + (pair * x.pl_stride + start),
+        yw_ptr=x.yw_ptr + (pair * x.yw_stride + start),
+        yl_ptr=x.yl_ptr + (pair * x.yl_stride + start),
+        noise_ptr=x.noise_ptr + (pair * x.noise_stride + start),
+        qw_ptr=x.qw_ptr + (pair * x.qw_stride + start),
+        ql_ptr=x.ql_ptr + (pair * x.ql_stride + start),
+        sw_ptr=x.sw_ptr + (pair * x.sw_stride + start // PACK_BLOCK),
+        sl_ptr=x.sl_ptr + (pair * x.sl_stride + start // PACK_BLOCK),
+        phase=(start % PACK_BLOCK).to(tl.int32),
+        noise_scale=noise_scale,
+        clean_scale=clean_scale,
+    )
 
 
 @triton.jit
@@ -66,10 +164,10 @@ def reference_terms(
     COMPUTE: tl.constexpr,
 ):
     """p - q and p + q - 2y; their product is the gap, exact to full relative accuracy where p is close to q."""
-    if REFERENCE == 1:
+    if REFERENCE == REFERENCE_PREDICTION:
         q = load(q_ptr, offsets, mask, MASKED, COMPUTE)
         return p - q, (p - y) + (q - y)
-    if REFERENCE == 2:
+    if REFERENCE == REFERENCE_BFLOAT16:
         residual = load(q_ptr, offsets, mask, MASKED, COMPUTE)
     else:
         residual = load_float8(q_ptr, scale_ptr, phase, offsets, mask, PACK_BLOCK, MASKED, COMPUTE)
@@ -78,11 +176,7 @@ def reference_terms(
 
 @triton.jit
 def load_targets(
-    yw_ptr,
-    yl_ptr,
-    noise_ptr,
-    noise_scale,
-    clean_scale,
+    x,
     offsets,
     mask,
     SHARED_TARGET: tl.constexpr,
@@ -91,32 +185,21 @@ def load_targets(
     COMPUTE: tl.constexpr,
 ):
     """Targets of the chosen and the rejected video; what the pair shares is read once."""
-    y_w = load(yw_ptr, offsets, mask, MASKED, COMPUTE)
+    y_w = load(x.yw_ptr, offsets, mask, MASKED, COMPUTE)
     y_l = y_w
     if not SHARED_TARGET:
-        y_l = load(yl_ptr, offsets, mask, MASKED, COMPUTE)
+        y_l = load(x.yl_ptr, offsets, mask, MASKED, COMPUTE)
     if TARGET_BUILT:
-        noise = noise_scale * load(noise_ptr, offsets, mask, MASKED, COMPUTE)
-        y_w = noise + clean_scale * y_w
-        y_l = noise + clean_scale * y_l
+        noise = x.noise_scale * load(x.noise_ptr, offsets, mask, MASKED, COMPUTE)
+        y_w = noise + x.clean_scale * y_w
+        y_l = noise + x.clean_scale * y_l
     return y_w, y_l
 
 
 @triton.jit
 def accumulate(
     sums,
-    pw_ptr,
-    pl_ptr,
-    yw_ptr,
-    yl_ptr,
-    noise_ptr,
-    qw_ptr,
-    ql_ptr,
-    sw_ptr,
-    sl_ptr,
-    noise_scale,
-    clean_scale,
-    phase,
+    x,
     offsets,
     mask,
     REFERENCE: tl.constexpr,
@@ -132,23 +215,21 @@ def accumulate(
 ):
     """One block into the six running sums. Masked lanes load zeros everywhere, hence add zero."""
     e_w, e_l, d_w, d_l, anchor, cross = sums
-    p_w = load(pw_ptr, offsets, mask, MASKED, COMPUTE)
-    p_l = load(pl_ptr, offsets, mask, MASKED, COMPUTE)
-    y_w, y_l = load_targets(
-        yw_ptr, yl_ptr, noise_ptr, noise_scale, clean_scale, offsets, mask, SHARED_TARGET, TARGET_BUILT, MASKED, COMPUTE
-    )
+    p_w = load(x.pw_ptr, offsets, mask, MASKED, COMPUTE)
+    p_l = load(x.pl_ptr, offsets, mask, MASKED, COMPUTE)
+    y_w, y_l = load_targets(x, offsets, mask, SHARED_TARGET, TARGET_BUILT, MASKED, COMPUTE)
     u_w = p_w - y_w
     u_l = p_l - y_l
     e_w += thread_sums(u_w * u_w, BLOCK, LANES)
     e_l += thread_sums(u_l * u_l, BLOCK, LANES)
     if CROSS:
         cross += thread_sums(u_w * u_l, BLOCK, LANES)
-    if REFERENCE != 0:
+    if REFERENCE != REFERENCE_NONE:
         minus_w, plus_w = reference_terms(
-            p_w, y_w, qw_ptr, sw_ptr, phase, offsets, mask, REFERENCE, PACK_BLOCK, MASKED, COMPUTE
+            p_w, y_w, x.qw_ptr, x.sw_ptr, x.phase, offsets, mask, REFERENCE, PACK_BLOCK, MASKED, COMPUTE
         )
         minus_l, plus_l = reference_terms(
-            p_l, y_l, ql_ptr, sl_ptr, phase, offsets, mask, REFERENCE, PACK_BLOCK, MASKED, COMPUTE
+            p_l, y_l, x.ql_ptr, x.sl_ptr, x.phase, offsets, mask, REFERENCE, PACK_BLOCK, MASKED, COMPUTE
         )
         d_w += thread_sums(minus_w * plus_w, BLOCK, LANES)
         d_l += thread_sums(minus_l * plus_l, BLOCK, LANES)
@@ -159,29 +240,11 @@ def accumulate(
 
 @triton.jit
 def pair_errors_kernel(
-    pw_ptr,
-    pl_ptr,
-    yw_ptr,
-    yl_ptr,
-    noise_ptr,
-    qw_ptr,
-    ql_ptr,
-    sw_ptr,
-    sl_ptr,
-    target_scale_ptr,
-    partial_ptr,
-    pw_stride,
-    pl_stride,
-    yw_stride,
-    yl_stride,
-    noise_stride,
-    qw_stride,
-    ql_stride,
-    sw_stride,
-    sl_stride,
-    pairs,
-    n,
-    seg_len,
+    operands,  # Operands
+    partial_ptr,  # [STATISTICS, B, segments] COMPUTE, written
+    pairs,  # B
+    n,  # elements of a video
+    seg_len,  # elements of a segment; the last may be shorter
     REFERENCE: tl.constexpr,
     SHARED_TARGET: tl.constexpr,
     TARGET_BUILT: tl.constexpr,
@@ -193,7 +256,7 @@ def pair_errors_kernel(
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Partial sums of every segment: grid (segments, pairs), output `[STATISTICS, pairs, segments]`.
+    """Partial sums of every segment: grid (segments, pairs).
 
     Reads the predictions, targets and references once (4 to 6 values an element position), writes 24 bytes a segment.
     """
@@ -202,21 +265,7 @@ def pair_errors_kernel(
     segments = tl.num_programs(0)
     start = tl.multiple_of(segment.to(tl.int64) * seg_len, ALIGN)
     length = tl.minimum(n - start, seg_len).to(tl.int32)
-    pw_ptr += pair * pw_stride + start
-    pl_ptr += pair * pl_stride + start
-    yw_ptr += pair * yw_stride + start
-    yl_ptr += pair * yl_stride + start
-    noise_ptr += pair * noise_stride + start
-    qw_ptr += pair * qw_stride + start
-    ql_ptr += pair * ql_stride + start
-    sw_ptr += pair * sw_stride + start // PACK_BLOCK
-    sl_ptr += pair * sl_stride + start // PACK_BLOCK
-    phase = (start % PACK_BLOCK).to(tl.int32)
-    noise_scale = 0.0
-    clean_scale = 1.0
-    if TARGET_BUILT:
-        noise_scale = tl.load(target_scale_ptr + pair).to(COMPUTE)
-        clean_scale = tl.load(target_scale_ptr + pairs + pair).to(COMPUTE)
+    x = segment_at(operands, pair, start, pairs, TARGET_BUILT, PACK_BLOCK, COMPUTE)
 
     zero = tl.zeros([BLOCK // LANES], COMPUTE)
     sums = (zero, zero, zero, zero, zero, zero)
@@ -225,18 +274,7 @@ def pair_errors_kernel(
     for begin in range(0, whole, BLOCK):
         sums = accumulate(
             sums,
-            pw_ptr,
-            pl_ptr,
-            yw_ptr,
-            yl_ptr,
-            noise_ptr,
-            qw_ptr,
-            ql_ptr,
-            sw_ptr,
-            sl_ptr,
-            noise_scale,
-            clean_scale,
-            phase,
+            x,
             begin + lanes,
             None,
             REFERENCE,
@@ -254,18 +292,7 @@ def pair_errors_kernel(
         offsets = whole + lanes
         sums = accumulate(
             sums,
-            pw_ptr,
-            pl_ptr,
-            yw_ptr,
-            yl_ptr,
-            noise_ptr,
-            qw_ptr,
-            ql_ptr,
-            sw_ptr,
-            sl_ptr,
-            noise_scale,
-            clean_scale,
-            phase,
+            x,
             offsets,
             offsets < length,
             REFERENCE,
@@ -281,24 +308,24 @@ def pair_errors_kernel(
         )
     plane = tl.cast(pairs, tl.int64) * segments
     partial_ptr += pair * segments + segment
-    for k in tl.static_range(6):
+    for k in tl.static_range(len(sums)):
         tl.store(partial_ptr + k * plane, tl.sum(sums[k], 0))
 
 
 @triton.jit
 def fold_kernel(
-    partial_ptr,
-    reference_error_ptr,
-    weight_ptr,
-    posterior_scale_ptr,
-    params_ptr,
-    loss_ptr,
-    telemetry_ptr,
-    coefficient_ptr,
-    rows,
-    segments,
-    groups,
-    count,
+    partial_ptr,  # [STATISTICS, B, segments] COMPUTE
+    reference_error_ptr,  # [2, B, G] COMPUTE, chosen and rejected, with REFERENCE_ERRORS
+    weight_ptr,  # [B, G] COMPUTE, with WEIGHTED
+    posterior_scale_ptr,  # [B] COMPUTE, with FLAG_IMPORTANCE
+    params_ptr,  # [PARAMETERS] COMPUTE
+    loss_ptr,  # [] COMPUTE, written
+    out_ptr,  # [TELEMETRY, B, G] COMPUTE, written; with KIND < 0 [STATISTICS, B, G]
+    coefficient_ptr,  # [COEFFICIENTS, B, G] COMPUTE, written
+    rows,  # B * G
+    segments,  # of a video
+    groups,  # G
+    count,  # elements of a group
     KIND: tl.constexpr,
     FLAGS: tl.constexpr,
     GAPS: tl.constexpr,
@@ -310,9 +337,7 @@ def fold_kernel(
 ):
     """Fold the partial sums of every group and, unless KIND < 0, run the objective on them. One program.
 
-    Inputs: partials `[6, B, segments]`, reference errors `[2, B, G]`, row weights `[B, G]`, posterior scales `[B]`.
-    Outputs: loss `[]`, telemetry `[9, B, G]`, gradient coefficients `[3, B, G]` (by p_w - y_w, p_l - y_l, p_w - q_w);
-    with KIND < 0 only the six statistics, `[6, B, G]`, as means, in telemetry_ptr.
+    With KIND < 0 it writes the statistics alone, as means.
     """
     plane = tl.cast(rows // groups, tl.int64) * segments
     mean = 1.0 / (tl.zeros([1], COMPUTE) + count)
@@ -330,27 +355,31 @@ def fold_kernel(
             where = base[:, None] + step[None, :]
             mask = inside[:, None] & ((row % groups)[:, None] + step[None, :] < segments)
             sums = (
-                sums[0] + tl.load(partial_ptr + where, mask=mask, other=0.0),
-                sums[1] + tl.load(partial_ptr + plane + where, mask=mask, other=0.0),
-                sums[2] + tl.load(partial_ptr + 2 * plane + where, mask=mask, other=0.0),
-                sums[3] + tl.load(partial_ptr + 3 * plane + where, mask=mask, other=0.0),
-                sums[4] + tl.load(partial_ptr + 4 * plane + where, mask=mask, other=0.0),
-                sums[5] + tl.load(partial_ptr + 5 * plane + where, mask=mask, other=0.0),
+                sums[STATISTIC_POLICY_CHOSEN]
+                + tl.load(partial_ptr + STATISTIC_POLICY_CHOSEN * plane + where, mask=mask, other=0.0),
+                sums[STATISTIC_POLICY_REJECTED]
+                + tl.load(partial_ptr + STATISTIC_POLICY_REJECTED * plane + where, mask=mask, other=0.0),
+                sums[STATISTIC_GAP_CHOSEN]
+                + tl.load(partial_ptr + STATISTIC_GAP_CHOSEN * plane + where, mask=mask, other=0.0),
+                sums[STATISTIC_GAP_REJECTED]
+                + tl.load(partial_ptr + STATISTIC_GAP_REJECTED * plane + where, mask=mask, other=0.0),
+                sums[STATISTIC_ANCHOR] + tl.load(partial_ptr + STATISTIC_ANCHOR * plane + where, mask=mask, other=0.0),
+                sums[STATISTIC_CROSS] + tl.load(partial_ptr + STATISTIC_CROSS * plane + where, mask=mask, other=0.0),
             )
-        e_w = tl.sum(sums[0], 1) * mean
-        e_l = tl.sum(sums[1], 1) * mean
-        d_w = tl.sum(sums[2], 1) * mean
-        d_l = tl.sum(sums[3], 1) * mean
-        anchor = tl.sum(sums[4], 1) * mean
-        cross = tl.sum(sums[5], 1) * mean
-        out = telemetry_ptr + row
+        e_w = tl.sum(sums[STATISTIC_POLICY_CHOSEN], 1) * mean
+        e_l = tl.sum(sums[STATISTIC_POLICY_REJECTED], 1) * mean
+        d_w = tl.sum(sums[STATISTIC_GAP_CHOSEN], 1) * mean
+        d_l = tl.sum(sums[STATISTIC_GAP_REJECTED], 1) * mean
+        anchor = tl.sum(sums[STATISTIC_ANCHOR], 1) * mean
+        cross = tl.sum(sums[STATISTIC_CROSS], 1) * mean
+        out = out_ptr + row
         if KIND < 0:
-            tl.store(out, e_w, mask=inside)
-            tl.store(out + rows, e_l, mask=inside)
-            tl.store(out + 2 * rows, d_w, mask=inside)
-            tl.store(out + 3 * rows, d_l, mask=inside)
-            tl.store(out + 4 * rows, anchor, mask=inside)
-            tl.store(out + 5 * rows, cross, mask=inside)
+            tl.store(out + STATISTIC_POLICY_CHOSEN * rows, e_w, mask=inside)
+            tl.store(out + STATISTIC_POLICY_REJECTED * rows, e_l, mask=inside)
+            tl.store(out + STATISTIC_GAP_CHOSEN * rows, d_w, mask=inside)
+            tl.store(out + STATISTIC_GAP_REJECTED * rows, d_l, mask=inside)
+            tl.store(out + STATISTIC_ANCHOR * rows, anchor, mask=inside)
+            tl.store(out + STATISTIC_CROSS * rows, cross, mask=inside)
         else:
             if REFERENCE_ERRORS:
                 d_w = e_w - tl.load(reference_error_ptr + row, mask=inside, other=0.0).to(COMPUTE)
@@ -365,23 +394,22 @@ def fold_kernel(
             if WEIGHTED:
                 weight = tl.load(weight_ptr + row, mask=inside, other=0.0).to(COMPUTE)
             total += tl.where(inside, weight * loss, 0.0)
-            tl.store(out, loss, mask=inside)
-            tl.store(out + rows, logits, mask=inside)
-            tl.store(out + 2 * rows, alpha, mask=inside)
-            tl.store(out + 3 * rows, gamma, mask=inside)
-            tl.store(out + 4 * rows, importance, mask=inside)
-            tl.store(out + 5 * rows, e_w, mask=inside)
-            tl.store(out + 6 * rows, e_l, mask=inside)
-            if GAPS:
-                tl.store(out + 7 * rows, d_w, mask=inside)
-                tl.store(out + 8 * rows, d_l, mask=inside)
-            else:
-                tl.store(out + 7 * rows, d_w + float("nan"), mask=inside)
-                tl.store(out + 8 * rows, d_l + float("nan"), mask=inside)
+            tl.store(out + TELEMETRY_PER_PAIR_LOSS * rows, loss, mask=inside)
+            tl.store(out + TELEMETRY_LOGITS * rows, logits, mask=inside)
+            tl.store(out + TELEMETRY_ALPHA * rows, alpha, mask=inside)
+            tl.store(out + TELEMETRY_GAMMA * rows, gamma, mask=inside)
+            tl.store(out + TELEMETRY_IMPORTANCE * rows, importance, mask=inside)
+            tl.store(out + TELEMETRY_POLICY_CHOSEN_ERROR * rows, e_w, mask=inside)
+            tl.store(out + TELEMETRY_POLICY_REJECTED_ERROR * rows, e_l, mask=inside)
+            if not GAPS:
+                d_w += float("nan")
+                d_l += float("nan")
+            tl.store(out + TELEMETRY_CHOSEN_GAP * rows, d_w, mask=inside)
+            tl.store(out + TELEMETRY_REJECTED_GAP * rows, d_l, mask=inside)
             scale = weight * (2.0 * mean * row_scale)
-            tl.store(coefficient_ptr + row, scale * g_w, mask=inside)
-            tl.store(coefficient_ptr + rows + row, scale * g_l, mask=inside)
-            tl.store(coefficient_ptr + 2 * rows + row, scale * g_anchor, mask=inside)
+            tl.store(coefficient_ptr + COEFFICIENT_CHOSEN * rows + row, scale * g_w, mask=inside)
+            tl.store(coefficient_ptr + COEFFICIENT_REJECTED * rows + row, scale * g_l, mask=inside)
+            tl.store(coefficient_ptr + COEFFICIENT_ANCHOR * rows + row, scale * g_anchor, mask=inside)
     if KIND >= 0:
         tl.store(loss_ptr + tl.arange(0, 1), tl.sum(total, 0) * row_scale)
 
@@ -390,21 +418,10 @@ def fold_kernel(
 def scaled_gradients(
     gw_ptr,
     gl_ptr,
-    pw_ptr,
-    pl_ptr,
-    yw_ptr,
-    yl_ptr,
-    noise_ptr,
-    qw_ptr,
-    ql_ptr,
-    sw_ptr,
-    sl_ptr,
-    noise_scale,
-    clean_scale,
+    x,
     c_w,
     c_l,
     c_anchor,
-    phase,
     offsets,
     mask,
     REFERENCE: tl.constexpr,
@@ -416,15 +433,13 @@ def scaled_gradients(
     COMPUTE: tl.constexpr,
 ):
     """One block of c_w (p_w - y_w) + c_anchor (p_w - q_w) and c_l (p_l - y_l)."""
-    p_w = load(pw_ptr, offsets, mask, MASKED, COMPUTE)
-    p_l = load(pl_ptr, offsets, mask, MASKED, COMPUTE)
-    y_w, y_l = load_targets(
-        yw_ptr, yl_ptr, noise_ptr, noise_scale, clean_scale, offsets, mask, SHARED_TARGET, TARGET_BUILT, MASKED, COMPUTE
-    )
+    p_w = load(x.pw_ptr, offsets, mask, MASKED, COMPUTE)
+    p_l = load(x.pl_ptr, offsets, mask, MASKED, COMPUTE)
+    y_w, y_l = load_targets(x, offsets, mask, SHARED_TARGET, TARGET_BUILT, MASKED, COMPUTE)
     g_w = c_w * (p_w - y_w)
     if ANCHOR:
         minus_w, _ = reference_terms(
-            p_w, y_w, qw_ptr, sw_ptr, phase, offsets, mask, REFERENCE, PACK_BLOCK, MASKED, COMPUTE
+            p_w, y_w, x.qw_ptr, x.sw_ptr, x.phase, offsets, mask, REFERENCE, PACK_BLOCK, MASKED, COMPUTE
         )
         g_w += c_anchor * minus_w
     # An objective that takes no notice of the rejected video must not take its NaN.
@@ -439,35 +454,17 @@ def scaled_gradients(
 
 @triton.jit
 def pair_gradient_kernel(
-    gw_ptr,
-    gl_ptr,
-    pw_ptr,
-    pl_ptr,
-    yw_ptr,
-    yl_ptr,
-    noise_ptr,
-    qw_ptr,
-    ql_ptr,
-    sw_ptr,
-    sl_ptr,
-    target_scale_ptr,
-    coefficient_ptr,
-    incoming_ptr,
-    gw_stride,
+    gw_ptr,  # [B, n] in the predictions' dtype, written
+    gl_ptr,  # the same
+    operands,  # Operands
+    coefficient_ptr,  # [COEFFICIENTS, B, G] COMPUTE
+    incoming_ptr,  # [] fp32 or fp64
+    gw_stride,  # elements between rows
     gl_stride,
-    pw_stride,
-    pl_stride,
-    yw_stride,
-    yl_stride,
-    noise_stride,
-    qw_stride,
-    ql_stride,
-    sw_stride,
-    sl_stride,
-    pairs,
-    groups,
-    n,
-    seg_len,
+    pairs,  # B
+    groups,  # G
+    n,  # elements of a video
+    seg_len,  # elements of a segment; the last may be shorter
     REFERENCE: tl.constexpr,
     SHARED_TARGET: tl.constexpr,
     TARGET_BUILT: tl.constexpr,
@@ -477,7 +474,7 @@ def pair_gradient_kernel(
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Gradients by both predictions from the coefficients `[3, B, G]` and the incoming gradient `[]`.
+    """Gradients by both predictions from the coefficients and the incoming gradient.
 
     Grid (segments, pairs), walked backwards: the error pass ended on the last segments, so those are still in L2.
     Reads predictions and targets once (and the reference where the anchor needs it), writes each gradient once.
@@ -488,27 +485,13 @@ def pair_gradient_kernel(
     length = tl.minimum(n - start, seg_len).to(tl.int32)
     gw_ptr += pair * gw_stride + start
     gl_ptr += pair * gl_stride + start
-    pw_ptr += pair * pw_stride + start
-    pl_ptr += pair * pl_stride + start
-    yw_ptr += pair * yw_stride + start
-    yl_ptr += pair * yl_stride + start
-    noise_ptr += pair * noise_stride + start
-    qw_ptr += pair * qw_stride + start
-    ql_ptr += pair * ql_stride + start
-    sw_ptr += pair * sw_stride + start // PACK_BLOCK
-    sl_ptr += pair * sl_stride + start // PACK_BLOCK
-    phase = (start % PACK_BLOCK).to(tl.int32)
-    noise_scale = 0.0
-    clean_scale = 1.0
-    if TARGET_BUILT:
-        noise_scale = tl.load(target_scale_ptr + pair).to(COMPUTE)
-        clean_scale = tl.load(target_scale_ptr + pairs + pair).to(COMPUTE)
+    x = segment_at(operands, pair, start, pairs, TARGET_BUILT, PACK_BLOCK, COMPUTE)
     incoming = tl.load(incoming_ptr).to(COMPUTE)
     rows = tl.cast(pairs, tl.int64) * groups
     row = pair * groups + segment % groups
-    c_w = incoming * tl.load(coefficient_ptr + row)
-    c_l = incoming * tl.load(coefficient_ptr + rows + row)
-    c_anchor = incoming * tl.load(coefficient_ptr + 2 * rows + row)
+    c_w = incoming * tl.load(coefficient_ptr + COEFFICIENT_CHOSEN * rows + row)
+    c_l = incoming * tl.load(coefficient_ptr + COEFFICIENT_REJECTED * rows + row)
+    c_anchor = incoming * tl.load(coefficient_ptr + COEFFICIENT_ANCHOR * rows + row)
 
     lanes = tl.arange(0, BLOCK)
     whole = length // BLOCK * BLOCK
@@ -516,21 +499,10 @@ def pair_gradient_kernel(
         scaled_gradients(
             gw_ptr,
             gl_ptr,
-            pw_ptr,
-            pl_ptr,
-            yw_ptr,
-            yl_ptr,
-            noise_ptr,
-            qw_ptr,
-            ql_ptr,
-            sw_ptr,
-            sl_ptr,
-            noise_scale,
-            clean_scale,
+            x,
             c_w,
             c_l,
             c_anchor,
-            phase,
             begin + lanes,
             None,
             REFERENCE,
@@ -546,21 +518,10 @@ def pair_gradient_kernel(
         scaled_gradients(
             gw_ptr,
             gl_ptr,
-            pw_ptr,
-            pl_ptr,
-            yw_ptr,
-            yl_ptr,
-            noise_ptr,
-            qw_ptr,
-            ql_ptr,
-            sw_ptr,
-            sl_ptr,
-            noise_scale,
-            clean_scale,
+            x,
             c_w,
             c_l,
             c_anchor,
-            phase,
             offsets,
             offsets < length,
             REFERENCE,

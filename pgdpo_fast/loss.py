@@ -5,21 +5,38 @@ Arguments are checked here, once, and turned into the operands the backends shar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from pgdpo_fast import backends
 from pgdpo_fast.backends import eager, fused
-from pgdpo_fast.backends.operands import PACK_BLOCK, gather
+from pgdpo_fast.backends.operands import (
+    PACK_BLOCK,
+    Call,
+    Operands,
+    PairNumbers,
+    Plan,
+    ReferenceForm,
+    Telemetry,
+    pair_rows,
+    segment_length,
+)
 from pgdpo_fast.errors import NonFiniteError
 from pgdpo_fast.metrics import METRICS
 from pgdpo_fast.objectives import GroupErrors, Objective
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 GRANULARITIES = ("sample", "frame", "element")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+# Latents of a batch of pairs: stacked `[2B, ...]`, chosen half first, or (chosen, rejected).
+Latents: TypeAlias = Tensor | tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,7 +64,13 @@ class PackedReference:
     @classmethod
     @torch.no_grad()
     def pack(
-        cls, reference, target, format: str = "bf16", *, backend: str = "auto", to_host: bool = False
+        cls,
+        reference: Latents,
+        target: Latents | NoisedTarget,
+        format: str = "bf16",
+        *,
+        backend: str = "auto",
+        to_host: bool = False,
     ) -> PackedReference:
         """Pack reference predictions against their targets, both in any form `preference_loss` takes.
 
@@ -62,19 +85,21 @@ class PackedReference:
         """
         if format not in ("bf16", "fp8"):
             raise ValueError(f"format={format!r}: expected 'bf16' or 'fp8'")
-        tensors = _check(reference, target, None, "reference").tensors
-        x, device = gather(*tensors), tensors[0].device
+        operands = _check(reference, target, name="reference", backend="eager").operands
+        x, device = pair_rows(operands), operands.policy.device
         pinned = to_host and device.type == "cuda"
         if backends.packs_natively(backend, device):
             from pgdpo_fast.backends import native
 
-            place = {"device": "cpu" if pinned else device, "pin_memory": pinned}
+            def place(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+                return torch.empty(shape, dtype=dtype, device="cpu" if pinned else device, pin_memory=pinned)
+
             shape, dtype = x.policy.chosen.shape, torch.uint8 if format == "fp8" else torch.bfloat16
-            rows = {name: torch.empty(shape, dtype=dtype, **place) for name in ("chosen", "rejected")}
+            rows = {name: place(shape, dtype) for name in ("chosen", "rejected")}
             if format == "fp8":
                 blocks = (x.pairs, -(-x.numel // PACK_BLOCK))
-                rows |= {f"{name}_scale": torch.empty(blocks, dtype=torch.float32, **place) for name in rows}
-            native.pack(tensors, rows)
+                rows |= {f"{name}_scale": place(blocks, torch.float32) for name in rows}
+            native.pack(operands, rows)
             if pinned:
                 torch.cuda.current_stream(device).synchronize()
             return cls(**rows)
@@ -82,8 +107,8 @@ class PackedReference:
         if format == "bf16":
             plain = [r.bfloat16() for r in residuals]
         else:
-            rows, scales = zip(*(_quantise(r) for r in residuals), strict=True)
-            plain = [*rows, *scales]
+            values, scales = zip(*(_quantise(r) for r in residuals), strict=True)
+            plain = [*values, *scales]
         return cls(*(r.cpu() if to_host else r for r in plain))
 
 
@@ -116,14 +141,24 @@ class NoisedTarget:
         noise_scale, clean_scale: `[B]`; `process.target_coefficients(timestep)` gives both.
     """
 
-    clean: Tensor | tuple[Tensor, Tensor]
+    clean: Latents
     noise: Tensor
     noise_scale: Tensor
     clean_scale: Tensor
 
 
-def _row(index: int) -> property:
-    return property(lambda self: self.telemetry[index] if self.per_frame else self.telemetry[index, :, 0])
+# What stands for the reference; `preference_loss` says which objectives and granularities take which.
+Reference: TypeAlias = Latents | ReferenceErrors | PackedReference
+
+
+class _Row:
+    """A field of `Telemetry` as an attribute of the output."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.place = Telemetry._fields.index(name)
+
+    def __get__(self, output: PreferenceLossOutput, owner: type | None = None) -> Tensor:
+        return output.telemetry[self.place] if output.per_frame else output.telemetry[self.place, :, 0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +169,7 @@ class PreferenceLossOutput:
 
     Args:
         loss: `[]`, what to call backward on.
-        telemetry: the nine fields below, `[9, B, F]` with `per_frame`, else `[9, B, 1]`.
+        telemetry: the nine fields below, those of `Telemetry`, `[9, B, F]` with `per_frame`, else `[9, B, 1]`.
         per_frame: whether the fields are `[B, F]`.
     """
 
@@ -142,15 +177,15 @@ class PreferenceLossOutput:
     telemetry: Tensor
     per_frame: bool
 
-    per_pair_loss = _row(0)
-    logits = _row(1)
-    alpha = _row(2)
-    gamma = _row(3)
-    importance = _row(4)
-    policy_chosen_error = _row(5)
-    policy_rejected_error = _row(6)
-    chosen_gap = _row(7)
-    rejected_gap = _row(8)
+    per_pair_loss = _Row()
+    logits = _Row()
+    alpha = _Row()
+    gamma = _Row()
+    importance = _Row()
+    policy_chosen_error = _Row()
+    policy_rejected_error = _Row()
+    chosen_gap = _Row()
+    rejected_gap = _Row()
 
     @property
     def chosen_reward(self) -> Tensor:
@@ -186,10 +221,10 @@ class PreferenceLossOutput:
         """Means over the batch as 0-d tensors, under TRL's names where those exist. No device sync."""
         return {name: getattr(self, attribute).mean() for name, attribute in METRICS.items()}
 
-    def check_finite(self, pair_ids=None) -> None:
+    def check_finite(self, pair_ids: Sequence[object] | None = None) -> None:
         """Raise `NonFiniteError` naming the pairs whose loss is NaN or infinite (by index, or by `pair_ids`). Syncs."""
-        bad = (~torch.isfinite(self.per_pair_loss)).flatten(1 if self.per_pair_loss.ndim > 1 else 0)
-        bad = (bad.any(1) if bad.ndim > 1 else bad).nonzero().flatten().tolist()
+        wrong = ~torch.isfinite(self.per_pair_loss)
+        bad = (wrong.any(1) if wrong.ndim > 1 else wrong).nonzero().flatten().tolist()
         if bad:
             names = [pair_ids[i] for i in bad] if pair_ids is not None else bad
             raise NonFiniteError(
@@ -206,11 +241,15 @@ def _describe(x) -> str:
 
 def _pair(x, name: str) -> tuple[Tensor, Tensor | None]:
     """A stacked tensor as (tensor, None), a tuple as its two tensors; types, ranks and dtypes checked."""
-    items = (x, None) if isinstance(x, Tensor) else x
-    if items is x and not (isinstance(x, (tuple, list)) and len(x) == 2 and all(isinstance(t, Tensor) for t in x)):
+    first: Tensor
+    second: Tensor | None
+    if isinstance(x, Tensor):
+        first, second = x, None
+    elif isinstance(x, (tuple, list)) and len(x) == 2 and all(isinstance(t, Tensor) for t in x):
+        first, second = x
+    else:
         raise ValueError(f"{name}: expected a tensor or a (chosen, rejected) tuple of tensors, got {_describe(x)}")
-    first, second = items
-    for t in items:
+    for t in (first, second):
         if t is not None and (t.ndim < 2 or t.numel() == 0):
             raise ValueError(f"{name}: expected a non-empty batch of latents [B, C, F, H, W], got {_describe(t)}")
     if second is not None and (
@@ -228,7 +267,7 @@ def _expect_floating(dtype: torch.dtype, name: str) -> None:
         raise ValueError(f"{name}: expected bfloat16, float16, float32 or float64, got {dtype}")
 
 
-def _expect(x: Tensor, name: str, shapes: tuple, device: torch.device) -> None:
+def _expect(x: object, name: str, shapes: tuple[tuple[int, ...], ...], device: torch.device) -> None:
     if not isinstance(x, Tensor) or tuple(x.shape) not in shapes:
         raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got {_describe(x)}")
     if x.device != device:
@@ -239,35 +278,42 @@ def _detached(x: Tensor) -> Tensor:
     return x.detach() if x.requires_grad else x
 
 
-class _Call(NamedTuple):
-    """A checked call: the ten operand tensors of `backends.operands.gather`, and what is known about them."""
-
-    tensors: tuple
-    reference_form: int
-    reference_errors: ReferenceErrors | None
-    pairs: int
-    video: tuple
-
-    def groups(self, granularity: str) -> int:
-        if granularity not in GRANULARITIES:
-            raise ValueError(f"granularity={granularity!r}: expected one of {', '.join(map(repr, GRANULARITIES))}")
-        if granularity == "sample":
-            return 1
-        if granularity == "element":
-            return torch.Size(self.video).numel()
-        if len(self.video) != 4:
-            raise ValueError(f"granularity='frame': expected latents [B, C, F, H, W], got videos of shape {self.video}")
-        return self.video[1]
+def _groups(granularity: str, video: torch.Size) -> int:
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"granularity={granularity!r}: expected one of {', '.join(map(repr, GRANULARITIES))}")
+    if granularity != "frame":
+        return 1
+    if len(video) != 4:
+        raise ValueError(f"granularity='frame': expected latents [B, C, F, H, W], got videos of shape {tuple(video)}")
+    return video[1]
 
 
-def _check(prediction, target, reference, name: str = "prediction") -> _Call:
+def _check(
+    prediction: Latents,
+    target: Latents | NoisedTarget,
+    reference: Reference | None = None,
+    *,
+    name: str = "prediction",
+    granularity: str = "sample",
+    objective: Objective | None = None,
+    anchor: bool = False,
+    cross: bool = False,
+    pair_weight: Tensor | None = None,
+    frame_weight: Tensor | None = None,
+    frame_label: Tensor | None = None,
+    posterior_scale: Tensor | None = None,
+    backend: str = "auto",
+) -> Call:
+    """The arguments of the public functions as a checked call; `objective` decides anchor and cross where given."""
     policy, policy_rejected = _pair(prediction, name)
     _expect_floating(policy.dtype, name)
     if policy_rejected is None and policy.shape[0] % 2:
         raise ValueError(f"{name}: expected [2B, ...], chosen half first; got an odd batch, {_describe(policy)}")
     pairs = policy.shape[0] // (2 if policy_rejected is None else 1)
-    video, device = tuple(policy.shape[1:]), policy.device
+    video, device = policy.shape[1:], policy.device
     stacked, single = (2 * pairs, *video), (pairs, *video)
+    compute = torch.float64 if policy.dtype == torch.float64 else torch.float32
+    groups = _groups(granularity, video)
 
     def operand(x, name, allow_shared=False, dtypes=DTYPES):
         first, second = _pair(x, name)
@@ -283,92 +329,143 @@ def _check(prediction, target, reference, name: str = "prediction") -> _Call:
                     raise ValueError(f"{name}: expected {', '.join(str(d) for d in dtypes)}, got {t.dtype}")
         return _detached(first), None if second is None else _detached(second)
 
+    def number(x: Tensor | None, name: str) -> Tensor | None:
+        if x is None:
+            return None
+        _expect(x, name, ((pairs,),), device)
+        return x.detach().to(compute).contiguous()[:, None]
+
     noise = target_scale = None
     if isinstance(target, NoisedTarget):
-        clean = operand(target.clean, "target.clean")
+        clean, clean_rejected = operand(target.clean, "target.clean")
         _expect(target.noise, "target.noise", (single,), device)
         _expect_floating(target.noise.dtype, "target.noise")
         scales = [target.noise_scale, target.clean_scale]
-        for scale, name in zip(scales, ("target.noise_scale", "target.clean_scale"), strict=True):
-            _expect(scale, name, ((pairs,),), device)
-        compute = torch.float64 if policy.dtype == torch.float64 else torch.float32
-        targets, noise, target_scale = clean, target.noise.detach(), torch.stack(scales).detach().to(compute)
+        for scale, scale_name in zip(scales, ("target.noise_scale", "target.clean_scale"), strict=True):
+            _expect(scale, scale_name, ((pairs,),), device)
+        noise, target_scale = target.noise.detach(), torch.stack(scales).detach().to(compute)
     else:
-        targets = operand(target, "target", allow_shared=True)
+        clean, clean_rejected = operand(target, "target", allow_shared=True)
 
-    form, rows, row_scales, errors = 0, (None, None), (None, None), None
-    if isinstance(reference, ReferenceErrors):
-        errors = reference
-    elif isinstance(reference, PackedReference):
-        form = 2 if reference.chosen_scale is None else 3
-        rows = operand(
+    form = ReferenceForm.NONE
+    rows = rows_rejected = row_scale = row_scale_rejected = None
+    if isinstance(reference, PackedReference):
+        form = ReferenceForm.BFLOAT16 if reference.chosen_scale is None else ReferenceForm.FLOAT8
+        rows, rows_rejected = operand(
             (reference.chosen, reference.rejected),
             "reference",
-            dtypes=(torch.bfloat16,) if form == 2 else (torch.uint8,),
+            dtypes=(torch.bfloat16,) if form == ReferenceForm.BFLOAT16 else (torch.uint8,),
         )
-        if form == 3:
-            blocks = -(-torch.Size(video).numel() // PACK_BLOCK)
-            row_scales = (reference.chosen_scale, reference.rejected_scale)
-            for scale in row_scales:
-                _expect(scale, "reference scale", ((pairs, blocks),), device)
-                if scale.dtype != torch.float32:
-                    raise ValueError(f"reference scale: expected torch.float32, got {scale.dtype}")
-    elif reference is not None:
-        form, rows = 1, operand(reference, "reference")
-    tensors = (policy, policy_rejected, *targets, noise, target_scale, *rows, *row_scales)
-    return _Call(tensors, form, errors, pairs, video)
+        if form == ReferenceForm.FLOAT8:
+            blocks = -(-video.numel() // PACK_BLOCK)
+            row_scale, row_scale_rejected = reference.chosen_scale, reference.rejected_scale
+            for block_scale in (row_scale, row_scale_rejected):
+                _expect(block_scale, "reference scale", ((pairs, blocks),), device)
+                if block_scale is not None and block_scale.dtype != torch.float32:
+                    raise ValueError(f"reference scale: expected torch.float32, got {block_scale.dtype}")
+    elif reference is not None and not isinstance(reference, ReferenceErrors):
+        form = ReferenceForm.PREDICTION
+        rows, rows_rejected = operand(reference, "reference")
+
+    if objective is not None:
+        _check_objective(objective, form, reference, posterior_scale)
+        anchor, cross = objective.needs_anchor, objective.needs_cross
+    elif anchor and form == ReferenceForm.NONE:
+        raise ValueError("anchor: needs the reference's predictions or a PackedReference")
+
+    errors = None
+    if isinstance(reference, ReferenceErrors):
+        if granularity == "element":
+            raise ValueError(
+                "reference: granularity='element' needs the reference's predictions or a PackedReference, "
+                "got ReferenceErrors"
+            )
+        shapes = ((pairs,), (pairs, 1)) if groups == 1 else ((pairs, groups),)
+        for value, value_name in ((reference.chosen, "chosen"), (reference.rejected, "rejected")):
+            _expect(value, f"reference.{value_name}", shapes, device)
+        errors = torch.stack(
+            [x.detach().to(compute).view(pairs, groups) for x in (reference.chosen, reference.rejected)]
+        )
+
+    weight = number(pair_weight, "pair_weight")
+    if frame_weight is not None or frame_label is not None:
+        if granularity != "frame":
+            raise ValueError(f"frame_weight, frame_label: need granularity='frame', got {granularity!r}")
+        for of_frames, value_name in ((frame_weight, "frame_weight"), (frame_label, "frame_label")):
+            if of_frames is not None:
+                _expect(of_frames, value_name, ((pairs, groups),), device)
+        if frame_label is not None and anchor:
+            raise ValueError(
+                "frame_label: the anchor regularizer is defined on the chosen video alone; use ipr='reward'"
+            )
+        per_frame = _frame_weights(frame_weight, frame_label, (pairs, groups), device, compute)
+        weight = per_frame if weight is None else weight * per_frame
+    elif weight is not None and groups > 1:
+        weight = weight.expand(-1, groups).contiguous()
+
+    return Call(
+        operands=Operands(
+            policy=policy,
+            policy_rejected=policy_rejected,
+            target=clean,
+            target_rejected=clean_rejected,
+            noise=noise,
+            target_scale=target_scale,
+            reference=rows,
+            reference_rejected=rows_rejected,
+            reference_scale=row_scale,
+            reference_scale_rejected=row_scale_rejected,
+        ),
+        numbers=PairNumbers(weight=weight, posterior_scale=number(posterior_scale, "posterior_scale")),
+        reference_errors=errors,
+        plan=Plan(form, groups, segment_length(video, groups), anchor, cross),
+        granularity=granularity,
+        backend=backends.select(backend, device),
+    )
 
 
-def _check_objective(objective, call: _Call, granularity: str, posterior_scale) -> None:
+def _check_objective(
+    objective: Objective, form: ReferenceForm, reference: Reference | None, posterior_scale: Tensor | None
+) -> None:
     if not isinstance(objective, Objective):
         raise ValueError(f"objective: expected an instance such as pf.PGDPO(), got {objective!r}")
     name = type(objective).__name__
-    if objective.needs_reference and call.reference_form == 0 and call.reference_errors is None:
+    if objective.needs_reference and reference is None:
         raise ValueError(f"reference: {name} needs the reference's predictions or errors, got None")
-    if objective.needs_anchor and call.reference_form == 0:
+    if objective.needs_anchor and form == ReferenceForm.NONE:
         raise ValueError(
             f"reference: {name} with ipr='anchor' needs the reference's predictions or a PackedReference, "
             f"got ReferenceErrors; use ipr='reward' or pass predictions"
-        )
-    if granularity == "element" and call.reference_errors is not None:
-        raise ValueError(
-            "reference: granularity='element' needs the reference's predictions or a PackedReference, "
-            "got ReferenceErrors"
         )
     if objective.needs_posterior_scale and posterior_scale is None:
         raise ValueError(f"posterior_scale: {name} needs [B] values, see process.posterior_scale(timestep)")
 
 
-def _group_errors(call: _Call, granularity: str, anchor: bool, cross: bool, backend: str) -> GroupErrors:
+def _frame_weights(
+    weight: Tensor | None, label: Tensor | None, shape: tuple[int, int], device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """`[B, F]` weights that average to one over each pair's frames, zero where the label is a tie."""
+    values = (torch.ones(shape, device=device) if weight is None else weight.detach()).to(dtype)
+    if label is not None:
+        values = values * (label != 0)
+    total = values.sum(1, keepdim=True)
+    return values * (shape[1] / total.masked_fill(total == 0, 1.0))
+
+
+def _group_errors(call: Call) -> GroupErrors:
     """Differentiable statistics `[B, G]` from the backend, with cached reference errors worked in."""
-    if backend == "eager" or granularity == "element":
-        errors = eager.group_errors(gather(*call.tensors), call.reference_form, granularity, anchor, cross)
-    else:
-        errors = fused.group_errors(
-            call.tensors,
-            fused.plan(call.tensors, call.reference_form, call.groups(granularity), anchor, cross, backend),
-        )
-    if call.reference_errors is not None:
-        chosen, rejected = _reference_errors(call, call.groups(granularity), errors.policy_chosen.dtype)
-        errors = errors._replace(
-            gap_chosen=errors.policy_chosen - chosen, gap_rejected=errors.policy_rejected - rejected
-        )
-    return errors
-
-
-def _reference_errors(call: _Call, groups: int, dtype: torch.dtype) -> Tensor:
-    """Cached reference errors as `[2, B, G]`."""
-    shapes = ((call.pairs,), (call.pairs, 1)) if groups == 1 else ((call.pairs, groups),)
-    for name in ("chosen", "rejected"):
-        _expect(getattr(call.reference_errors, name), f"reference.{name}", shapes, call.tensors[0].device)
-    pair = (call.reference_errors.chosen, call.reference_errors.rejected)
-    return torch.stack([x.detach().to(dtype).view(call.pairs, groups) for x in pair])
+    plain = call.backend == "eager" or call.granularity == "element"
+    errors = eager.group_errors(call) if plain else fused.group_errors(call)
+    if call.reference_errors is None:
+        return errors
+    chosen, rejected = call.reference_errors
+    return errors._replace(gap_chosen=errors.policy_chosen - chosen, gap_rejected=errors.policy_rejected - rejected)
 
 
 def paired_errors(
-    prediction,
-    target,
-    reference=None,
+    prediction: Latents,
+    target: Latents | NoisedTarget,
+    reference: Reference | None = None,
     *,
     granularity: str = "sample",
     anchor: bool = False,
@@ -388,15 +485,14 @@ def paired_errors(
     Returns:
         `GroupErrors` of `[B, G]` float32 (float64 for float64 predictions); gaps are None without a reference.
     """
-    call = _check(prediction, target, reference)
-    call.groups(granularity)
-    if anchor and call.reference_form == 0:
-        raise ValueError("anchor: needs the reference's predictions or a PackedReference")
-    return _group_errors(call, granularity, anchor, cross, backends.select(backend, call.tensors[0].device))
+    call = _check(prediction, target, reference, granularity=granularity, anchor=anchor, cross=cross, backend=backend)
+    return _group_errors(call)
 
 
 @torch.no_grad()
-def reference_errors(prediction, target, *, granularity: str = "sample", backend: str = "auto") -> ReferenceErrors:
+def reference_errors(
+    prediction: Latents, target: Latents | NoisedTarget, *, granularity: str = "sample", backend: str = "auto"
+) -> ReferenceErrors:
     """The reference model's errors, ready to be cached or passed as `reference`: each `[B]`, or `[B, F]` per frame.
 
     They come from the same kernel as the policy's, so a policy that equals the reference has gaps of exactly zero.
@@ -409,9 +505,9 @@ def reference_errors(prediction, target, *, granularity: str = "sample", backend
 
 
 def preference_loss(
-    prediction,
-    target,
-    reference=None,
+    prediction: Latents,
+    target: Latents | NoisedTarget,
+    reference: Reference | None = None,
     *,
     objective: Objective,
     granularity: str = "sample",
@@ -420,7 +516,7 @@ def preference_loss(
     frame_label: Tensor | None = None,
     posterior_scale: Tensor | None = None,
     backend: str = "auto",
-    process_group=None,
+    process_group: ProcessGroup | None = None,
 ) -> PreferenceLossOutput:
     """Any diffusion preference objective on a batch of pairs; `out.loss.backward()` gives the fused gradients.
 
@@ -450,104 +546,67 @@ def preference_loss(
         ValueError: an argument has the wrong shape, dtype or device; the message names it.
         BackendUnavailable: the backend asked for cannot run here.
     """
-    call = _check(prediction, target, reference)
-    groups = call.groups(granularity)
-    _check_objective(objective, call, granularity, posterior_scale)
-    device = call.tensors[0].device
-    for value, name in ((pair_weight, "pair_weight"), (posterior_scale, "posterior_scale")):
-        if value is not None:
-            _expect(value, name, ((call.pairs,),), device)
-    backend = backends.select(backend, device)
-    compute = torch.float64 if call.tensors[0].dtype == torch.float64 else torch.float32
-    weight = None if pair_weight is None else pair_weight.detach().to(compute).contiguous()[:, None]
-    if frame_weight is not None or frame_label is not None:
-        per_frame = _frame_weights(call, granularity, objective, frame_weight, frame_label, compute)
-        weight = per_frame if weight is None else weight * per_frame
-    if posterior_scale is not None:
-        posterior_scale = posterior_scale.detach().to(compute).contiguous()
-
+    call = _check(
+        prediction,
+        target,
+        reference,
+        granularity=granularity,
+        objective=objective,
+        pair_weight=pair_weight,
+        frame_weight=frame_weight,
+        frame_label=frame_label,
+        posterior_scale=posterior_scale,
+        backend=backend,
+    )
+    per_frame = granularity == "frame"
     epilogue = objective.epilogue()
-    outer = groups > 1 and objective.outer
-    scalar_epilogue = epilogue is not None and process_group is None and frame_label is None
-    if backend != "eager" and scalar_epilogue and (granularity == "element" or not outer):
-        plan = fused.plan(
-            call.tensors,
-            call.reference_form,
-            1 if granularity == "element" else groups,
-            objective.needs_anchor,
-            objective.needs_cross,
-            backend,
-        )
+    if call.backend != "eager" and epilogue is not None and process_group is None and frame_label is None:
         if granularity == "element":
-            row_weight = None if weight is None else weight[:, 0]
-            loss, telemetry = fused.elements(call.tensors, plan, epilogue, outer, row_weight, posterior_scale)
-        else:
-            cached = None if call.reference_errors is None else _reference_errors(call, groups, compute)
-            row_weight = None if weight is None else weight.expand(-1, groups).contiguous()
-            loss, telemetry = fused.objective(call.tensors, plan, epilogue, cached, row_weight, posterior_scale)
-        return PreferenceLossOutput(loss, telemetry, granularity == "frame")
+            outer = objective.outer and call.operands.policy.shape[1:].numel() > 1
+            return PreferenceLossOutput(*fused.elements(call, epilogue, outer), per_frame)
+        if call.plan.groups == 1 or not objective.outer:
+            return PreferenceLossOutput(*fused.objective(call, epilogue), per_frame)
 
-    errors = _group_errors(call, granularity, objective.needs_anchor, objective.needs_cross, backend)
+    errors = _group_errors(call)
     if process_group is not None:
         errors = _all_reduce_mean(errors, granularity, process_group)
     if frame_label is not None:
         errors = _relabel(errors, frame_label)
-    scale = None if posterior_scale is None else posterior_scale[:, None]
-    terms = objective.terms(errors, scale)
-    loss = (terms.loss if weight is None else weight * terms.loss).mean()
+    terms = objective.terms(errors, call.numbers.posterior_scale)
+    loss = (terms.loss if call.numbers.weight is None else call.numbers.weight * terms.loss).mean()
     nan = torch.full_like(terms.loss, float("nan"))
     with torch.no_grad():
         telemetry = torch.stack(
-            [
-                terms.loss,
-                terms.logits,
-                terms.alpha,
-                terms.gamma,
-                terms.importance,
-                errors.policy_chosen,
-                errors.policy_rejected,
-                nan if errors.gap_chosen is None else errors.gap_chosen,
-                nan if errors.gap_rejected is None else errors.gap_rejected,
-            ]
+            Telemetry(
+                per_pair_loss=terms.loss,
+                logits=terms.logits,
+                alpha=terms.alpha,
+                gamma=terms.gamma,
+                importance=terms.importance,
+                policy_chosen_error=errors.policy_chosen,
+                policy_rejected_error=errors.policy_rejected,
+                chosen_gap=nan if errors.gap_chosen is None else errors.gap_chosen,
+                rejected_gap=nan if errors.gap_rejected is None else errors.gap_rejected,
+            )
         )
         if granularity == "element":
             telemetry = telemetry.mean(-1, keepdim=True)
-    return PreferenceLossOutput(loss, telemetry, granularity == "frame")
-
-
-def _frame_weights(call: _Call, granularity: str, objective, weight, label, dtype) -> Tensor:
-    """`[B, F]` weights that average to one over each pair's frames, zero where the label is a tie."""
-    if granularity != "frame":
-        raise ValueError(f"frame_weight, frame_label: need granularity='frame', got {granularity!r}")
-    shape = (call.pairs, call.groups("frame"))
-    for value, name in ((weight, "frame_weight"), (label, "frame_label")):
-        if value is not None:
-            _expect(value, name, (shape,), call.tensors[0].device)
-    if label is not None and objective.needs_anchor:
-        raise ValueError("frame_label: the anchor regularizer is defined on the chosen video alone; use ipr='reward'")
-    weight = torch.ones(shape, device=call.tensors[0].device) if weight is None else weight.detach()
-    weight = weight.to(dtype)
-    if label is not None:
-        weight = weight * (label != 0)
-    total = weight.sum(1, keepdim=True)
-    return weight * (shape[1] / total.masked_fill(total == 0, 1.0))
+    return PreferenceLossOutput(loss, telemetry, per_frame)
 
 
 def _relabel(errors: GroupErrors, label: Tensor) -> GroupErrors:
     """Chosen and rejected exchanged in the frames where the rejected video is the better one."""
     flip = label < 0
 
-    def exchanged(chosen, rejected):
-        if chosen is None:
-            return None, None
+    def exchanged(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
         return torch.where(flip, rejected, chosen), torch.where(flip, chosen, rejected)
 
-    return GroupErrors(
-        *exchanged(errors.policy_chosen, errors.policy_rejected),
-        *exchanged(errors.gap_chosen, errors.gap_rejected),
-        errors.anchor,
-        errors.cross,
-    )
+    policy_chosen, policy_rejected = exchanged(errors.policy_chosen, errors.policy_rejected)
+    errors = errors._replace(policy_chosen=policy_chosen, policy_rejected=policy_rejected)
+    if errors.gap_chosen is not None and errors.gap_rejected is not None:
+        gap_chosen, gap_rejected = exchanged(errors.gap_chosen, errors.gap_rejected)
+        errors = errors._replace(gap_chosen=gap_chosen, gap_rejected=gap_rejected)
+    return errors
 
 
 class _MeanOverRanks(torch.autograd.Function):
@@ -565,15 +624,15 @@ class _MeanOverRanks(torch.autograd.Function):
         return incoming / ctx.world, None
 
 
-def _all_reduce_mean(errors: GroupErrors, granularity: str, group) -> GroupErrors:
+def _all_reduce_mean(errors: GroupErrors, granularity: str, group: ProcessGroup) -> GroupErrors:
     if granularity == "element":
         raise ValueError(
             "process_group: needs granularity 'sample' or 'frame', got 'element', which has no sums to "
             "reduce over ranks; average the losses of the shards instead"
         )
-    present = [x for x in errors if x is not None]
-    reduced = iter(_MeanOverRanks.apply(torch.stack(present), group))
-    return GroupErrors(*(None if x is None else next(reduced) for x in errors))
+    present = {name: x for name, x in errors._asdict().items() if x is not None}
+    reduced = _MeanOverRanks.apply(torch.stack(list(present.values())), group)
+    return errors._replace(**dict(zip(present, reduced, strict=True)))
 
 
 class PreferenceLoss(nn.Module):
@@ -583,7 +642,14 @@ class PreferenceLoss(nn.Module):
         objective, granularity, backend, process_group: as in `preference_loss`.
     """
 
-    def __init__(self, objective: Objective, *, granularity: str = "sample", backend: str = "auto", process_group=None):
+    def __init__(
+        self,
+        objective: Objective,
+        *,
+        granularity: str = "sample",
+        backend: str = "auto",
+        process_group: ProcessGroup | None = None,
+    ) -> None:
         super().__init__()
         if not isinstance(objective, Objective):
             raise ValueError(f"objective: expected an instance such as pf.PGDPO(), got {objective!r}")
@@ -596,15 +662,15 @@ class PreferenceLoss(nn.Module):
 
     def forward(
         self,
-        prediction,
-        target,
-        reference=None,
+        prediction: Latents,
+        target: Latents | NoisedTarget,
+        reference: Reference | None = None,
         *,
-        pair_weight=None,
-        frame_weight=None,
-        frame_label=None,
-        posterior_scale=None,
-    ):
+        pair_weight: Tensor | None = None,
+        frame_weight: Tensor | None = None,
+        frame_label: Tensor | None = None,
+        posterior_scale: Tensor | None = None,
+    ) -> PreferenceLossOutput:
         return preference_loss(
             prediction,
             target,

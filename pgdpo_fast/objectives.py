@@ -56,15 +56,34 @@ class Terms(NamedTuple):
     importance: Tensor
 
 
+class Parameters(NamedTuple):
+    """The numbers of an objective as the kernels take them; those a formula does not use are zero."""
+
+    half_beta: float = 0.0
+    k1: float = 0.0
+    k2: float = 0.0
+    ipr_scale: float = 0.0  # ipr_weight times kappa
+    eps: float = 0.0
+    label_smoothing: float = 0.0
+    target: float = 0.0  # IPO's 1 / (2 beta)
+    delta: float = 0.0
+    weight: float = 0.0
+    penalty: float = 0.0
+    shift: float = 0.0
+    threshold: float = 0.0
+    clip: float = 0.0
+    mu: float = 0.0
+
+
 class Epilogue(NamedTuple):
     """An objective in the form the kernels take: which formula, its switches, its numbers."""
 
     kind: int
     flags: int
-    parameters: tuple[float, ...]
+    parameters: Parameters
 
 
-# Epilogue kinds and flag bits, shared with kernels/epilogue.py and csrc/epilogue.h.
+# Epilogue kinds and flag bits, shared like the places of `Parameters` with kernels/epilogue.py and csrc/epilogue.h.
 KIND_DPO, KIND_PGDPO, KIND_IPO, KIND_SLIC, KIND_SFT, KIND_DPOP, KIND_DPO_SHIFT, KIND_HINGE = range(8)
 FLAG_ARS, FLAG_IPR_REWARD, FLAG_IPR_ANCHOR, FLAG_ATTACHED = 1, 2, 4, 8
 FLAG_RATIO_SHIFT = 4  # two bits: index into RATIOS
@@ -87,9 +106,17 @@ def _choice(objective, name: str, allowed: tuple) -> None:
 class Objective:
     """Base of all objectives: subclass it, write `terms`, and the objective runs fused through `pf.preference_loss`."""
 
-    needs_reference: ClassVar[bool] = True
     needs_cross: ClassVar[bool] = False
-    needs_posterior_scale: ClassVar[bool] = False
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the objective uses gaps. Like the three below, a subclass may also give it as a class variable."""
+        return True
+
+    @property
+    def needs_posterior_scale(self) -> bool:
+        """Whether `terms` uses c_t of the pairs' timesteps."""
+        return False
 
     @property
     def needs_anchor(self) -> bool:
@@ -144,7 +171,7 @@ class DPO(Objective):
     beta: float = 5000.0
     label_smoothing: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _number(self, "beta", 0.0, open_low=True)
         _number(self, "label_smoothing", 0.0, 0.5)
 
@@ -153,8 +180,8 @@ class DPO(Objective):
         loss = -(1 - self.label_smoothing) * logsigmoid(logits) - self.label_smoothing * logsigmoid(-logits)
         return self.result(loss, logits)
 
-    def epilogue(self):
-        return Epilogue(KIND_DPO, 0, (0.5 * self.beta, self.label_smoothing))
+    def epilogue(self) -> Epilogue:
+        return Epilogue(KIND_DPO, 0, Parameters(half_beta=0.5 * self.beta, label_smoothing=self.label_smoothing))
 
 
 @dataclass(frozen=True)
@@ -190,7 +217,7 @@ class PGDPO(Objective):
     combine: str = "pointwise"
     eps: float = 1e-8
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("beta", "k1", "k2"):
             _number(self, name, 0.0, open_low=True)
         _number(self, "ipr_weight", 0.0)
@@ -241,11 +268,11 @@ class PGDPO(Objective):
         return cls(ars=False, **options)
 
     @property
-    def needs_anchor(self):
+    def needs_anchor(self) -> bool:
         return self.ipr == "anchor"
 
     @property
-    def outer(self):
+    def outer(self) -> bool:
         return self.combine == "outer" and self.ipr != "none"
 
     def _ratio(self, chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -286,7 +313,7 @@ class PGDPO(Objective):
             loss = gamma * preference + scale * complement * implicit
         return self.result(loss, logits, alpha.detach(), gamma.detach())
 
-    def epilogue(self):
+    def epilogue(self) -> Epilogue:
         half_beta = 0.5 * self.beta
         flags = (
             FLAG_ARS * self.ars
@@ -296,7 +323,11 @@ class PGDPO(Objective):
             | RATIOS.index(self.ratio) << FLAG_RATIO_SHIFT
         )
         scale = self.ipr_weight * (half_beta if self.ipr_scale == "beta" else 1.0)
-        return Epilogue(KIND_PGDPO, flags, (half_beta, self.k1, self.k2, scale, self.eps))
+        return Epilogue(
+            KIND_PGDPO,
+            flags,
+            Parameters(half_beta=half_beta, k1=self.k1, k2=self.k2, ipr_scale=scale, eps=self.eps),
+        )
 
 
 @dataclass(frozen=True)
@@ -305,15 +336,15 @@ class IPO(Objective):
 
     beta: float = 5000.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _number(self, "beta", 0.0, open_low=True)
 
     def terms(self, errors, posterior_scale=None):
         margin = errors.gap_rejected - errors.gap_chosen
         return self.result((0.5 * margin - 0.5 / self.beta) ** 2, 0.5 * self.beta * margin)
 
-    def epilogue(self):
-        return Epilogue(KIND_IPO, 0, (0.5 * self.beta, 0.5 / self.beta))
+    def epilogue(self) -> Epilogue:
+        return Epilogue(KIND_IPO, 0, Parameters(half_beta=0.5 * self.beta, target=0.5 / self.beta))
 
 
 @dataclass(frozen=True)
@@ -328,14 +359,14 @@ class SLiC(Objective):
     weight: float = 0.1
     hinge: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _number(self, "beta", 0.0, open_low=True)
         _number(self, "delta", 0.0)
         _number(self, "weight", 0.0)
         _choice(self, "hinge", (True, False))
 
     @property
-    def needs_reference(self):
+    def needs_reference(self) -> bool:
         return self.hinge
 
     def terms(self, errors, posterior_scale=None):
@@ -346,8 +377,9 @@ class SLiC(Objective):
         loss = (self.delta - logits).clamp(min=0.0) + 0.5 * self.weight * errors.policy_chosen
         return self.result(loss, logits)
 
-    def epilogue(self):
-        return Epilogue(KIND_HINGE if self.hinge else KIND_SLIC, 0, (0.5 * self.beta, self.delta, self.weight))
+    def epilogue(self) -> Epilogue:
+        kind = KIND_HINGE if self.hinge else KIND_SLIC
+        return Epilogue(kind, 0, Parameters(half_beta=0.5 * self.beta, delta=self.delta, weight=self.weight))
 
 
 @dataclass(frozen=True)
@@ -359,8 +391,8 @@ class SFT(Objective):
     def terms(self, errors, posterior_scale=None):
         return self.result(errors.policy_chosen.clone(), torch.zeros_like(errors.policy_chosen))
 
-    def epilogue(self):
-        return Epilogue(KIND_SFT, 0, ())
+    def epilogue(self) -> Epilogue:
+        return Epilogue(KIND_SFT, 0, Parameters())
 
 
 @dataclass(frozen=True)
@@ -370,7 +402,7 @@ class DPOP(Objective):
     beta: float = 5000.0
     penalty: float = 5.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _number(self, "beta", 0.0, open_low=True)
         _number(self, "penalty", 0.0)
 
@@ -379,8 +411,8 @@ class DPOP(Objective):
         logits = 0.5 * self.beta * (chosen - rejected - self.penalty * (-chosen).clamp(min=0.0))
         return self.result(-logsigmoid(logits), logits)
 
-    def epilogue(self):
-        return Epilogue(KIND_DPOP, 0, (0.5 * self.beta, self.penalty))
+    def epilogue(self) -> Epilogue:
+        return Epilogue(KIND_DPOP, 0, Parameters(half_beta=0.5 * self.beta, penalty=self.penalty))
 
 
 @dataclass(frozen=True)
@@ -390,7 +422,7 @@ class DPOShift(Objective):
     beta: float = 5000.0
     shift: float = 0.75
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _number(self, "beta", 0.0, open_low=True)
         _number(self, "shift", 0.0, 1.0)
 
@@ -398,8 +430,8 @@ class DPOShift(Objective):
         logits = 0.5 * self.beta * (self.shift * errors.gap_rejected - errors.gap_chosen)
         return self.result(-logsigmoid(logits), logits, torch.full_like(logits, self.shift))
 
-    def epilogue(self):
-        return Epilogue(KIND_DPO_SHIFT, 0, (0.5 * self.beta, self.shift))
+    def epilogue(self) -> Epilogue:
+        return Epilogue(KIND_DPO_SHIFT, 0, Parameters(half_beta=0.5 * self.beta, shift=self.shift))
 
 
 @dataclass(frozen=True)
@@ -418,7 +450,7 @@ class SDPO(Objective):
     clip: float = 0.1
     threshold: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _number(self, "beta", 0.0, open_low=True)
         _number(self, "clip", 0.0, 1.0)
         _number(self, "threshold", 0.0, 1.0)
@@ -429,8 +461,9 @@ class SDPO(Objective):
         logits = 0.5 * self.beta * (errors.gap_rejected - errors.gap_chosen)
         return self.result(-importance * logsigmoid(logits), logits, importance=importance)
 
-    def epilogue(self):
-        return Epilogue(KIND_DPO, FLAG_IMPORTANCE, (0.5 * self.beta, 0.0, 0.0, 0.0, 0.0, self.threshold, self.clip))
+    def epilogue(self) -> Epilogue:
+        parameters = Parameters(half_beta=0.5 * self.beta, threshold=self.threshold, clip=self.clip)
+        return Epilogue(KIND_DPO, FLAG_IMPORTANCE, parameters)
 
 
 @dataclass(frozen=True)
@@ -456,7 +489,7 @@ class Safeguarded(Objective):
     base: Objective = DPO()
     mu: float = 0.1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _number(self, "mu", 0.0, 1.0)
         if not isinstance(self.base, Objective) or isinstance(self.base, Safeguarded):
             raise ConfigError(f"Safeguarded(base={self.base!r}): expected an objective that is not safeguarded itself")
@@ -467,19 +500,19 @@ class Safeguarded(Objective):
         return self.base.beta  # type: ignore[attr-defined]
 
     @property
-    def needs_reference(self):
+    def needs_reference(self) -> bool:
         return self.base.needs_reference
 
     @property
-    def needs_anchor(self):
+    def needs_anchor(self) -> bool:
         return self.base.needs_anchor
 
     @property
-    def needs_posterior_scale(self):
+    def needs_posterior_scale(self) -> bool:
         return self.base.needs_posterior_scale
 
     @property
-    def outer(self):
+    def outer(self) -> bool:
         return self.base.outer
 
     def terms(self, errors, posterior_scale=None):
@@ -495,12 +528,11 @@ class Safeguarded(Objective):
         )
         return self.base.terms(errors, posterior_scale)
 
-    def epilogue(self):
+    def epilogue(self) -> Epilogue | None:
         base = self.base.epilogue()
         if base is None:
             return None
-        parameters = base.parameters + (0.0,) * (7 - len(base.parameters)) + (self.mu,)
-        return Epilogue(base.kind, base.flags | FLAG_SAFEGUARD, parameters)
+        return Epilogue(base.kind, base.flags | FLAG_SAFEGUARD, base.parameters._replace(mu=self.mu))
 
 
 class Listed(NamedTuple):

@@ -158,8 +158,9 @@ def convert(where: str, value: Any, kind: Any, bounds: Mapping[str, Any]) -> Any
     except TypeError:
         raise wrong(where, value, type_name(kind)) from None
     minimum, above = bounds.get("minimum"), bounds.get("above")
-    if value is not None and (minimum is not None or above is not None):
-        number(where, value, minimum if above is None else above, open_low=above is not None)
+    bound = minimum if above is None else above
+    if value is not None and bound is not None:
+        number(where, value, bound, open_low=above is not None)
     return value
 
 

@@ -80,7 +80,7 @@ def latents(shape, pairs=2, dtype=torch.float32):
 
 def packed(ops, q, target, format):
     """Rows and errors of the operator, in memory that nobody wrote before."""
-    tensors = loss._check(q, target, None, "reference").tensors
+    tensors = loss._check(q, target, name="reference").operands
     like = pf.PackedReference.pack(q, target, format, backend="eager")
     rows = {name: torch.full_like(value, 77) for name, value in vars(like).items() if value is not None}
     length = segment_length(q.shape[1:], 1)
@@ -151,7 +151,7 @@ def test_rows_of_a_batch_are_gathered(emulated):
 @needs_nvcc
 def test_schemas_and_fakes_fit_the_operators(emulated):
     q, y = latents(EVEN)
-    tensors = loss._check(q, y, None, "reference").tensors
+    tensors = loss._check(q, y, name="reference").operands
     rows = vars(pf.PackedReference.pack(q, y, "fp8", backend="eager"))
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     arguments = (*tensors, *map(rows.get, NAMES), segment_length(torch.Size(EVEN), 1))
@@ -163,7 +163,7 @@ def test_schemas_and_fakes_fit_the_operators(emulated):
 @needs_nvcc
 def test_operators_name_the_argument_that_is_wrong(emulated):
     q, y = latents(EVEN)
-    tensors = loss._check(q, y, None, "reference").tensors
+    tensors = loss._check(q, y, name="reference").operands
     rows = vars(pf.PackedReference.pack(q, y, "fp8", backend="eager"))
     length = segment_length(torch.Size(EVEN), 1)
     with pytest.raises(RuntimeError, match="packed rows: expected bfloat16 or uint8"):

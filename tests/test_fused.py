@@ -559,24 +559,59 @@ def test_auto_never_picks_the_interpreter():
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def numbers_in_python():
+    """Every number that Python, Triton and C++ share: kinds, switches, forms and places, by the kernels' names."""
+    shared = {name: value for name, value in vars(objectives).items() if name.startswith(("KIND_", "FLAG_"))}
+    shared |= {f"RATIO_{name.upper()}": place for place, name in enumerate(objectives.RATIOS)}
+    shared |= {f"REFERENCE_{form.name}": form.value for form in operands.ReferenceForm}
+    for prefix, places in {
+        "PARAMETER": objectives.Parameters,
+        "STATISTIC": objectives.GroupErrors,
+        "TELEMETRY": operands.Telemetry,
+        "COEFFICIENT": operands.Coefficients,
+        "MEAN": operands.ElementMeans,
+    }.items():
+        shared |= {f"{prefix}_{name.upper()}": place for place, name in enumerate(places._fields)}
+    after = len(operands.Telemetry._fields)
+    return shared | {"SUM_COMPLEMENT": after, "SUM_IMPLICIT": after + 1}
+
+
 @pytest.mark.parametrize(
-    "path,constant,limit",
+    "paths,number,limit",
     [
         (
-            "kernels/epilogue.py",
-            r"^((?:KIND|FLAG)_\w+) = tl\.constexpr\((\d+)\)",
+            ("kernels/epilogue.py", "kernels/pair.py", "kernels/element.py"),
+            r"^([A-Z]\w+_\w+) = tl\.constexpr\((\d+)\)",
             r"^RATIO_LIMIT = tl\.constexpr\((.*)\)",
         ),
-        ("csrc/epilogue.h", r"^ +((?:KIND|FLAG)_\w+) = (\d+),", r"\bRATIO_LIMIT = (.*);"),
+        (("csrc/epilogue.h", "csrc/pair.h"), r"^ +([A-Z]\w+_\w+) = (\d+),", r"\bRATIO_LIMIT = (.*);"),
     ],
     ids=["triton", "csrc"],
 )
-def test_the_kernels_number_formulas_and_switches_as_the_objectives_do(path, constant, limit):
-    text = (ROOT / path).read_text()
-    found = {name: int(value) for name, value in re.findall(constant, text, re.MULTILINE)}
-    ours = {name: value for name, value in vars(objectives).items() if name.startswith(("KIND_", "FLAG_"))}
-    assert ours.items() <= {**found, "FLAG_RATIO_SHIFT": objectives.FLAG_RATIO_SHIFT}.items()
+def test_the_kernels_number_formulas_switches_and_places_as_python_does(paths, number, limit):
+    text = "\n".join((ROOT / path).read_text() for path in paths)
+    found = {name: int(value) for name, value in re.findall(number, text, re.MULTILINE)}
+    ours = numbers_in_python()
+    assert {name: found.get(name) for name in ours} == ours
+    kinds = tuple(f"{name.split('_')[0]}_" for name in ours if not name.startswith("FLAG_"))
+    unknown = {name for name in found if name.startswith(kinds)} - ours.keys()
+    assert not unknown, "a place in the kernels that Python has no name for"
     assert float(re.search(limit, text, re.MULTILINE)[1]) == objectives.RATIO_LIMIT
+
+
+def test_the_native_library_counts_the_places_as_python_does():
+    """The sizes that end each list of places in C++."""
+    text = (ROOT / "csrc/epilogue.h").read_text() + (ROOT / "csrc/pair.h").read_text()
+    for count, places in {
+        "PARAMETERS": objectives.Parameters,
+        "STATISTICS": objectives.GroupErrors,
+        "TELEMETRY": operands.Telemetry,
+        "COEFFICIENTS": operands.Coefficients,
+        "ELEMENT_MEANS": operands.ElementMeans,
+        "ELEMENT_SUMS": (*operands.Telemetry._fields, "complement", "implicit"),
+    }.items():
+        size = len(places) if isinstance(places, tuple) else len(places._fields)
+        assert re.search(rf"^ +{count} = (\d+),", text, re.MULTILINE)[1] == str(size), count
 
 
 def test_softplus_is_accurate_to_float32_everywhere():

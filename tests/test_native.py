@@ -16,6 +16,7 @@ import torch
 import pgdpo_fast as pf
 from pgdpo_fast import backends, objectives
 from pgdpo_fast.backends import build, native
+from pgdpo_fast.backends.operands import Operands, Plan, ReferenceForm
 from pgdpo_fast.errors import NonFiniteError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -445,22 +446,26 @@ def test_auto_is_native_on_the_cpu_and_says_nothing():
 def test_operators_check_what_they_are_given():
     """Called past `preference_loss`, they refuse what they would read or write wrongly."""
     x = torch.zeros(2, 8)
-    arguments = [x, x, x, x, None, None, None, None, None, None, 0, 1, 8]
+    arguments = {
+        **dict.fromkeys(Operands._fields),
+        **dict(policy=x, policy_rejected=x, target=x, target_rejected=x),
+        **Plan(ReferenceForm.NONE, groups=1, length=8, anchor=False, cross=False)._asdict(),
+    }
     errors = torch.ops.pgdpo_fast_native.pair_errors
-    assert torch.equal(errors(*arguments, False, False), torch.zeros(6, 2, 1))
-    for position, value in (
-        (0, torch.zeros(3, 8)),
-        (1, torch.zeros(2, 7)),
-        (2, torch.zeros(8, 2)),
-        (3, torch.zeros(2, 8).int()),
-        (10, 1),
-        (11, 3),
-        (12, 0),
+    assert torch.equal(errors(**arguments), torch.zeros(6, 2, 1))
+    for changed in (
+        dict(policy=torch.zeros(3, 8)),
+        dict(policy_rejected=torch.zeros(2, 7)),
+        dict(target=torch.zeros(8, 2)),
+        dict(target_rejected=torch.zeros(2, 8).int()),
+        dict(reference_form=ReferenceForm.PREDICTION),
+        dict(groups=3),
+        dict(length=0),
     ):
         with pytest.raises(RuntimeError):
-            errors(*arguments[:position], value, *arguments[position + 1 :], False, False)
+            errors(**{**arguments, **changed})
     with pytest.raises(RuntimeError, match="policy: expected pairs"):
-        errors(torch.zeros(3, 8), None, *arguments[2:], False, False)
+        errors(**{**arguments, "policy": torch.zeros(3, 8), "policy_rejected": None})
 
 
 def test_a_wheel_with_the_library_fits_its_platform_and_any_python(fake_compiler, tmp_path):

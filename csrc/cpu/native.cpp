@@ -101,8 +101,8 @@ double mean_of(const Operands& x, const std::vector<double>& sums, int plane, in
   return total / double(x.pair.numel / x.pair.groups);
 }
 
-Tensor pair_errors(PGDPO_OPERANDS, int64_t form, int64_t groups, int64_t length, bool anchor, bool cross) {
-  const Operands x(PGDPO_PASS_OPERANDS, form, groups, length);
+Tensor pair_errors(PGDPO_OPERANDS, PGDPO_PLAN) {
+  const Operands x(PGDPO_PASS_OPERANDS, PGDPO_PASS_PLAN);
   const int64_t rows = x.pair.pairs * groups;
   const Tensor means = x.numbers({STATISTICS, x.pair.pairs, groups});
   const Output out(means);
@@ -113,68 +113,67 @@ Tensor pair_errors(PGDPO_OPERANDS, int64_t form, int64_t groups, int64_t length,
 }
 
 void read_parameters(const std::vector<double>& from, double (&to)[PARAMETERS]) {
-  STD_TORCH_CHECK(from.size() <= PARAMETERS, "parameters: expected at most ", PARAMETERS, " numbers");
+  STD_TORCH_CHECK(from.size() == PARAMETERS, "parameters: expected ", int(PARAMETERS), " numbers");
   for (size_t i = 0; i < from.size(); ++i) to[i] = from[i];
 }
 
-std::tuple<Tensor, Tensor, Tensor> objective(const Operands& x, const Settings& call) {
-  const int64_t pairs = x.pair.pairs, groups = x.pair.groups, rows = pairs * groups, count = x.pair.numel / groups;
+std::tuple<Tensor, Tensor, Tensor> pair_objective(PGDPO_OPERANDS, const MaybeTensor& reference_errors, PGDPO_NUMBERS,
+                                                  PGDPO_PLAN, PGDPO_EPILOGUE) {
+  const Operands x(PGDPO_PASS_OPERANDS, PGDPO_PASS_PLAN);
+  const int64_t pairs = x.pair.pairs, rows = pairs * groups, count = x.pair.numel / groups;
   const Tensor loss = x.numbers({}), telemetry = x.numbers({TELEMETRY, pairs, groups}),
-               coefficients = x.numbers({3, pairs, groups});
+               coefficients = x.numbers({COEFFICIENTS, pairs, groups});
   const Output loss_out(loss), telemetry_out(telemetry), coefficient_out(coefficients);
-  const std::vector<double> reference = numbers(call.reference_errors, "reference_errors", 2 * rows);
-  const std::vector<double> weights = numbers(call.weight, "weight", rows);
-  const std::vector<double> posterior = numbers(call.posterior_scale, "posterior_scale", pairs);
-  double parameters[PARAMETERS] = {};
-  read_parameters(call.parameters, parameters);
-  STD_TORCH_CHECK(!(call.flags & FLAG_IMPORTANCE) || call.posterior_scale, "posterior_scale: the objective needs it");
-  const std::vector<double> sums = errors(x, call.anchor, call.cross);
-  const bool gaps = x.pair.reference_form != REFERENCE_NONE || call.reference_errors;
+  const std::vector<double> reference = numbers(reference_errors, "reference_errors", 2 * rows);
+  const std::vector<double> weights = numbers(weight, "weight", rows);
+  const std::vector<double> posterior = numbers(posterior_scale, "posterior_scale", pairs);
+  double formula_numbers[PARAMETERS];
+  read_parameters(parameters, formula_numbers);
+  STD_TORCH_CHECK(!(flags & FLAG_IMPORTANCE) || posterior_scale, "posterior_scale: the objective needs it");
+  const std::vector<double> sums = errors(x, anchor, cross);
+  const bool gaps = x.pair.reference_form != REFERENCE_NONE || reference_errors;
   const double nan = std::numeric_limits<double>::quiet_NaN();
   double total = 0;
   for (int64_t row = 0; row < rows; ++row) {
     double mean[STATISTICS];
     for (int k = 0; k < STATISTICS; ++k) mean[k] = mean_of(x, sums, k, row);
-    Errors<double> e{
-        mean[0], mean[1], mean[2], mean[3], mean[4], mean[5], posterior.empty() ? 0.0 : posterior[row / groups]};
+    Errors<double> e{mean[STATISTIC_POLICY_CHOSEN],
+                     mean[STATISTIC_POLICY_REJECTED],
+                     mean[STATISTIC_GAP_CHOSEN],
+                     mean[STATISTIC_GAP_REJECTED],
+                     mean[STATISTIC_ANCHOR],
+                     mean[STATISTIC_CROSS],
+                     posterior.empty() ? 0.0 : posterior[row / groups]};
     if (!reference.empty()) {
       // Cached reference errors were rounded like these: a policy that equals the reference has gaps of exactly zero.
       e.gap_chosen = telemetry_out.rounded(e.policy_chosen) - reference[row];
       e.gap_rejected = telemetry_out.rounded(e.policy_rejected) - reference[rows + row];
     }
-    const Terms<double> t = pgdpo::objective<double>(int(call.kind), int(call.flags), parameters, e);
+    const Terms<double> t = pgdpo::objective<double>(int(kind), int(flags), formula_numbers, e);
     const double w = weights.empty() ? 1.0 : weights[row], scale = w * 2.0 / (double(count) * double(rows));
-    const double values[TELEMETRY] = {t.loss,
-                                      t.logits,
-                                      t.alpha,
-                                      t.gamma,
-                                      t.importance,
-                                      e.policy_chosen,
-                                      e.policy_rejected,
-                                      gaps ? e.gap_chosen : nan,
-                                      gaps ? e.gap_rejected : nan};
-    for (int k = 0; k < TELEMETRY; ++k) telemetry_out.set(k * rows + row, values[k]);
-    coefficient_out.set(row, scale * t.by_chosen);
-    coefficient_out.set(rows + row, scale * t.by_rejected);
-    coefficient_out.set(2 * rows + row, scale * t.by_anchor);
+    const auto tell = [&](TelemetryRow k, double value) { telemetry_out.set(k * rows + row, value); };
+    tell(TELEMETRY_PER_PAIR_LOSS, t.loss);
+    tell(TELEMETRY_LOGITS, t.logits);
+    tell(TELEMETRY_ALPHA, t.alpha);
+    tell(TELEMETRY_GAMMA, t.gamma);
+    tell(TELEMETRY_IMPORTANCE, t.importance);
+    tell(TELEMETRY_POLICY_CHOSEN_ERROR, e.policy_chosen);
+    tell(TELEMETRY_POLICY_REJECTED_ERROR, e.policy_rejected);
+    tell(TELEMETRY_CHOSEN_GAP, gaps ? e.gap_chosen : nan);
+    tell(TELEMETRY_REJECTED_GAP, gaps ? e.gap_rejected : nan);
+    coefficient_out.set(COEFFICIENT_CHOSEN * rows + row, scale * t.by_chosen);
+    coefficient_out.set(COEFFICIENT_REJECTED * rows + row, scale * t.by_rejected);
+    coefficient_out.set(COEFFICIENT_ANCHOR * rows + row, scale * t.by_anchor);
     total += w * t.loss;
   }
   loss_out.set(0, total / double(rows));
   return {loss, telemetry, coefficients};
 }
 
-std::tuple<Tensor, Tensor, Tensor> pair_objective(PGDPO_OPERANDS, const MaybeTensor& reference_errors,
-                                                  const MaybeTensor& weight, const MaybeTensor& posterior_scale,
-                                                  int64_t form, int64_t groups, int64_t length, bool anchor, bool cross,
-                                                  int64_t kind, int64_t flags, std::vector<double> parameters) {
-  return objective(Operands(PGDPO_PASS_OPERANDS, form, groups, length),
-                   {reference_errors, weight, posterior_scale, anchor, cross, kind, flags, parameters});
-}
-
 std::tuple<Tensor, Tensor> pair_gradient(PGDPO_OPERANDS, const Tensor& coefficients, const Tensor& incoming,
-                                         int64_t form, int64_t groups, int64_t length, bool anchor) {
-  const Operands x(PGDPO_PASS_OPERANDS, form, groups, length);
-  std::vector<double> scaled = numbers(coefficients, "coefficients", 3 * x.pair.pairs * x.pair.groups);
+                                         PGDPO_PLAN) {
+  const Operands x(PGDPO_PASS_OPERANDS, PGDPO_PASS_PLAN);
+  std::vector<double> scaled = numbers(coefficients, "coefficients", COEFFICIENTS * x.pair.pairs * x.pair.groups);
   const double factor = numbers(incoming, "incoming", 1)[0];
   for (double& c : scaled) c *= factor;
   const Tensor chosen = x.chosen_gradient(), rejected = x.rejected_gradient();
@@ -188,15 +187,14 @@ std::tuple<Tensor, Tensor> pair_gradient(PGDPO_OPERANDS, const Tensor& coefficie
 struct ElementCall : Elements {
   std::vector<double> row_scale, posterior, row_means;
 
-  ElementCall(const Operands& x, const MaybeTensor& weight, const MaybeTensor& posterior_tensor, int64_t kind_,
-              int64_t flags_, const std::vector<double>& numbers_, bool outer_)
-      : row_scale(numbers(weight, "weight", x.pair.pairs)),
-        posterior(numbers(posterior_tensor, "posterior_scale", x.pair.pairs)) {
-    kind = int(kind_);
-    flags = int(flags_);
+  ElementCall(const Operands& x, const PairNumbers& per_pair, const Epilogue& epilogue, bool outer_)
+      : row_scale(numbers(per_pair.weight, "weight", x.pair.pairs)),
+        posterior(numbers(per_pair.posterior_scale, "posterior_scale", x.pair.pairs)) {
+    kind = int(epilogue.kind);
+    flags = int(epilogue.flags);
     outer = outer_;
-    read_parameters(numbers_, parameters);
-    STD_TORCH_CHECK(!(flags & FLAG_IMPORTANCE) || posterior_tensor, "posterior_scale: the objective needs it");
+    read_parameters(epilogue.parameters, parameters);
+    STD_TORCH_CHECK(!(flags & FLAG_IMPORTANCE) || per_pair.posterior_scale, "posterior_scale: the objective needs it");
     STD_TORCH_CHECK(!outer || (kind == KIND_PGDPO && (flags & (FLAG_IPR_REWARD | FLAG_IPR_ANCHOR))),
                     "outer: is PG-DPO's, with a regularizer");
     posterior_scale = posterior.empty() ? nullptr : posterior.data();
@@ -216,13 +214,10 @@ struct ElementCall : Elements {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pair_elements(PGDPO_OPERANDS, const MaybeTensor& weight,
-                                                                 const MaybeTensor& posterior_scale, int64_t form,
-                                                                 int64_t length, int64_t kind, int64_t flags,
-                                                                 std::vector<double> parameters, bool outer,
-                                                                 bool with_gradients) {
-  const Operands x(PGDPO_PASS_OPERANDS, form, 1, length);
-  ElementCall call(x, weight, posterior_scale, kind, flags, parameters, outer);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pair_elements(PGDPO_OPERANDS, PGDPO_NUMBERS, PGDPO_PLAN,
+                                                                 PGDPO_EPILOGUE, bool outer, bool with_gradients) {
+  const Operands x(PGDPO_PASS_OPERANDS, PGDPO_PASS_PLAN);
+  ElementCall call(x, PGDPO_PASS_NUMBERS, PGDPO_PASS_EPILOGUE, outer);
   STD_TORCH_CHECK(!(outer && with_gradients), "outer: gradients need the means first");
   const int64_t pairs = x.pair.pairs;
   const Tensor loss = x.numbers({}), telemetry = x.numbers({TELEMETRY, pairs, 1}),
@@ -239,25 +234,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pair_elements(PGDPO_OPERANDS,
   for (int64_t pair = 0; pair < pairs; ++pair) {
     double mean[ELEMENT_SUMS];
     for (int k = 0; k < ELEMENT_SUMS; ++k) mean[k] = mean_of(x, sums, k, pair);
-    const double each[ELEMENT_MEANS] = {mean[3], mean[0], mean[9], mean[10]};
-    for (int k = 0; k < ELEMENT_MEANS; ++k) means_out.set(k * pairs + pair, each[k]);
-    if (outer) mean[0] = mean[3] * mean[0] + call.parameters[3] * mean[9] * mean[10];
-    if (form == REFERENCE_NONE) mean[7] = mean[8] = std::numeric_limits<double>::quiet_NaN();
+    double& loss_of_pair = mean[TELEMETRY_PER_PAIR_LOSS];
+    means_out.set(MEAN_GAMMA * pairs + pair, mean[TELEMETRY_GAMMA]);
+    means_out.set(MEAN_PREFERENCE * pairs + pair, loss_of_pair);
+    means_out.set(MEAN_COMPLEMENT * pairs + pair, mean[SUM_COMPLEMENT]);
+    means_out.set(MEAN_IMPLICIT * pairs + pair, mean[SUM_IMPLICIT]);
+    if (outer)
+      loss_of_pair = mean[TELEMETRY_GAMMA] * loss_of_pair +
+                     call.parameters[PARAMETER_IPR_SCALE] * mean[SUM_COMPLEMENT] * mean[SUM_IMPLICIT];
+    if (reference_form == REFERENCE_NONE)
+      mean[TELEMETRY_CHOSEN_GAP] = mean[TELEMETRY_REJECTED_GAP] = std::numeric_limits<double>::quiet_NaN();
     for (int k = 0; k < TELEMETRY; ++k) telemetry_out.set(k * pairs + pair, mean[k]);
-    total += weights[pair] * mean[0];
+    total += weights[pair] * loss_of_pair;
   }
   loss_out.set(0, total / double(pairs));
   return {loss, telemetry, means, chosen, rejected};
 }
 
-void pair_elements_gradient(PGDPO_OPERANDS, const MaybeTensor& weight, const MaybeTensor& posterior_scale,
-                            const Tensor& means, const Tensor& incoming, Tensor chosen, Tensor rejected, int64_t form,
-                            int64_t length, int64_t kind, int64_t flags, std::vector<double> parameters, bool outer,
-                            bool speculative) {
+void pair_elements_gradient(PGDPO_OPERANDS, PGDPO_NUMBERS, const Tensor& means, const Tensor& incoming, Tensor chosen,
+                            Tensor rejected, PGDPO_PLAN, PGDPO_EPILOGUE, bool outer, bool speculative) {
   const double factor = numbers(incoming, "incoming", 1)[0];
   if (speculative && factor == 1.0) return;
-  const Operands x(PGDPO_PASS_OPERANDS, form, 1, length);
-  ElementCall call(x, weight, posterior_scale, kind, flags, parameters, outer);
+  const Operands x(PGDPO_PASS_OPERANDS, PGDPO_PASS_PLAN);
+  ElementCall call(x, PGDPO_PASS_NUMBERS, PGDPO_PASS_EPILOGUE, outer);
   if (outer) {
     call.row_means = numbers(means, "means", ELEMENT_MEANS * x.pair.pairs);
     call.means = call.row_means.data();
@@ -269,7 +268,7 @@ void pair_elements_gradient(PGDPO_OPERANDS, const MaybeTensor& weight, const May
 // Residuals q - y of predictions q (in the policy's place) as rows of the reference cache, and their errors.
 Tensor pack(PGDPO_OPERANDS, Tensor chosen, Tensor rejected, MaybeTensor chosen_scale, MaybeTensor rejected_scale,
             int64_t length) {
-  const Operands x(PGDPO_PASS_OPERANDS, REFERENCE_NONE, 1, length);
+  const Operands x(PGDPO_PASS_OPERANDS, {REFERENCE_NONE, 1, length});
   const Packed out = packed_of(x, chosen, rejected, chosen_scale, rejected_scale, [](const Tensor& place) {
     STD_TORCH_CHECK(place.is_cpu(), "packed rows: expected CPU tensors");
   });

@@ -297,12 +297,12 @@ void errors(const Pair& x, bool anchor, bool cross, double* sums, int64_t begin,
       V part[STATISTICS];
       memcpy(part, totals.narrow, sizeof(part));
       const auto add = [&](const Differences<V>& d) PGDPO_LAMBDA {
-        part[0] = part[0] + d.u_w * d.u_w;
-        part[1] = part[1] + d.u_l * d.u_l;
-        part[2] = part[2] + d.minus_w * d.plus_w;
-        part[3] = part[3] + d.minus_l * d.plus_l;
-        if (anchor) part[4] = part[4] + d.minus_w * d.minus_w;
-        if (cross) part[5] = part[5] + d.u_w * d.u_l;
+        part[STATISTIC_POLICY_CHOSEN] = part[STATISTIC_POLICY_CHOSEN] + d.u_w * d.u_w;
+        part[STATISTIC_POLICY_REJECTED] = part[STATISTIC_POLICY_REJECTED] + d.u_l * d.u_l;
+        part[STATISTIC_GAP_CHOSEN] = part[STATISTIC_GAP_CHOSEN] + d.minus_w * d.plus_w;
+        part[STATISTIC_GAP_REJECTED] = part[STATISTIC_GAP_REJECTED] + d.minus_l * d.plus_l;
+        if (anchor) part[STATISTIC_ANCHOR] = part[STATISTIC_ANCHOR] + d.minus_w * d.minus_w;
+        if (cross) part[STATISTIC_CROSS] = part[STATISTIC_CROSS] + d.u_w * d.u_l;
       };
       reader.over(
           first, lesser(first + BLOCK, at.count),
@@ -311,7 +311,10 @@ void errors(const Pair& x, bool anchor, bool cross, double* sums, int64_t begin,
       memcpy(totals.narrow, part, sizeof(part));
       if ((first + BLOCK) % FLUSH == 0) totals.flush();
     }
-    totals.write(sums + c, {0, 1, 2, 3, 4, 5}, x.pairs * x.segments);
+    totals.write(sums + c,
+                 {STATISTIC_POLICY_CHOSEN, STATISTIC_POLICY_REJECTED, STATISTIC_GAP_CHOSEN, STATISTIC_GAP_REJECTED,
+                  STATISTIC_ANCHOR, STATISTIC_CROSS},
+                 x.pairs * x.segments);
   }
 }
 
@@ -329,13 +332,14 @@ void gradients(const Pair& x, bool anchor, const double* coefficients, const Mut
     const Chunk at(x, c);
     const Reader<S, D> reader(x, at, anchor);
     const double* row = coefficients + at.pair * x.groups + at.segment % x.groups;
-    const V c_w = S(row[0]), c_l = S(row[rows]), c_anchor = S(row[2 * rows]);
+    const V c_w = S(row[COEFFICIENT_CHOSEN * rows]), c_l = S(row[COEFFICIENT_REJECTED * rows]);
+    const V c_anchor = S(row[COEFFICIENT_ANCHOR * rows]);
     char* out[2] = {row_start(gradient[0], at.pair, at.start), row_start(gradient[1], at.pair, at.start)};
     const bool past = large && uintptr_t(out[0]) % 16 == 0 && uintptr_t(out[1]) % 16 == 0;
     const auto by_chosen = [&](const Differences<V>& d)
                                PGDPO_LAMBDA { return anchor ? c_w * d.u_w + c_anchor * d.minus_w : c_w * d.u_w; };
     // An objective that takes no notice of the rejected video must not take its NaN.
-    const bool unnoticed = row[rows] == 0;
+    const bool unnoticed = row[COEFFICIENT_REJECTED * rows] == 0;
     const auto by_rejected = [&](const Differences<V>& d) PGDPO_LAMBDA { return unnoticed ? V(S(0)) : c_l * d.u_l; };
     for (int first = 0; first < at.count; first += BLOCK) {
       reader.prefetch(first);
@@ -368,10 +372,26 @@ struct Block {
 
 enum Wanted { SUMS_AND_GRADIENTS, SUMS, GRADIENTS };
 constexpr int ANY = -1;
-constexpr int OBJECTIVE_SUMS = 7;
 
-// What the objective's stage knows besides the block. The sums: loss (or P), logits, alpha, gamma, importance, 1 -
-// gamma, I.
+// The sums of an element pass, made where their terms are: of errors while reading, of the rest by the objective's
+// stage. Each with the planes of ElementSum they go to.
+enum ErrorSum : int { OF_ERROR_W, OF_ERROR_L, OF_GAP_W, OF_GAP_L, ERROR_SUMS };
+constexpr int ERROR_PLANES[] = {TELEMETRY_POLICY_CHOSEN_ERROR, TELEMETRY_POLICY_REJECTED_ERROR, TELEMETRY_CHOSEN_GAP,
+                                TELEMETRY_REJECTED_GAP};
+enum ObjectiveSum : int {
+  OF_LOSS,  // of P with `outer`
+  OF_LOGITS,
+  OF_ALPHA,
+  OF_GAMMA,
+  OF_IMPORTANCE,
+  OF_COMPLEMENT,
+  OF_IMPLICIT,
+  OBJECTIVE_SUMS,
+};
+constexpr int OBJECTIVE_PLANES[] = {TELEMETRY_PER_PAIR_LOSS, TELEMETRY_LOGITS, TELEMETRY_ALPHA, TELEMETRY_GAMMA,
+                                    TELEMETRY_IMPORTANCE,    SUM_COMPLEMENT,   SUM_IMPLICIT};
+
+// What the objective's stage knows besides the block.
 template <class S>
 struct Stage {
   int kind, flags;
@@ -388,7 +408,8 @@ void run_objective(const Stage<S>& stage, Block<S>& block, int count, Vec<S> (&s
   using V = Vec<S>;
   const int kind = KIND == ANY ? stage.kind : KIND, flags = FLAGS == ANY ? stage.flags : FLAGS;
   const V scale = stage.scale, posterior_scale = stage.posterior_scale;
-  const Outer<V> outer{stage.means[0], stage.means[1], stage.means[2], stage.means[3]};
+  const Outer<V> outer{stage.means[MEAN_GAMMA], stage.means[MEAN_PREFERENCE], stage.means[MEAN_COMPLEMENT],
+                       stage.means[MEAN_IMPLICIT]};
   const bool weighted = kind == KIND_PGDPO, attached = weighted && (flags & FLAG_ATTACHED);
   const bool cut = !attached && (weighted || kind == KIND_DPO || kind == KIND_DPOP || kind == KIND_DPO_SHIFT);
   const auto errors_at = [&](int i) PGDPO_LAMBDA {
@@ -431,13 +452,13 @@ void run_objective(const Stage<S>& stage, Block<S>& block, int count, Vec<S> (&s
       const auto kept = [&](V x) PGDPO_LAMBDA {
         return decltype(whole)::value ? x : select(V::ascending() < V(S(lanes)), x, V(S(0)));
       };
-      part[0] = part[0] + kept(OUTER ? t.preference : t.loss);
-      part[1] = part[1] + kept(t.logits);
-      part[2] = part[2] + kept(t.alpha);
-      part[3] = part[3] + kept(t.gamma);
-      part[4] = part[4] + kept(t.importance);
-      if (OUTER) part[5] = part[5] + kept(t.complement);
-      if (OUTER) part[6] = part[6] + kept(t.implicit);
+      part[OF_LOSS] = part[OF_LOSS] + kept(OUTER ? t.preference : t.loss);
+      part[OF_LOGITS] = part[OF_LOGITS] + kept(t.logits);
+      part[OF_ALPHA] = part[OF_ALPHA] + kept(t.alpha);
+      part[OF_GAMMA] = part[OF_GAMMA] + kept(t.gamma);
+      part[OF_IMPORTANCE] = part[OF_IMPORTANCE] + kept(t.importance);
+      if (OUTER) part[OF_COMPLEMENT] = part[OF_COMPLEMENT] + kept(t.complement);
+      if (OUTER) part[OF_IMPLICIT] = part[OF_IMPLICIT] + kept(t.implicit);
     }
   });
   memcpy(sums, part, sizeof(part));
@@ -494,7 +515,7 @@ template <class S, int D>
 void elements(const Pair& x, const Elements& call, int64_t begin, int64_t end) {
   using V = Vec<S>;
   const bool with_gradients = call.scale != nullptr;
-  const bool one_sigmoid = call.kind == KIND_PGDPO && call.parameters[1] == call.parameters[2];
+  const bool one_sigmoid = call.kind == KIND_PGDPO && call.parameters[PARAMETER_K1] == call.parameters[PARAMETER_K2];
   const int flags = call.flags | (one_sigmoid ? FLAG_ONE_SIGMOID : 0);
   const RunObjective<S> run =
       call.outer ? outer_objective<S>(flags, with_gradients) : pointwise_objective<S>(call.kind, flags);
@@ -511,19 +532,19 @@ void elements(const Pair& x, const Elements& call, int64_t begin, int64_t end) {
     if (call.means != nullptr)
       for (int k = 0; k < ELEMENT_MEANS; ++k) stage.means[k] = S(call.means[k * x.pairs + at.pair]);
     char* out[2] = {row_start(call.gradient[0], at.pair, at.start), row_start(call.gradient[1], at.pair, at.start)};
-    Sums<V, 4> errors;
+    Sums<V, ERROR_SUMS> errors;
     Sums<V, OBJECTIVE_SUMS> terms;
     for (int first = 0; first < at.count; first += BLOCK) {
       const int count = lesser(BLOCK, at.count - first);
       reader.prefetch(first);
-      V part[4];
+      V part[ERROR_SUMS];
       memcpy(part, errors.narrow, sizeof(part));
       const auto hold = [&](const Differences<V>& d, int i) PGDPO_LAMBDA {
         const V gap_w = d.minus_w * d.plus_w, gap_l = d.minus_l * d.plus_l;
-        part[0] = part[0] + d.u_w * d.u_w;
-        part[1] = part[1] + d.u_l * d.u_l;
-        part[2] = part[2] + gap_w;
-        part[3] = part[3] + gap_l;
+        part[OF_ERROR_W] = part[OF_ERROR_W] + d.u_w * d.u_w;
+        part[OF_ERROR_L] = part[OF_ERROR_L] + d.u_l * d.u_l;
+        part[OF_GAP_W] = part[OF_GAP_W] + gap_w;
+        part[OF_GAP_L] = part[OF_GAP_L] + gap_l;
         d.u_w.to(block.u_w + i);
         d.u_l.to(block.u_l + i);
         gap_w.to(block.gap_w + i);
@@ -555,8 +576,8 @@ void elements(const Pair& x, const Elements& call, int64_t begin, int64_t end) {
       }
     }
     if (call.sums != nullptr) {
-      errors.write(call.sums + c, {5, 6, 7, 8}, x.pairs * x.segments);
-      terms.write(call.sums + c, {0, 1, 2, 3, 4, 9, 10}, x.pairs * x.segments);
+      errors.write(call.sums + c, ERROR_PLANES, x.pairs * x.segments);
+      terms.write(call.sums + c, OBJECTIVE_PLANES, x.pairs * x.segments);
     }
   }
 }

@@ -29,7 +29,7 @@ char* reachable(const char* data, const char* name) {
 Tensor pack(PGDPO_OPERANDS, Tensor chosen, Tensor rejected, MaybeTensor chosen_scale, MaybeTensor rejected_scale,
             int64_t length) {
   const cuda::Current on(p_w.get_device_index());
-  const Operands x(PGDPO_PASS_OPERANDS, REFERENCE_NONE, 1, length);
+  const Operands x(PGDPO_PASS_OPERANDS, {REFERENCE_NONE, 1, length});
   STD_TORCH_CHECK(length % PACK_BLOCK == 0 || length == x.pair.numel, "length: expected a multiple of ", PACK_BLOCK,
                   ", got ", length);
   STD_TORCH_CHECK(x.chunks() <= std::numeric_limits<int>::max(), "batch: ", x.pair.pairs, " pairs of ", x.pair.segments,

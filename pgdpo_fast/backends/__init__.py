@@ -32,7 +32,9 @@ def unavailable(name: str, device: torch.device) -> str | None:
     return _native_reason(device.type, device.index)
 
 
-_native_loaded = set()  # devices whose native kernels are there: this is asked at every call of the loss
+_native_loaded: set[tuple[str, int | None]] = (
+    set()
+)  # devices whose native kernels are there: this is asked at every call of the loss
 
 
 @constant_when_compiled
@@ -41,7 +43,7 @@ def _native_reason(device_type: str, index: int | None) -> str | None:
         return None
     from pgdpo_fast.backends import native
 
-    reason = native.unavailable(torch.device(device_type, index))
+    reason = native.unavailable(torch.device(device_type) if index is None else torch.device(device_type, index))
     if reason is None:
         _native_loaded.add((device_type, index))
     return reason

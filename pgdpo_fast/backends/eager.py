@@ -5,25 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pgdpo_fast.backends.operands import PACK_BLOCK, Operands, Side
+from pgdpo_fast.backends.operands import PACK_BLOCK, Call, PairRows, ReferenceForm, Side, pair_rows
 from pgdpo_fast.objectives import GroupErrors
 
 
-def targets(x: Operands) -> Side:
+def targets(x: PairRows) -> Side:
     """The two targets in the accumulation dtype, built from clean latents and noise when those were given."""
     chosen, rejected = (t.to(x.compute_dtype) for t in x.target)
-    if x.noise is None:
+    if x.noise is None or x.target_scale is None:
         return Side(chosen, rejected)
     noise_scale, clean_scale = (s.view(-1, *[1] * (chosen.ndim - 1)) for s in x.target_scale.to(x.compute_dtype))
     noise = noise_scale * x.noise.to(x.compute_dtype)
     return Side(noise + clean_scale * chosen, noise + clean_scale * rejected)
 
 
-def references(x: Operands, reference_form: int, y: Side) -> Side | None:
+def references(x: PairRows, form: ReferenceForm, y: Side) -> Side | None:
     """The reference's predictions q; packed operands hold q - y."""
     if x.reference is None:
         return None
-    if reference_form == 1:
+    if form == ReferenceForm.PREDICTION:
         return Side(*(q.to(x.compute_dtype) for q in x.reference))
     scales = x.reference_scale or (None, None)
     return Side(
@@ -42,26 +42,29 @@ def unpack(rows: Tensor, scale: Tensor | None) -> Tensor:
     return (flat * scale.repeat_interleave(PACK_BLOCK, 1)[:, : flat.shape[1]]).view(rows.shape)
 
 
-def group_errors(x: Operands, reference_form: int, granularity: str, anchor: bool, cross: bool) -> GroupErrors:
+def group_errors(call: Call) -> GroupErrors:
     """Statistics `[B, G]` of every group (G: 1, frames or elements), differentiable but for `cross`."""
 
     def mean(values: Tensor) -> Tensor:
-        if granularity == "sample":
+        if call.granularity == "sample":
             return values.flatten(1).mean(1, keepdim=True)
-        if granularity == "frame":
+        if call.granularity == "frame":
             return values.mean((1, 3, 4))
         return values.flatten(1)
 
+    x = pair_rows(call.operands)
     p = Side(*(t.to(x.compute_dtype) for t in x.policy))
     y = targets(x)
-    q = references(x, reference_form, y)
-    gaps = (None, None)
+    q = references(x, call.plan.reference_form, y)
+    gaps: tuple[Tensor | None, ...] = (None, None)
     if q is not None:
         gaps = tuple(mean((a - b) * ((a - t) + (b - t))) for a, b, t in zip(p, q, y, strict=True))
+    gap_chosen, gap_rejected = gaps
     return GroupErrors(
-        mean((p.chosen - y.chosen) ** 2),
-        mean((p.rejected - y.rejected) ** 2),
-        *gaps,
-        mean((p.chosen - q.chosen) ** 2) if anchor else None,
-        mean((p.chosen - y.chosen) * (p.rejected - y.rejected)).detach() if cross else None,
+        policy_chosen=mean((p.chosen - y.chosen) ** 2),
+        policy_rejected=mean((p.rejected - y.rejected) ** 2),
+        gap_chosen=gap_chosen,
+        gap_rejected=gap_rejected,
+        anchor=mean((p.chosen - q.chosen) ** 2) if call.plan.anchor and q is not None else None,
+        cross=mean((p.chosen - y.chosen) * (p.rejected - y.rejected)).detach() if call.plan.cross else None,
     )

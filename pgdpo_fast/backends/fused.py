@@ -7,154 +7,130 @@ vanishing before they are scaled, and allocates nothing in forward.
 
 Elements: `pair_elements` makes loss and gradients in one pass, betting on an incoming gradient of 1;
 `pair_elements_gradient` has nothing to do when the bet was right and writes them again when it was not.
+
+Only the predictions have gradients, so each function takes them as arguments of their own; `call` holds them too.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pgdpo_fast.backends import operators, triton  # noqa: F401  (triton.py implements its operators)
-from pgdpo_fast.backends.operands import segment_length
-from pgdpo_fast.objectives import GroupErrors
+from pgdpo_fast.backends.operands import Call, Coefficients, Operands, PairNumbers, ReferenceForm
+from pgdpo_fast.objectives import Epilogue, GroupErrors
 
 _OPERATORS = {"triton": torch.ops.pgdpo_fast_triton, "native": torch.ops.pgdpo_fast_native}
 
 
-class Plan(NamedTuple):
-    """Everything of a call that is not a tensor."""
-
-    reference_form: int
-    groups: int
-    length: int
-    anchor: bool
-    cross: bool
-    backend: str
-
-
-def plan(tensors, reference_form: int, groups: int, anchor: bool, cross: bool, backend: str) -> Plan:
-    """The plan for operands `tensors`, in `groups` groups (1 at element granularity, whose passes need none)."""
-    return Plan(reference_form, groups, segment_length(tensors[0].shape[1:], groups), anchor, cross, backend)
-
-
 class _Objective(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, plan, kind, flags, parameters, reference_errors, weight, posterior_scale, *tensors):
-        loss, telemetry, coefficients = _OPERATORS[plan.backend].pair_objective.default(
-            *tensors, reference_errors, weight, posterior_scale, *plan[:-1], kind, flags, parameters
+    def forward(ctx, policy, policy_rejected, call: Call, epilogue: Epilogue):
+        loss, telemetry, coefficients = _OPERATORS[call.backend].pair_objective.default(
+            *call.operands, call.reference_errors, *call.numbers, *call.plan, *epilogue
         )
-        ctx.plan = plan
-        ctx.save_for_backward(coefficients, *tensors)
+        ctx.plan, ctx.backend = call.plan, call.backend
+        ctx.save_for_backward(coefficients, *call.operands)
         ctx.mark_non_differentiable(telemetry)
         return loss, telemetry
 
     @staticmethod
     @once_differentiable
     def backward(ctx, incoming, _):
-        coefficients, *tensors = ctx.saved_tensors
-        return (None,) * 7 + _input_gradients(ctx.plan, tensors, coefficients, incoming)
+        coefficients, *operands = ctx.saved_tensors
+        return *_input_gradients(ctx, Operands._make(operands), coefficients, incoming), None, None
 
 
 class _Elements(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, plan, kind, flags, parameters, outer, weight, posterior_scale, *tensors):
-        settings = (plan.reference_form, plan.length, kind, flags, parameters, outer)
-        bet = not outer and any(ctx.needs_input_grad[7:9])
-        loss, telemetry, means, chosen, rejected = _OPERATORS[plan.backend].pair_elements.default(
-            *tensors, weight, posterior_scale, *settings, bet
+    def forward(ctx, policy, policy_rejected, call: Call, epilogue: Epilogue, outer: bool):
+        bet = not outer and any(ctx.needs_input_grad)
+        loss, telemetry, means, chosen, rejected = _OPERATORS[call.backend].pair_elements.default(
+            *call.operands, *call.numbers, *call.plan, *epilogue, outer, bet
         )
-        ctx.settings, ctx.backend, ctx.bet = settings, plan.backend, bet
-        ctx.save_for_backward(weight, posterior_scale, means, chosen, rejected, *tensors)
+        ctx.plan, ctx.backend, ctx.epilogue, ctx.outer, ctx.bet = call.plan, call.backend, epilogue, outer, bet
+        ctx.save_for_backward(means, chosen, rejected, *call.numbers, *call.operands)
         ctx.mark_non_differentiable(telemetry)
         return loss, telemetry
 
     @staticmethod
     @once_differentiable
     def backward(ctx, incoming, _):
-        weight, posterior_scale, means, chosen, rejected, *tensors = ctx.saved_tensors
+        means, chosen, rejected, *saved = ctx.saved_tensors
+        rest = iter(saved)
+        numbers = PairNumbers._make(islice(rest, len(PairNumbers._fields)))
+        operands = Operands._make(rest)
         bet, ctx.bet = ctx.bet, False  # a second backward must not write over gradients already handed out
         if not bet:
-            chosen, rejected = map(operators.gradient_like, tensors[:2])
+            chosen, rejected = operators.gradients_like(operands)
         _OPERATORS[ctx.backend].pair_elements_gradient.default(
-            *tensors, weight, posterior_scale, means, incoming, chosen, rejected, *ctx.settings, bet
+            *operands, *numbers, means, incoming, chosen, rejected, *ctx.plan, *ctx.epilogue, ctx.outer, bet
         )
-        return (None,) * 7 + (chosen, None if tensors[1] is None else rejected) + (None,) * (len(tensors) - 2)
+        return chosen, None if operands.policy_rejected is None else rejected, None, None, None
 
 
 class _Errors(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, plan, *tensors):
-        statistics = _OPERATORS[plan.backend].pair_errors.default(*tensors, *plan[:-1])
-        ctx.plan = plan
-        ctx.save_for_backward(*tensors)
+    def forward(ctx, policy, policy_rejected, call: Call):
+        statistics = _OPERATORS[call.backend].pair_errors.default(*call.operands, *call.plan)
+        ctx.plan, ctx.backend = call.plan, call.backend
+        ctx.save_for_backward(*call.operands)
         return statistics
 
     @staticmethod
     @once_differentiable
     def backward(ctx, incoming):
-        tensors = ctx.saved_tensors
-        e_w, e_l, d_w, d_l, anchor, _ = incoming
-        numel = tensors[0][0].numel() // ctx.plan.groups
-        coefficients = torch.stack((e_w + d_w, e_l + d_l, anchor)) * (2.0 / numel)
-        return (None,) + _input_gradients(ctx.plan, tensors, coefficients, coefficients.new_ones(()))
+        operands, by = Operands._make(ctx.saved_tensors), dict(zip(GroupErrors._fields, incoming, strict=True))
+        numel = operands.policy[0].numel() // ctx.plan.groups
+        coefficients = torch.stack(
+            Coefficients(
+                chosen=by["policy_chosen"] + by["gap_chosen"],
+                rejected=by["policy_rejected"] + by["gap_rejected"],
+                anchor=by["anchor"],
+            )
+        ) * (2.0 / numel)
+        return *_input_gradients(ctx, operands, coefficients, coefficients.new_ones(())), None
 
 
-def _input_gradients(plan: Plan, tensors, coefficients: Tensor, incoming: Tensor) -> tuple:
-    chosen, rejected = _OPERATORS[plan.backend].pair_gradient.default(
-        *tensors, coefficients, incoming, plan.reference_form, plan.groups, plan.length, plan.anchor
-    )
-    return (chosen, None if tensors[1] is None else rejected) + (None,) * (len(tensors) - 2)
+def _input_gradients(ctx: Any, operands: Operands, coefficients: Tensor, incoming: Tensor):
+    """The gradients by `policy` and `policy_rejected`."""
+    chosen, rejected = _OPERATORS[ctx.backend].pair_gradient.default(*operands, coefficients, incoming, *ctx.plan)
+    return chosen, None if operands.policy_rejected is None else rejected
 
 
-def objective(
-    tensors,
-    plan: Plan,
-    epilogue,
-    reference_errors: Tensor | None,
-    weight: Tensor | None,
-    posterior_scale: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Loss `[]` (differentiable by the predictions) and telemetry `[9, B, G]`, with the objective's kernel epilogue."""
-    return _Objective.apply(
-        plan,
-        epilogue.kind,
-        epilogue.flags,
-        list(epilogue.parameters),
-        reference_errors,
-        weight,
-        posterior_scale,
-        *tensors,
-    )
+def objective(call: Call, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
+    """Loss `[]` (differentiable by the predictions) and `Telemetry` `[9, B, G]`, by the objective's kernel epilogue."""
+    return _Objective.apply(call.operands.policy, call.operands.policy_rejected, call, epilogue)
 
 
-def elements(
-    tensors, plan: Plan, epilogue, outer: bool, weight: Tensor | None, posterior_scale: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The same at element granularity: loss `[]` and telemetry `[9, B, 1]`, means over each video.
+def elements(call: Call, epilogue: Epilogue, outer: bool) -> tuple[Tensor, Tensor]:
+    """The same at element granularity: loss `[]` and `Telemetry` `[9, B, 1]`, means over each video.
 
     Args:
-        weight: `[B]`.
         outer: PG-DPO's combine="outer".
     """
+    chosen, rejected = call.operands.policy, call.operands.policy_rejected
     if not torch.is_grad_enabled():  # else a prediction that requires a gradient would have one written for nothing
-        tensors = (*(None if t is None else t.detach() for t in tensors[:2]), *tensors[2:])
-    return _Elements.apply(
-        plan, epilogue.kind, epilogue.flags, list(epilogue.parameters), outer, weight, posterior_scale, *tensors
-    )
+        chosen, rejected = chosen.detach(), None if rejected is None else rejected.detach()
+    return _Elements.apply(chosen, rejected, call, epilogue, outer)
 
 
-def group_errors(tensors, plan: Plan) -> GroupErrors:
-    """Statistics `[B, G]`, differentiable by the predictions (the cross term is not): two launches, one in backward."""
-    e_w, e_l, d_w, d_l, anchor, cross = _Errors.apply(plan, *tensors)
-    gaps = plan.reference_form != 0
+def group_errors(call: Call) -> GroupErrors:
+    """Statistics `[B, G]`, differentiable by the predictions (the cross term is not): two launches, one in backward.
+
+    Those without operands to make them from, or that the plan does not ask for, are None.
+    """
+    errors = GroupErrors._make(_Errors.apply(call.operands.policy, call.operands.policy_rejected, call))
+    gaps = call.plan.reference_form != ReferenceForm.NONE
     return GroupErrors(
-        e_w,
-        e_l,
-        d_w if gaps else None,
-        d_l if gaps else None,
-        anchor if plan.anchor else None,
-        cross.detach() if plan.cross else None,
+        policy_chosen=errors.policy_chosen,
+        policy_rejected=errors.policy_rejected,
+        gap_chosen=errors.gap_chosen if gaps else None,
+        gap_rejected=errors.gap_rejected if gaps else None,
+        anchor=errors.anchor if call.plan.anchor else None,
+        cross=errors.cross.detach() if errors.cross is not None and call.plan.cross else None,
     )

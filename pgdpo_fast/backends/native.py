@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pgdpo_fast.backends import build, operators  # noqa: F401  (defines what the libraries implement)
-from pgdpo_fast.backends.operands import segment_length
+from pgdpo_fast.backends.operands import Operands, segment_length
 
 SWITCHED_OFF = "switched off by PGDPO_FAST_NATIVE=0"
 CUDA_CAPABILITY = (8, 0)
@@ -125,11 +125,11 @@ def _keep(tensors: Sequence[Tensor], device: torch.device) -> None:
         _in_flight.append((event, host))
 
 
-def pack(tensors: Sequence[Tensor | None], out: Mapping[str, Tensor]) -> Tensor:
+def pack(operands: Operands, out: Mapping[str, Tensor]) -> Tensor:
     """Rows of the reference cache, the bytes of `PackedReference.pack`, and the reference's errors, in one pass.
 
     Args:
-        tensors: the reference's predictions in the policy's place, and their targets.
+        operands: the reference's predictions in the policy's place, and their targets.
         out: where rows go, `PackedReference`'s tensors by name: chosen and rejected `[B, ...]` bfloat16, or uint8 with
             chosen_scale and rejected_scale `[B, ceil(N / 128)]` float32. On the predictions' device; for CUDA
             predictions also pinned host memory, which the kernel writes itself, to be read once the current stream has
@@ -138,10 +138,15 @@ def pack(tensors: Sequence[Tensor | None], out: Mapping[str, Tensor]) -> Tensor:
     Returns:
         `[2, B]` mean squared errors of chosen and rejected, in the accumulation dtype.
     """
-    names = ("chosen", "rejected", "chosen_scale", "rejected_scale")
-    length = segment_length(tensors[0].shape[1:], 1)
-    errors = _operators.pack.default(*tensors, *map(out.get, names), length)
-    _keep(list(out.values()), tensors[0].device)
+    errors = _operators.pack.default(
+        *operands,
+        chosen=out["chosen"],
+        rejected=out["rejected"],
+        chosen_scale=out.get("chosen_scale"),
+        rejected_scale=out.get("rejected_scale"),
+        length=segment_length(operands.policy.shape[1:], 1),
+    )
+    _keep(list(out.values()), operands.policy.device)
     return errors
 
 

@@ -1,11 +1,113 @@
-"""The tensors of one loss call, split into chosen and rejected rows that a kernel can address without copies."""
+"""A checked call of the loss, and what goes into and comes out of the operators: every place has its name here.
+
+An operand tensor, a number per pair or a setting of the passes is one field of one of these; the operators' schemas
+(operators.py) and the order of their arguments follow from them. `kernels/` and `csrc/` mirror the names.
+"""
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class ReferenceForm(IntEnum):
+    """What the `reference` operand holds."""
+
+    NONE = 0
+    PREDICTION = 1
+    BFLOAT16 = 2  # residuals q - y
+    FLOAT8 = 3  # the same as e4m3 bytes, with one scale per PACK_BLOCK elements of a row
+
+
+class Operands(NamedTuple):
+    """The tensors of latents. Each is stacked `[2B, ...]`, chosen half first, or the chosen rows `[B, ...]` with the
+    rejected ones beside it; a target `[B, ...]` without rejected rows is shared by the pair."""
+
+    policy: Tensor
+    policy_rejected: Tensor | None
+    target: Tensor  # clean latents where there is noise
+    target_rejected: Tensor | None
+    noise: Tensor | None  # [B, ...]: the target is noise_scale * noise + clean_scale * clean
+    target_scale: Tensor | None  # [2, B] in the compute dtype: noise_scale and clean_scale
+    reference: Tensor | None
+    reference_rejected: Tensor | None
+    reference_scale: Tensor | None  # [B, ceil(C*F*H*W / PACK_BLOCK)] float32, with ReferenceForm.FLOAT8
+    reference_scale_rejected: Tensor | None
+
+    @property
+    def pairs(self) -> int:
+        return self.policy.shape[0] // (2 if self.policy_rejected is None else 1)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """float64 predictions are accumulated in float64, everything else in float32."""
+        return torch.float64 if self.policy.dtype == torch.float64 else torch.float32
+
+
+class PairNumbers(NamedTuple):
+    """Numbers of every pair, contiguous and in the compute dtype; groups are those of the `Plan`."""
+
+    weight: Tensor | None = None  # [B, G], multiplies the losses
+    posterior_scale: Tensor | None = None  # [B, 1], c_t of importance-weighted objectives
+
+
+class Plan(NamedTuple):
+    """Everything of the passes over the latents that is not a tensor."""
+
+    reference_form: ReferenceForm
+    groups: int  # 1 at element granularity, whose passes need none
+    length: int  # of the runs a video is cut into, see `segment_length`
+    anchor: bool  # whether the sums of these statistics are wanted
+    cross: bool
+
+
+class Call(NamedTuple):
+    """A checked call of the loss: nothing is reshaped, converted or validated after it."""
+
+    operands: Operands
+    numbers: PairNumbers
+    reference_errors: Tensor | None  # [2, B, G] in the compute dtype: chosen and rejected
+    plan: Plan
+    granularity: str
+    backend: str
+
+    @property
+    def has_gaps(self) -> bool:
+        return self.plan.reference_form != ReferenceForm.NONE or self.reference_errors is not None
+
+
+class Telemetry(NamedTuple):
+    """What is told of every group: `[B, G]` each, or in this order the rows of one tensor `[9, B, G]`."""
+
+    per_pair_loss: Tensor
+    logits: Tensor
+    alpha: Tensor
+    gamma: Tensor
+    importance: Tensor
+    policy_chosen_error: Tensor
+    policy_rejected_error: Tensor
+    chosen_gap: Tensor
+    rejected_gap: Tensor
+
+
+class Coefficients(NamedTuple):
+    """What the differences at an element are multiplied with for its gradient, `[B, G]` each or stacked `[3, B, G]`."""
+
+    chosen: Tensor  # of p_w - y_w
+    rejected: Tensor  # of p_l - y_l
+    anchor: Tensor  # of p_w - q_w
+
+
+class ElementMeans(NamedTuple):
+    """Means over a video that PG-DPO's combine="outer" multiplies, `[B]` each or stacked `[4, B]`."""
+
+    gamma: Tensor
+    preference: Tensor
+    complement: Tensor  # of 1 - gamma
+    implicit: Tensor
 
 
 class Side(NamedTuple):
@@ -19,9 +121,8 @@ class Side(NamedTuple):
     rejected: Tensor
 
 
-class Operands(NamedTuple):
-    """What the kernels read. `target` holds clean latents when `noise` is given: the target is then
-    noise_scale * noise + clean_scale * clean, with `target_scale` `[2, B]` the two scales."""
+class PairRows(NamedTuple):
+    """The operands as rows of videos that a kernel can address without copies; fields as in `Operands`."""
 
     policy: Side
     target: Side
@@ -45,7 +146,6 @@ class Operands(NamedTuple):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """float64 predictions are accumulated in float64, everything else in float32."""
         return torch.float64 if self.policy.chosen.dtype == torch.float64 else torch.float32
 
 
@@ -54,37 +154,24 @@ def rows_contiguous(x: Tensor) -> Tensor:
     return x if x.is_contiguous() or x[0].is_contiguous() else x.contiguous()
 
 
-def side(tensor: Tensor | None, rejected: Tensor | None, pairs: int) -> Side | None:
+def side(tensor: Tensor, rejected: Tensor | None, pairs: int) -> Side:
     """An operand as passed to an operator: stacked `[2B, ...]`, shared `[B, ...]`, or chosen and `rejected`."""
-    if tensor is None:
-        return None
     rows = rows_contiguous(tensor)
     if rejected is not None:
         return Side(rows, rows_contiguous(rejected))
     return Side(*rows.chunk(2)) if rows.shape[0] == 2 * pairs else Side(rows, rows)
 
 
-def gather(
-    policy,
-    policy_rejected,
-    target,
-    target_rejected,
-    noise,
-    target_scale,
-    reference,
-    reference_rejected,
-    reference_scale,
-    reference_scale_rejected,
-) -> Operands:
-    """The tensor arguments shared by all operators, in their order, as `Operands`."""
-    pairs = policy.shape[0] // (2 if policy_rejected is None else 1)
-    return Operands(
-        side(policy, policy_rejected, pairs),
-        side(target, target_rejected, pairs),
-        side(reference, reference_rejected, pairs),
-        side(reference_scale, reference_scale_rejected, pairs),
-        None if noise is None else rows_contiguous(noise),
-        target_scale,
+def pair_rows(x: Operands) -> PairRows:
+    """The operands, split into chosen and rejected rows."""
+    scale = x.reference_scale
+    return PairRows(
+        policy=side(x.policy, x.policy_rejected, x.pairs),
+        target=side(x.target, x.target_rejected, x.pairs),
+        reference=None if x.reference is None else side(x.reference, x.reference_rejected, x.pairs),
+        reference_scale=None if scale is None else side(scale, x.reference_scale_rejected, x.pairs),
+        noise=None if x.noise is None else rows_contiguous(x.noise),
+        target_scale=x.target_scale,
     )
 
 

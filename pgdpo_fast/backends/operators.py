@@ -1,24 +1,87 @@
 """The operators of the fused backends as torch sees them: one set of schemas, a namespace for each backend.
 
 Launches of Triton kernels implement `pgdpo_fast_triton` (triton.py), the libraries of csrc/ `pgdpo_fast_native` once
-they are loaded (native.py). The first ten tensors are those of `operands.gather`; `length` is `segment_length`.
+they are loaded (native.py). An operator is written down once, below, as a function of bundles (the NamedTuples of
+operands.py) and single arguments: its parameters are the schema, in which a bundle stands for its fields one after
+another, and its body makes empty results of the right shapes and dtypes, which is all that tracing needs.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from itertools import islice
+from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
+
 import torch
 from torch import Tensor
 
-OPERANDS = (
-    "Tensor policy, Tensor? policy_rejected, Tensor target, Tensor? target_rejected, Tensor? noise, "
-    "Tensor? target_scale, Tensor? reference, Tensor? reference_rejected, Tensor? reference_scale, "
-    "Tensor? reference_scale_rejected"
+from pgdpo_fast.backends.operands import (
+    Coefficients,
+    ElementMeans,
+    Operands,
+    PairNumbers,
+    Plan,
+    ReferenceForm,
+    Telemetry,
 )
-_NUMBERS = "Tensor? reference_errors, Tensor? weight, Tensor? posterior_scale"
-_SETTINGS = (
-    "int reference_form, int groups, int length, bool anchor, bool cross, int kind, int flags, float[] parameters"
-)
-_ELEMENT_SETTINGS = "int reference_form, int length, int kind, int flags, float[] parameters, bool outer"
+from pgdpo_fast.objectives import Epilogue, GroupErrors, Parameters
+
+_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    bool: "bool",
+    int: "int",
+    ReferenceForm: "int",
+    Parameters: "float[]",
+    list[Tensor]: "Tensor[]",
+    list[int]: "int[]",
+    str: "str",
+}
+_BUNDLES = (Operands, PairNumbers, Plan, Epilogue)
+
+
+class Written(NamedTuple):
+    """Marks a tensor that an operator writes into, `Annotated[Tensor, Written("a")]`: its alias set in the schema."""
+
+    alias: str
+
+
+def _parameters(function: Callable) -> dict[str, Any]:
+    hints = get_type_hints(function, include_extras=True)
+    return {name: hints[name] for name in inspect.signature(function).parameters}
+
+
+def _type(hint: Any) -> str:
+    if get_origin(hint) is Annotated:
+        kind, written = get_args(hint)
+        plain = _TYPES[kind]
+        return f"Tensor({written.alias}!){plain.removeprefix('Tensor')}"
+    return _TYPES[hint]
+
+
+def schema(function: Callable) -> str:
+    """The schema of an operator declared as `function`: "pair_errors(Tensor policy, ...) -> Tensor"."""
+    arguments = []
+    for name, hint in _parameters(function).items():
+        fields = get_type_hints(hint) if hint in _BUNDLES else {name: hint}
+        arguments += [f"{_type(kind)} {field}" for field, kind in fields.items()]
+    returned = get_type_hints(function)["return"]
+    results = get_args(returned) if get_origin(returned) is tuple else () if returned is type(None) else (returned,)
+    result = _TYPES[results[0]] if len(results) == 1 else f"({', '.join(_TYPES[kind] for kind in results)})"
+    return f"{function.__name__}({', '.join(arguments)}) -> {result}"
+
+
+def with_bundles(function: Callable) -> Callable:
+    """`function` as an operator is called: with the fields of its bundles one after another."""
+    hints = list(_parameters(function).values())
+    bundles = [(hint, len(hint._fields)) if hint in _BUNDLES else None for hint in hints]
+
+    def flat(*arguments: Any) -> Any:
+        rest = iter(arguments)
+        return function(*(next(rest) if b is None else b[0]._make(islice(rest, b[1])) for b in bundles))
+
+    return flat
 
 
 def gradient_like(x: Tensor | None) -> Tensor:
@@ -26,70 +89,95 @@ def gradient_like(x: Tensor | None) -> Tensor:
     return torch.empty(0) if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _statistics_like(policy, policy_rejected, planes, groups):
-    pairs = policy.shape[0] // (2 if policy_rejected is None else 1)
-    dtype = torch.float64 if policy.dtype == torch.float64 else torch.float32
-    return policy.new_empty((planes, pairs, groups), dtype=dtype)
+def gradients_like(x: Operands) -> tuple[Tensor, Tensor]:
+    """The same for both predictions."""
+    return gradient_like(x.policy), gradient_like(x.policy_rejected)
 
 
-def _fake_errors(*args):
-    return _statistics_like(*args[:2], 6, args[11])
+def _planes(x: Operands, planes: type[NamedTuple], groups: int) -> Tensor:
+    """One `[B, G]` for every field of `planes`."""
+    return x.policy.new_empty((len(planes._fields), x.pairs, groups), dtype=x.compute_dtype)
 
 
-def _fake_objective(*args):
-    groups = args[14]
-    telemetry = _statistics_like(*args[:2], 9, groups)
-    return telemetry.new_empty(()), telemetry, _statistics_like(*args[:2], 3, groups)
+def pair_errors(operands: Operands, plan: Plan) -> Tensor:
+    """Means over each group, `[6, B, G]`: the fields of `GroupErrors`."""
+    return _planes(operands, GroupErrors, plan.groups)
 
 
-def _fake_gradient(*args):
-    return gradient_like(args[0]), gradient_like(args[1])
+def pair_objective(
+    operands: Operands, reference_errors: Tensor | None, numbers: PairNumbers, plan: Plan, epilogue: Epilogue
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss `[]`, `Telemetry` `[9, B, G]` and `Coefficients` `[3, B, G]`; reference errors `[2, B, G]`."""
+    telemetry = _planes(operands, Telemetry, plan.groups)
+    return telemetry.new_empty(()), telemetry, _planes(operands, Coefficients, plan.groups)
 
 
-def _fake_elements(*args):
-    telemetry, with_gradients = _statistics_like(*args[:2], 9, 1), args[-1]
-    gradients = _fake_gradient(*args) if with_gradients else (torch.empty(0), torch.empty(0))
-    return telemetry.new_empty(()), telemetry, telemetry.new_empty((4, telemetry.shape[1])), *gradients
+def pair_gradient(operands: Operands, coefficients: Tensor, incoming: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """The gradients by both predictions, times `incoming` []; the second empty where those are one stacked tensor."""
+    return gradients_like(operands)
 
 
-# Schema: the function that makes empty results of the right shapes and dtypes, which is all that tracing needs.
-FUSED = {
-    # means of all statistics over each group, [6, B, G]
-    f"pair_errors({OPERANDS}, int reference_form, int groups, int length, bool anchor, bool cross) "
-    "-> Tensor": _fake_errors,
-    # loss [], telemetry [9, B, G] and gradient coefficients [3, B, G]; reference_errors [2, B, G], weight [B, G] and
-    # posterior_scale [B] in the accumulation dtype
-    f"pair_objective({OPERANDS}, {_NUMBERS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)": _fake_objective,
-    # the gradients by both predictions, times `incoming` []; the second empty where those are one stacked tensor
-    f"pair_gradient({OPERANDS}, Tensor coefficients, Tensor incoming, int reference_form, int groups, int length, "
-    "bool anchor) -> (Tensor, Tensor)": _fake_gradient,
-    # every element its own group: loss [], telemetry [9, B, 1], means of gamma, P, 1 - gamma and I [4, B], and with
-    # `with_gradients` both gradients for an incoming gradient of 1, in the same pass; weight [B]
-    f"pair_elements({OPERANDS}, Tensor? weight, Tensor? posterior_scale, {_ELEMENT_SETTINGS}, bool with_gradients) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)": _fake_elements,
-    # writes both gradients; with `speculative` they are already there for an incoming gradient of 1
-    f"pair_elements_gradient({OPERANDS}, Tensor? weight, Tensor? posterior_scale, Tensor means, Tensor incoming, "
-    f"Tensor(a!) chosen, Tensor(b!) rejected, {_ELEMENT_SETTINGS}, bool speculative) -> ()": lambda *_: None,
-}
+def pair_elements(
+    operands: Operands, numbers: PairNumbers, plan: Plan, epilogue: Epilogue, outer: bool, with_gradients: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Every element its own group: loss `[]`, `Telemetry` `[9, B, 1]`, `ElementMeans` `[4, B]`, and with
+    `with_gradients` both gradients for an incoming gradient of 1, in the same pass."""
+    telemetry = _planes(operands, Telemetry, 1)
+    gradients = gradients_like(operands) if with_gradients else (torch.empty(0), torch.empty(0))
+    return telemetry.new_empty(()), telemetry, _planes(operands, ElementMeans, 1)[..., 0], *gradients
+
+
+def pair_elements_gradient(
+    operands: Operands,
+    numbers: PairNumbers,
+    means: Tensor,
+    incoming: Tensor,
+    chosen: Annotated[Tensor, Written("a")],
+    rejected: Annotated[Tensor, Written("b")],
+    plan: Plan,
+    epilogue: Epilogue,
+    outer: bool,
+    speculative: bool,
+) -> None:
+    """Writes both gradients; with `speculative` they are already there for an incoming gradient of 1."""
+
+
 # What csrc/ has besides; called by native.py alone.
-ROWS = {
-    # writes rows of the reference cache; the reference's mean squared errors [2, B]
-    f"pack({OPERANDS}, Tensor(a!) chosen, Tensor(b!) rejected, Tensor(c!)? chosen_scale, "
-    "Tensor(d!)? rejected_scale, int length) -> Tensor": lambda *args: _statistics_like(*args[:2], 2, 1)[..., 0],
-    # tables[k][rows] into out[k]; for CUDA outputs
-    "gather_rows(Tensor[] tables, int[] rows, Tensor(a!)[] out) -> ()": lambda *_: None,
-}
 
 
-def define(namespace: str, operators: dict) -> torch.library.Library:
+def pack(
+    operands: Operands,
+    chosen: Annotated[Tensor, Written("a")],
+    rejected: Annotated[Tensor, Written("b")],
+    chosen_scale: Annotated[Tensor | None, Written("c")],
+    rejected_scale: Annotated[Tensor | None, Written("d")],
+    length: int,
+) -> Tensor:
+    """Writes rows of the reference cache; the reference's mean squared errors, `[2, B]`: chosen and rejected."""
+    return operands.policy.new_empty((2, operands.pairs), dtype=operands.compute_dtype)
+
+
+def gather_rows(tables: list[Tensor], rows: list[int], out: Annotated[list[Tensor], Written("a")]) -> None:
+    """Copies `tables[k][rows]` into `out[k]`; for CUDA outputs."""
+
+
+def instruction_set() -> str:
+    """What the CPU library loaded was compiled for."""
+    raise NotImplementedError  # never traced
+
+
+FUSED = (pair_errors, pair_objective, pair_gradient, pair_elements, pair_elements_gradient)
+ROWS = (pack, gather_rows)
+
+
+def define(namespace: str, operators: tuple[Callable, ...]) -> torch.library.Library:
     """Define `operators` as `torch.ops.<namespace>.*`, for as long as the returned library is kept."""
     library = torch.library.Library(namespace, "DEF")
-    for schema, fake in operators.items():
-        name = library.define(schema)
-        if fake is not None:
-            torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+    for operator in operators:
+        name = library.define(schema(operator))
+        torch.library.register_fake(f"{namespace}::{name}", with_bundles(operator), lib=library)
     return library
 
 
 triton_library = define("pgdpo_fast_triton", FUSED)
-native_library = define("pgdpo_fast_native", FUSED | ROWS | {"instruction_set() -> str": None})
+native_library = define("pgdpo_fast_native", (*FUSED, *ROWS, instruction_set))

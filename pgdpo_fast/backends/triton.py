@@ -15,8 +15,20 @@ import torch
 from torch import Tensor
 
 from pgdpo_fast.backends import constant_when_compiled
-from pgdpo_fast.backends.operands import PACK_BLOCK, Operands, gather
-from pgdpo_fast.backends.operators import gradient_like, triton_library
+from pgdpo_fast.backends.operands import (
+    PACK_BLOCK,
+    Coefficients,
+    ElementMeans,
+    Operands,
+    PairNumbers,
+    PairRows,
+    Plan,
+    Side,
+    Telemetry,
+    pair_rows,
+)
+from pgdpo_fast.backends.operators import gradients_like, triton_library, with_bundles
+from pgdpo_fast.objectives import Epilogue, GroupErrors, Parameters
 
 
 class Launch(NamedTuple):
@@ -61,10 +73,11 @@ def _interpreter_reason(version: str) -> str | None:
     return None
 
 
-def _parameters(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _parameters(epilogue: Epilogue, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The objective's numbers on the device. A CUDA graph must not copy from the host: there, kernels fill them in."""
+    values = Parameters._make(epilogue.parameters)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        filled = torch.zeros(8, dtype=dtype, device=device)
+        filled = torch.empty(len(values), dtype=dtype, device=device)
         for place, value in enumerate(values):
             filled[place].fill_(value)
         return filled
@@ -72,8 +85,8 @@ def _parameters(values: tuple[float, ...], dtype: torch.dtype, device: torch.dev
 
 
 @lru_cache(maxsize=256)
-def _copied_parameters(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor((*values, *[0.0] * (8 - len(values))), dtype=dtype, device=device)
+def _copied_parameters(values: Parameters, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _guard(device: torch.device):
@@ -85,63 +98,74 @@ def _alignment(length: int) -> int:
     return min(length & -length, 16)
 
 
-def _segments(x: Operands, length: int) -> int:
+def _segments(x: PairRows, length: int) -> int:
     return -(-x.numel // length)
 
 
-def _lanes(x: Operands) -> int:
+def _lanes(x: PairRows) -> int:
     """Values one thread loads at a time: 128 bits of the predictions' dtype."""
     return 16 // x.policy.chosen.element_size()
 
 
-def _rows(side, fallback: Tensor) -> tuple:
-    """(chosen, rejected, chosen row stride, rejected row stride); an absent operand is never read."""
-    if side is None:
-        return fallback, fallback, 0, 0
-    return side.chosen, side.rejected, side.chosen.stride(0), side.rejected.stride(0)
+def _arguments(x: PairRows, plan: Plan):
+    """The operands as the kernels take them, and the switches common to all passes. What is absent is never read."""
+    from pgdpo_fast.kernels import pair
 
-
-def _arguments(x: Operands, reference_form: int):
-    """Pointers, strides and switches common to the error and the gradient kernel."""
-    pw, pl, pw_stride, pl_stride = _rows(x.policy, x.policy.chosen)
-    yw, yl, yw_stride, yl_stride = _rows(x.target, pw)
-    qw, ql, qw_stride, ql_stride = _rows(x.reference, pw)
-    sw, sl, sw_stride, sl_stride = _rows(x.reference_scale, pw)
-    noise, noise_stride = (pw, 0) if x.noise is None else (x.noise, x.noise.stride(0))
-    pointers = (pw, pl, yw, yl, noise, qw, ql, sw, sl)
-    strides = (pw_stride, pl_stride, yw_stride, yl_stride, noise_stride, qw_stride, ql_stride, sw_stride, sl_stride)
+    absent = Side(x.policy.chosen, x.policy.chosen)
+    reference, scale = x.reference or absent, x.reference_scale or absent
+    noise = absent.chosen if x.noise is None else x.noise
+    operands = pair.Operands(
+        pw_ptr=x.policy.chosen,
+        pl_ptr=x.policy.rejected,
+        yw_ptr=x.target.chosen,
+        yl_ptr=x.target.rejected,
+        noise_ptr=noise,
+        qw_ptr=reference.chosen,
+        ql_ptr=reference.rejected,
+        sw_ptr=scale.chosen,
+        sl_ptr=scale.rejected,
+        target_scale_ptr=absent.chosen if x.target_scale is None else x.target_scale,
+        pw_stride=x.policy.chosen.stride(0),
+        pl_stride=x.policy.rejected.stride(0),
+        yw_stride=x.target.chosen.stride(0),
+        yl_stride=x.target.rejected.stride(0),
+        noise_stride=0 if x.noise is None else noise.stride(0),
+        qw_stride=0 if x.reference is None else reference.chosen.stride(0),
+        ql_stride=0 if x.reference is None else reference.rejected.stride(0),
+        sw_stride=0 if x.reference_scale is None else scale.chosen.stride(0),
+        sl_stride=0 if x.reference_scale is None else scale.rejected.stride(0),
+    )
     switches = dict(
-        REFERENCE=reference_form,
+        REFERENCE=int(plan.reference_form),
         SHARED_TARGET=x.shared_target,
         TARGET_BUILT=x.noise is not None,
         PACK_BLOCK=PACK_BLOCK,
         COMPUTE=_triton_dtype(x.compute_dtype),
+        ALIGN=_alignment(plan.length),
         BLOCK=DEFAULT_LAUNCH.block,
         num_warps=DEFAULT_LAUNCH.warps,
         enable_fp_fusion=True,
     )
-    return pointers, strides, pw if x.target_scale is None else x.target_scale, switches
+    return operands, switches
 
 
-def partial_sums(x: Operands, reference_form: int, length: int, anchor: bool, cross: bool) -> Tensor:
-    """Sums over every segment, `[6, B, segments]` in the accumulation dtype."""
-    from pgdpo_fast.kernels.pair import STATISTICS, pair_errors_kernel
+def partial_sums(x: PairRows, plan: Plan) -> Tensor:
+    """Sums over every segment, `[6, B, segments]` in the accumulation dtype: the fields of `GroupErrors`."""
+    from pgdpo_fast.kernels.pair import pair_errors_kernel
 
-    segments = _segments(x, length)
-    pointers, strides, target_scale, switches = _arguments(x, reference_form)
-    partial = torch.empty((STATISTICS, x.pairs, segments), dtype=x.compute_dtype, device=pointers[0].device)
+    segments = _segments(x, plan.length)
+    operands, switches = _arguments(x, plan)
+    shape = (len(GroupErrors._fields), x.pairs, segments)
+    partial = torch.empty(shape, dtype=x.compute_dtype, device=x.policy.chosen.device)
     with _guard(partial.device):
         pair_errors_kernel[(segments, x.pairs)](
-            *pointers,
-            target_scale,
-            partial,
-            *strides,
-            x.pairs,
-            x.numel,
-            length,
-            ANCHOR=anchor,
-            CROSS=cross,
-            ALIGN=_alignment(length),
+            operands,
+            partial_ptr=partial,
+            pairs=x.pairs,
+            n=x.numel,
+            seg_len=plan.length,
+            ANCHOR=plan.anchor,
+            CROSS=plan.cross,
             LANES=_lanes(x),
             **switches,
         )
@@ -156,18 +180,18 @@ def fold(partial: Tensor, groups: int, count: int) -> Tensor:
     out = partial.new_empty((statistics, pairs, groups))
     with _guard(partial.device):
         fold_kernel[(1,)](
-            partial,
-            partial,
-            partial,
-            partial,
-            partial,
-            out,
-            out,
-            out,
-            pairs * groups,
-            parts,
-            groups,
-            count,
+            partial_ptr=partial,
+            reference_error_ptr=partial,
+            weight_ptr=partial,
+            posterior_scale_ptr=partial,
+            params_ptr=partial,
+            loss_ptr=out,
+            out_ptr=out,
+            coefficient_ptr=out,
+            rows=pairs * groups,
+            segments=parts,
+            groups=groups,
+            count=count,
             KIND=-1,
             FLAGS=0,
             GAPS=False,
@@ -185,123 +209,97 @@ def fold_objective(
     count: int,
     gaps: bool,
     reference_errors: Tensor | None,
-    weight: Tensor | None,
-    posterior_scale: Tensor | None,
-    kind: int,
-    flags: int,
-    parameters: tuple[float, ...],
+    numbers: PairNumbers,
+    epilogue: Epilogue,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Partial sums to loss `[]`, telemetry `[9, B, G]` and gradient coefficients `[3, B, G]` in one launch."""
-    from pgdpo_fast.kernels.pair import TELEMETRY, fold_kernel
+    """Partial sums to loss `[]`, `Telemetry` `[9, B, G]` and `Coefficients` `[3, B, G]` in one launch."""
+    from pgdpo_fast.kernels.pair import fold_kernel
 
     _, pairs, parts = partial.shape
     loss = partial.new_empty(())
-    telemetry = partial.new_empty((TELEMETRY, pairs, groups))
-    coefficients = partial.new_empty((3, pairs, groups))
+    telemetry = partial.new_empty((len(Telemetry._fields), pairs, groups))
+    coefficients = partial.new_empty((len(Coefficients._fields), pairs, groups))
     with _guard(partial.device):
         fold_kernel[(1,)](
-            partial,
-            partial if reference_errors is None else reference_errors,
-            partial if weight is None else weight,
-            partial if posterior_scale is None else posterior_scale,
-            _parameters(tuple(parameters), partial.dtype, partial.device),
-            loss,
-            telemetry,
-            coefficients,
-            pairs * groups,
-            parts,
-            groups,
-            count,
-            KIND=kind,
-            FLAGS=flags,
+            partial_ptr=partial,
+            reference_error_ptr=partial if reference_errors is None else reference_errors,
+            weight_ptr=partial if numbers.weight is None else numbers.weight,
+            posterior_scale_ptr=partial if numbers.posterior_scale is None else numbers.posterior_scale,
+            params_ptr=_parameters(epilogue, partial.dtype, partial.device),
+            loss_ptr=loss,
+            out_ptr=telemetry,
+            coefficient_ptr=coefficients,
+            rows=pairs * groups,
+            segments=parts,
+            groups=groups,
+            count=count,
+            KIND=epilogue.kind,
+            FLAGS=epilogue.flags,
             GAPS=gaps,
             REFERENCE_ERRORS=reference_errors is not None,
-            WEIGHTED=weight is not None,
+            WEIGHTED=numbers.weight is not None,
             COMPUTE=_triton_dtype(partial.dtype),
             **FOLD_LAUNCH,
         )
     return loss, telemetry, coefficients
 
 
-def pair_errors(*args):
-    *tensors, reference_form, groups, length, anchor, cross = args
-    x = gather(*tensors)
-    return fold(partial_sums(x, reference_form, length, anchor, cross), groups, x.numel // groups)
+def pair_errors(operands: Operands, plan: Plan) -> Tensor:
+    x = pair_rows(operands)
+    return fold(partial_sums(x, plan), plan.groups, x.numel // plan.groups)
 
 
-def pair_objective(*args):
-    (
-        *tensors,
-        reference_errors,
-        weight,
-        posterior_scale,
-        reference_form,
-        groups,
-        length,
-        anchor,
-        cross,
-        kind,
-        flags,
-        parameters,
-    ) = args
-    x = gather(*tensors)
+def pair_objective(
+    operands: Operands, reference_errors: Tensor | None, numbers: PairNumbers, plan: Plan, epilogue: Epilogue
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = pair_rows(operands)
     gaps = x.reference is not None or reference_errors is not None
-    partial = partial_sums(x, reference_form, length, anchor, cross)
-    return fold_objective(
-        partial, groups, x.numel // groups, gaps, reference_errors, weight, posterior_scale, kind, flags, parameters
-    )
+    count = x.numel // plan.groups
+    return fold_objective(partial_sums(x, plan), plan.groups, count, gaps, reference_errors, numbers, epilogue)
 
 
-def pair_gradient(*args):
+def pair_gradient(operands: Operands, coefficients: Tensor, incoming: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     from pgdpo_fast.kernels.pair import pair_gradient_kernel
 
-    *tensors, coefficients, incoming, reference_form, groups, length, anchor = args
-    x = gather(*tensors)
-    gradients = gradient_like(tensors[0]), gradient_like(tensors[1])
+    x = pair_rows(operands)
+    gradients = gradients_like(operands)
     chosen, rejected = _halves(*gradients)
-    pointers, strides, target_scale, switches = _arguments(x, reference_form)
+    arguments, switches = _arguments(x, plan)
     with _guard(chosen.device):
-        pair_gradient_kernel[(_segments(x, length), x.pairs)](
-            chosen,
-            rejected,
-            *pointers,
-            target_scale,
-            coefficients,
-            incoming,
-            chosen.stride(0),
-            rejected.stride(0),
-            *strides,
-            x.pairs,
-            groups,
-            x.numel,
-            length,
-            ANCHOR=anchor,
-            ALIGN=_alignment(length),
+        pair_gradient_kernel[(_segments(x, plan.length), x.pairs)](
+            gw_ptr=chosen,
+            gl_ptr=rejected,
+            operands=arguments,
+            coefficient_ptr=coefficients,
+            incoming_ptr=incoming,
+            gw_stride=chosen.stride(0),
+            gl_stride=rejected.stride(0),
+            pairs=x.pairs,
+            groups=plan.groups,
+            n=x.numel,
+            seg_len=plan.length,
+            ANCHOR=plan.anchor,
             **switches,
         )
     return gradients
 
 
-def pair_elements(*args):
-    from pgdpo_fast.kernels.element import ELEMENT_MEANS, ELEMENT_SUMS, fold_elements_kernel
-    from pgdpo_fast.kernels.pair import TELEMETRY
+def pair_elements(
+    operands: Operands, numbers: PairNumbers, plan: Plan, epilogue: Epilogue, outer: bool, with_gradients: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from pgdpo_fast.kernels.element import SUMS, fold_elements_kernel
 
-    *tensors, weight, posterior_scale, reference_form, length, kind, flags, parameters, outer, with_gradients = args
-    x = gather(*tensors)
-    gradients = tuple(map(gradient_like, tensors[:2] if with_gradients else (None, None)))
-    segments, device = _segments(x, length), x.policy.chosen.device
-    partial = torch.empty((ELEMENT_SUMS, x.pairs, segments), dtype=x.compute_dtype, device=device)
-    loss, means = partial.new_empty(()), partial.new_empty((ELEMENT_MEANS, x.pairs))
-    telemetry = partial.new_empty((TELEMETRY, x.pairs, 1))
+    x = pair_rows(operands)
+    gradients = gradients_like(operands) if with_gradients else (torch.empty(0), torch.empty(0))
+    segments, device = _segments(x, plan.length), x.policy.chosen.device
+    partial = torch.empty((SUMS.value, x.pairs, segments), dtype=x.compute_dtype, device=device)
+    loss, means = partial.new_empty(()), partial.new_empty((len(ElementMeans._fields), x.pairs))
+    telemetry = partial.new_empty((len(Telemetry._fields), x.pairs, 1))
     _launch_elements(
         x,
-        reference_form,
-        length,
-        weight,
-        posterior_scale,
-        kind,
-        flags,
-        parameters,
+        numbers,
+        plan,
+        epilogue,
         outer,
         means=means,
         incoming=None,
@@ -311,50 +309,41 @@ def pair_elements(*args):
     )
     with _guard(device):
         fold_elements_kernel[(1,)](
-            partial,
-            partial if weight is None else weight,
-            _parameters(tuple(parameters), partial.dtype, device),
-            loss,
-            telemetry,
-            means,
-            x.pairs,
-            segments,
-            x.numel,
+            partial_ptr=partial,
+            weight_ptr=partial if numbers.weight is None else numbers.weight,
+            params_ptr=_parameters(epilogue, partial.dtype, device),
+            loss_ptr=loss,
+            telemetry_ptr=telemetry,
+            mean_ptr=means,
+            pairs=x.pairs,
+            segments=segments,
+            n=x.numel,
             OUTER=outer,
             GAPS=x.reference is not None,
-            WEIGHTED=weight is not None,
+            WEIGHTED=numbers.weight is not None,
             COMPUTE=_triton_dtype(partial.dtype),
             **FOLD_LAUNCH,
         )
     return loss, telemetry, means, *gradients
 
 
-def pair_elements_gradient(*args):
-    (
-        *tensors,
-        weight,
-        posterior_scale,
-        means,
-        incoming,
-        chosen,
-        rejected,
-        reference_form,
-        length,
-        kind,
-        flags,
-        parameters,
-        outer,
-        speculative,
-    ) = args
+def pair_elements_gradient(
+    operands: Operands,
+    numbers: PairNumbers,
+    means: Tensor,
+    incoming: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
+    plan: Plan,
+    epilogue: Epilogue,
+    outer: bool,
+    speculative: bool,
+) -> None:
     _launch_elements(
-        gather(*tensors),
-        reference_form,
-        length,
-        weight,
-        posterior_scale,
-        kind,
-        flags,
-        parameters,
+        pair_rows(operands),
+        numbers,
+        plan,
+        epilogue,
         outer,
         means=means,
         incoming=incoming,
@@ -366,58 +355,54 @@ def pair_elements_gradient(*args):
 
 def _halves(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
     """The chosen and rejected rows of a gradient that may be one stacked tensor."""
-    return (chosen, rejected) if rejected.numel() else chosen.chunk(2)
+    if rejected.numel():
+        return chosen, rejected
+    first, second = chosen.chunk(2)
+    return first, second
 
 
 def _launch_elements(
-    x,
-    reference_form,
-    length,
-    weight,
-    posterior_scale,
-    kind,
-    flags,
-    parameters,
-    outer,
+    x: PairRows,
+    numbers: PairNumbers,
+    plan: Plan,
+    epilogue: Epilogue,
+    outer: bool,
     *,
-    means,
-    incoming,
-    partial,
-    gradients,
-    speculative,
-):
+    means: Tensor,
+    incoming: Tensor | None,
+    partial: Tensor | None,
+    gradients: tuple[Tensor, Tensor] | None,
+    speculative: bool,
+) -> None:
     from pgdpo_fast.kernels.element import pair_elements_kernel
 
-    pointers, strides, target_scale, switches = _arguments(x, reference_form)
-    absent = pointers[0]
-    gw, gl = gradients or (absent, absent)
+    operands, switches = _arguments(x, plan)
+    absent = x.policy.chosen
+    chosen, rejected = gradients or (absent, absent)
     with _guard(absent.device):
-        pair_elements_kernel[(_segments(x, length), x.pairs)](
-            gw,
-            gl,
-            *pointers,
-            target_scale,
-            absent if weight is None else weight,
-            absent if posterior_scale is None else posterior_scale,
-            _parameters(tuple(parameters), x.compute_dtype, absent.device),
-            means,
-            absent if incoming is None else incoming,
-            absent if partial is None else partial,
-            gw.stride(0),
-            gl.stride(0),
-            *strides,
-            x.pairs,
-            x.numel,
-            length,
-            KIND=kind,
-            FLAGS=flags,
+        pair_elements_kernel[(_segments(x, plan.length), x.pairs)](
+            gw_ptr=chosen,
+            gl_ptr=rejected,
+            operands=operands,
+            weight_ptr=absent if numbers.weight is None else numbers.weight,
+            posterior_scale_ptr=absent if numbers.posterior_scale is None else numbers.posterior_scale,
+            params_ptr=_parameters(epilogue, x.compute_dtype, absent.device),
+            mean_ptr=means,
+            incoming_ptr=absent if incoming is None else incoming,
+            partial_ptr=absent if partial is None else partial,
+            gw_stride=chosen.stride(0),
+            gl_stride=rejected.stride(0),
+            pairs=x.pairs,
+            n=x.numel,
+            seg_len=plan.length,
+            KIND=epilogue.kind,
+            FLAGS=epilogue.flags,
             OUTER=outer,
-            SUMS=partial is not None,
+            WITH_SUMS=partial is not None,
             GRADS=gradients is not None,
             INCOMING=incoming is not None,
             SPECULATIVE=speculative,
-            WEIGHTED=weight is not None,
-            ALIGN=_alignment(length),
+            WEIGHTED=numbers.weight is not None,
             LANES=_lanes(x),
             maxnreg=REWRITE_REGISTERS if partial is None and not outer else None,
             **switches,
@@ -431,4 +416,4 @@ def _triton_dtype(dtype: torch.dtype):
 
 
 for _run in (pair_errors, pair_objective, pair_gradient, pair_elements, pair_elements_gradient):
-    triton_library.impl(_run.__name__, _run, "CompositeExplicitAutograd")
+    triton_library.impl(_run.__name__, with_bundles(_run), "CompositeExplicitAutograd")

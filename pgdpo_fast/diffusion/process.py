@@ -7,7 +7,7 @@ A process states these four in float64; noising, targets and their inverse follo
 import functools
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -343,7 +343,7 @@ def _combine(first, first_scale, second, second_scale):
     return scale[0] * first.float() + scale[1] * second.float()
 
 
-PROCESSES = {
+PROCESSES: dict[str, tuple[type[DiffusionProcess], dict[str, Any]]] = {
     "flow-matching": (FlowMatching, {}),
     "ddpm": (DDPM, {}),
     "wan": (FlowMatching, {"shift": 3.0}),

@@ -6,6 +6,7 @@ from 0 (clean) to 1 (noise); the process turns it into a noise level or a step i
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -96,7 +97,11 @@ class Shifted(TimestepSampler):
         return shift_time(time, 1 / self.shift)
 
 
-SAMPLERS = {"uniform": (Uniform, {}), "logit-normal": (LogitNormal, {}), "shifted": (Shifted, {})}
+SAMPLERS: dict[str, tuple[type[TimestepSampler], dict[str, Any]]] = {
+    "uniform": (Uniform, {}),
+    "logit-normal": (LogitNormal, {}),
+    "shifted": (Shifted, {}),
+}
 
 
 def sampler_from_name(name, **options):
