@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import pgdpo_fast as pf
 from pgdpo_fast import backends, loss
 from pgdpo_fast.backends import build, native, operators
-from pgdpo_fast.backends.operands import segment_length
+from pgdpo_fast.backends.operands import Operands, segment_length
 from pgdpo_fast.errors import BackendUnavailable
 from pgdpo_fast.reference import rows
 
@@ -205,14 +205,14 @@ def test_host_memory_a_kernel_was_given_is_kept_until_the_device_is_past_it(monk
     monkeypatch.setattr(torch.cuda, "Event", Recorded)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the current stream")
     monkeypatch.setattr(native, "_in_flight", [])
-    launched = SimpleNamespace(default=lambda *arguments: None)
+    launched = SimpleNamespace(default=lambda *arguments, **named: None)
     monkeypatch.setattr(native, "_operators", SimpleNamespace(pack=launched, gather_rows=launched))
     with FakeTensorMode():
         prediction, batch = torch.empty(2, 8, device="cuda"), torch.empty(1, 8, device="cuda")
 
     def pack():
         rows = {"chosen": torch.empty(1, 8, dtype=torch.bfloat16), "rejected": torch.empty(1, 8, dtype=torch.bfloat16)}
-        native.pack((prediction, *(None,) * 9), rows)
+        native.pack(Operands(**dict.fromkeys(Operands._fields) | {"policy": prediction}), rows)
         return weakref.ref(rows["chosen"])
 
     def gather():

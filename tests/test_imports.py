@@ -2,6 +2,7 @@
 
 import ast
 import email
+import importlib
 import os
 import shutil
 import subprocess
@@ -136,6 +137,14 @@ def test_public_names_are_listed_and_unknown_ones_refused():
     assert set(pf.__all__) <= set(dir(pf)) and {"PGDPO", "preference_loss", "PackedReference"} <= set(pf.__all__)
     with pytest.raises(AttributeError, match="no attribute 'PGDP0'"):
         pf.PGDP0  # noqa: B018
+
+
+def test_type_checkers_and_editors_see_every_public_name_where_it_is_defined():
+    block = next(node for node in ast.parse((PACKAGE / "__init__.py").read_text()).body if isinstance(node, ast.If))
+    seen = {alias.name: node.module for node in block.body for alias in node.names}
+    assert seen.keys() == set(pf.__all__) and (PACKAGE / "py.typed").exists()
+    for name, module in seen.items():
+        assert getattr(pf, name) is getattr(importlib.import_module(module), name), name
 
 
 # The floors.
