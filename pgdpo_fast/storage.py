@@ -158,7 +158,8 @@ def weights_digest(model: torch.nn.Module) -> str:
 
 def _tensor_digest(tensor: torch.Tensor) -> str:
     data = tensor.detach().cpu().contiguous().flatten()
-    return hashlib.sha256(data.view(torch.uint8).numpy() if data.numel() else b"").hexdigest()
+    # numpy's arrays are buffers, which their types do not say before Python 3.12
+    return hashlib.sha256(data.view(torch.uint8).numpy() if data.numel() else b"").hexdigest()  # type: ignore[arg-type]
 
 
 def canonical_json(value) -> str:

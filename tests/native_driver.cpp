@@ -160,7 +160,7 @@ int run(const Passes& passes, int policy, int target, int form, int reference, b
       for (int64_t i = 0; i < pairs * numel; ++i) bad += !std::isfinite(decode<double>(policy, side.get(), i));
   };
   fresh();
-  const std::vector<double> coefficients(3 * pairs * groups, 0.5);
+  const std::vector<double> coefficients(COEFFICIENTS * pairs * groups, 0.5);
   passes.gradients(x, form != REFERENCE_NONE, coefficients.data(), gradient, 0, chunks);
   check_gradients();
 
@@ -169,8 +169,12 @@ int run(const Passes& passes, int policy, int target, int form, int reference, b
   call.kind = kind;
   call.flags = flags;
   call.outer = outer;
-  const double parameters[] = {5.0, 2.0, flags % 2 ? 2.0 : 3.0, 1.0, 0.5, 0.1, 0.5, 0.1};
-  memcpy(call.parameters, parameters, sizeof(parameters));
+  for (double& number : call.parameters) number = 2.0;
+  call.parameters[PARAMETER_HALF_BETA] = 5.0;
+  call.parameters[PARAMETER_K2] = call.parameters[PARAMETER_WEIGHT] = flags % 2 ? 2.0 : 3.0;
+  call.parameters[PARAMETER_IPR_SCALE] = 1.0;
+  call.parameters[PARAMETER_EPS] = call.parameters[PARAMETER_CLIP] = 0.5;
+  call.parameters[PARAMETER_THRESHOLD] = call.parameters[PARAMETER_MU] = 0.1;
   const std::vector<double> scale(pairs, 0.25), posterior(pairs, 0.1), means(ELEMENT_MEANS * pairs, 0.5);
   call.posterior_scale = posterior.data();
   std::vector<double> elements(ELEMENT_SUMS * chunks, NAN);
