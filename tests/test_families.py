@@ -1,12 +1,17 @@
 """CogVideoX, UNet3D and VideoCrafter2: called as diffusers calls them, trained, exported and read back."""
 
+import ast
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 
+import pgdpo_fast
+from pgdpo_fast.diffusion import process_from_name
 from pgdpo_fast.errors import ConfigError
-from pgdpo_fast.models import ModelConfig, NoisedBatch, adapter_from_config, adapters_off
+from pgdpo_fast.families import FAMILIES as EVERY
+from pgdpo_fast.models import ModelConfig, NoisedBatch, adapter_class, adapter_from_config, adapters_off
 from pgdpo_fast.training.trainer import train
 
 COG2B = dict(num_attention_heads=2, attention_head_dim=8, in_channels=12, out_channels=12, time_embed_dim=16,
@@ -181,3 +186,25 @@ def test_a_store_cogvideox_cannot_take_is_named():
 def test_a_process_the_family_was_not_trained_with_is_refused(tiny_config):
     with pytest.raises(ConfigError, match="the cogvideox family was trained with DDPM, this is FlowMatching"):
         tiny_config(model={"family": "cogvideox", "architecture": COG2B}, process={"name": "wan"})
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_family_states_everything_the_machines_ask_for(name):
+    import diffusers
+    import transformers
+
+    family = adapter_class(name)
+    assert family.family == name and [rule.name for rule in family.text].count("text") == 1
+    assert hasattr(diffusers, family.latents.vae) and issubclass(family.network_class(family), torch.nn.Module)
+    assert all(hasattr(transformers, rule.encoder) and rule.length > 0 for rule in family.text)
+    assert process_from_name(**family.default_process) and family.lora_targets and family.clip.fps > 0
+
+
+def test_families_are_listed_in_one_place():
+    """Whoever names two of them keeps a list of his own: only the registry, and the named diffusion processes."""
+    lists = []
+    for path in Path(pgdpo_fast.__file__).parent.rglob("*.py"):
+        literals = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        if len(literals & set(EVERY)) > 1:
+            lists.append(path.name)
+    assert sorted(lists) == ["families.py", "process.py", "unet3d.py"]  # the last defines two
