@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -116,6 +117,12 @@ class LatentStore:
         """Shape of every tensor of `Example.conditioning` by name; -1 stands for a number of rows that varies."""
         more = self.metadata.get("conditioning", {})
         return {"text": (-1, self.metadata["text_dim"]), **{name: tuple(shape) for name, shape in more.items()}}
+
+    @property
+    def fps(self) -> float | None:
+        """Frames per second of every clip; None where each kept its source's own."""
+        fps = self.settings["clip"]["fps"]
+        return None if fps is None else float(Fraction(fps))
 
     @property
     def settings(self) -> dict:

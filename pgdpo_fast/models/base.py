@@ -112,13 +112,18 @@ class ModelAdapter:
         return torch.arange(self.text_tokens) < counts[:, None]
 
     def check_store(
-        self, model: nn.Module, shape: Sequence[int], conditioning: Mapping[str, Sequence[int]]
+        self,
+        model: nn.Module,
+        shape: Sequence[int],
+        conditioning: Mapping[str, Sequence[int]],
+        fps: float | None = None,
     ) -> list[str]:
         """Why a store does not fit the network; empty when it does.
 
         Args:
             shape: (C, F, H, W) of its latents.
             conditioning: shape of what it holds for the network by name, as `LatentStore.conditioning`.
+            fps: frame rate of its clips, where they share one.
         """
         problems, wanted = [], model.config.in_channels
         if shape[0] != wanted:

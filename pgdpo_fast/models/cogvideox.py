@@ -52,8 +52,8 @@ class CogVideoX(ModelAdapter):
     def widths(self, model):
         return {"text": model.config.text_embed_dim}
 
-    def check_store(self, model, shape, conditioning):
-        problems, config = super().check_store(model, shape, conditioning), model.config
+    def check_store(self, model, shape, conditioning, fps=None):
+        problems, config = super().check_store(model, shape, conditioning, fps), model.config
         if config.in_channels != config.out_channels:
             problems.append("an image-to-video network, expected text-to-video")
         if self.text_tokens != config.max_text_seq_length:

@@ -63,8 +63,8 @@ class HunyuanVideo(ModelAdapter):
     def widths(self, model):
         return {"text": model.config.text_embed_dim, "pooled_text": model.config.pooled_projection_dim}
 
-    def check_store(self, model, shape, conditioning):
-        problems, config = super().check_store(model, shape, conditioning), model.config
+    def check_store(self, model, shape, conditioning, fps=None):
+        problems, config = super().check_store(model, shape, conditioning, fps), model.config
         if config.image_condition_type:
             problems.append("an image-to-video network, expected text-to-video")
         if self.config.guidance and not config.guidance_embeds:

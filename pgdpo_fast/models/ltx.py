@@ -69,8 +69,10 @@ class LTX(ModelAdapter):
     def widths(self, model):
         return {"text": model.config.caption_channels}
 
-    def check_store(self, model, shape, conditioning):
-        problems, config = super().check_store(model, shape, conditioning), model.config
+    def check_store(self, model, shape, conditioning, fps=None):
+        problems, config = super().check_store(model, shape, conditioning, fps), model.config
         if (config.patch_size, config.patch_size_t) != (1, 1):
             problems.append(f"patches of {config.patch_size_t}x{config.patch_size}x{config.patch_size}, expected 1x1x1")
+        if fps is not None and abs(fps - self.config.fps) > 0.01:
+            problems.append(f"clips at {fps:g} frames a second, model.fps={self.config.fps:g}")
         return problems

@@ -53,8 +53,8 @@ class Wan(ModelAdapter):
     def widths(self, model):
         return {"text": model.config.text_dim}
 
-    def check_store(self, model, shape, conditioning):
-        problems, patch = super().check_store(model, shape, conditioning), model.config.patch_size
+    def check_store(self, model, shape, conditioning, fps=None):
+        problems, patch = super().check_store(model, shape, conditioning, fps), model.config.patch_size
         problems += self.check_patches(shape, patch)  # the network would crop a remainder without a word: 5 rows to 4
         for name, size, step in zip(("frames", "height", "width"), shape[1:], patch, strict=True):
             if size // step > model.config.rope_max_seq_len:

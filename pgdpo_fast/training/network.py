@@ -21,6 +21,6 @@ def open_network(config: TrainConfig, store: LatentStore, device: torch.device) 
     """
     adapter = adapter_from_config(config.model)
     network = adapter.load(device)
-    if problems := adapter.check_store(network, store.shape, store.conditioning):
+    if problems := adapter.check_store(network, store.shape, store.conditioning, store.fps):
         raise ConfigError(f"data.store={config.data.store!r} does not fit the network: {'; '.join(problems)}")
     return adapter, network
