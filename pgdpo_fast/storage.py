@@ -203,9 +203,9 @@ def _unwritable(path: Path, error: OSError) -> DataError:
 
 def remove_temporaries(folder: str | os.PathLike, *names: str) -> None:
     """Remove what killed writers left of `atomic_file`, of files `names` or of any, in a folder this process holds."""
-    names = "|".join(map(re.escape, names)) or ".+"
+    wanted = "|".join(map(re.escape, names)) or ".+"
     for path in Path(folder).glob(".*.tmp"):
-        if re.fullmatch(rf"\.({names})\.\d+\.tmp", path.name):
+        if re.fullmatch(rf"\.({wanted})\.\d+\.tmp", path.name):
             path.unlink(missing_ok=True)
 
 
