@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import unicodedata
+import re
 
 __all__ = ["printable"]
 
 LONGEST = 1000
-# marks that turn the direction of the text after them: a name could show as another
-TURNING = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+# controls, line and paragraph separators, lone surrogates, and the marks that turn the direction of what follows, by
+# which one name could show as another
+HARMFUL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def printable(text: str, longest: int = LONGEST) -> str:
@@ -18,9 +19,4 @@ def printable(text: str, longest: int = LONGEST) -> str:
     if len(text) > longest:
         half = longest // 2 - 10
         text = f"{text[:half]} […{len(text) - 2 * half}…] {text[-half:]}"
-    return "".join(
-        character.encode("unicode_escape").decode()
-        if character in TURNING or unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
-        else character
-        for character in text
-    )
+    return HARMFUL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

@@ -1,9 +1,13 @@
 """Displacement figures are right, and a report says what its runs say, in one file that needs no other."""
 
 import base64
+import html
 import json
 import math
 import re
+import shutil
+import subprocess
+import warnings
 from xml.etree import ElementTree
 
 import pytest
@@ -393,6 +397,64 @@ def test_any_trained_run_can_be_reported(tiny_config, tmp_path, capsys):
 def test_a_folder_without_a_run_is_one_line_on_the_command_line(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == DataError.exit_code
     assert capsys.readouterr().err.count("\n") == 1
+
+
+AWKWARD = ["$\\bad{$", "一只猫 قطة 👩‍👩‍👧", "x[/v2] <b>&", "a\x1b[31m\x07b", "w" * 200, "long words " * 15]
+
+
+@pytest.fixture(scope="module")
+def awkward(tmp_path_factory):
+    """A comparison of runs whose folders, and a clip whose prompt and label, are named as nobody should."""
+    root = tmp_path_factory.mktemp("awkward")
+    figures = [(-0.1, 0.2, 8), (0.1, 0.2, 8), (-0.1, -0.2, 8), (0.1, 0.2, 1), (0.0, 0.2, 8), (0.0, 0.0, 8)]
+    runs = [write_run(root / name, name="pgdpo", chosen=chosen, margin=margin, pairs=pairs)
+            for name, (chosen, margin, pairs) in zip(AWKWARD, figures, strict=True)]  # fmt: skip
+    clip = Clip(f"PG-DPO ({'w' * 200})", torch.zeros(2, 16, 16, 3, dtype=torch.uint8))
+    rows = [ClipRow(" ".join(AWKWARD), [clip, clip])]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return render_report(runs, root / "out", clips=rows, title=AWKWARD[0])
+
+
+def test_names_of_any_script_and_kind_are_shown_as_they_are(awkward):
+    page = awkward.html.read_text()
+    assert list(awkward.outcomes)[0] == "PG-DPO ($\\bad{$)" and r"PG-DPO (a\x1b[31m\x07b)" in awkward.outcomes
+    assert "\x1b" not in page and "PG-DPO (v2] &lt;b&gt;&amp;)" in page and "قطة" in page
+    for figure in figures_of(page).values():
+        check_finite_drawing(figure)
+
+
+def test_the_names_beside_the_lines_are_short_and_differ(awkward):
+    texts = ["".join(text.itertext()) for text in figures_of(awkward.html.read_text())["margin"].iter(
+        "{http://www.w3.org/2000/svg}text")]  # fmt: skip
+    names = [text for text in texts if text.startswith("PG-DPO")]
+    assert len(set(names)) == len(AWKWARD) and all(len(name) <= 20 for name in names)
+
+
+LAYOUT = """<script>addEventListener("load", () => {
+  const page = document.querySelector("iframe").contentDocument, right = page.documentElement.clientWidth, faults = [];
+  if (page.documentElement.scrollWidth > right) faults.push("page scrolls sideways");
+  for (const card of page.querySelectorAll(".card"))
+    for (const inner of card.querySelectorAll("h3, p, span, b, dd, dt, video"))
+      if (!inner.closest(".scroll") && inner.getBoundingClientRect().right > card.getBoundingClientRect().right + 1)
+        faults.push(inner.tagName + " leaves its card: " + inner.textContent.slice(0, 40));
+  document.title = "checked: " + faults.join("; ");
+})</script>"""
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium to lay the page out")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_leaves_its_card_and_no_page_scrolls_sideways(awkward, tmp_path, width):
+    page = html.escape(awkward.html.read_text())
+    (tmp_path / "frame.html").write_text(
+        f'{LAYOUT}<body><iframe style="border:0;width:{width}px;height:900px" srcdoc="{page}"></iframe></body>'
+    )
+    shown = subprocess.run(
+        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom",
+         f"--user-data-dir={tmp_path}/profile", (tmp_path / "frame.html").as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert re.search(r"<title>(checked: .*?)</title>", shown.stdout).group(1) == "checked: "
 
 
 # -- sampling

@@ -11,8 +11,9 @@ import io
 import math
 import re
 import statistics
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import matplotlib
 
@@ -43,6 +44,7 @@ STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10,
+    "text.parse_math": False,  # labels are text from outside, and one with a dollar sign is no formula
     "text.color": INK,
     "axes.labelcolor": FAINT,
     "axes.edgecolor": GRID,
@@ -115,8 +117,16 @@ def charts(runs: Sequence[RunRecord]) -> list[Chart]:
         _loss,
         _seconds,
     )
+    runs = [replace(run, label=label) for run, label in zip(runs, _short([run.label for run in runs]), strict=True)]
     colours = {run.label: SERIES[index % len(SERIES)] for index, run in enumerate(runs)}
     return [chart for make in makers if (chart := make(runs, colours))]
+
+
+def _short(labels: Sequence[str], longest: int = 20) -> list[str]:
+    """Labels that fit beside a line: the middle of a long one left out, and a number where two would then be equal."""
+    half = longest // 2 - 1
+    short = [label if len(label) <= longest else f"{label[:half]}…{label[-half:]}" for label in labels]
+    return [label if short.count(label) == 1 else f"{label[: longest - 4]} #{n}" for n, label in enumerate(short, 1)]
 
 
 # -- rewards over steps
@@ -155,7 +165,7 @@ def _chosen(runs, colours):
                 axes, "optimizer step", f"reward {unit(exponent)}".strip() + (", close up" if axes in second else "")
             )
         if first.get_ylim()[0] < 0:
-            text = "below zero: worse than the reference at the chosen clips"
+            text = "worse than the reference" if stacked else "below zero: worse than the reference at the chosen clips"
             first.annotate(text, (0.012, 0.03), xycoords="axes fraction", color=BAD, fontsize=9, va="bottom")
 
     reading = (
@@ -519,7 +529,10 @@ def _chart(
     key: str, title: str, reading: str, draw: Callable[[Figure], None], wide: bool = False, small_height: float = 3.1
 ) -> Chart:
     def picture(name: str, size: tuple[float, float]) -> str:
-        with rc_context({**STYLE, "svg.hashsalt": name}):
+        with rc_context({**STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
+            # letters the plot font lacks are drawn by the reader's fonts: the SVG holds text, not outlines
+            warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+            warnings.filterwarnings("ignore", message="Matplotlib currently does not support", category=UserWarning)
             figure = Figure(figsize=size, layout="constrained")
             draw(figure)
             buffer = io.StringIO()

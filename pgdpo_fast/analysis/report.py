@@ -26,6 +26,7 @@ from pgdpo_fast.analysis.runs import RunRecord, identical_curves, read_runs
 from pgdpo_fast.analysis.verdict import FEWEST_PAIRS, Verdict, headline
 from pgdpo_fast.data.video import write_video
 from pgdpo_fast.metrics import ACCURACIES, CHOSEN, MARGINS, METRICS, REJECTED
+from pgdpo_fast.printable import printable
 from pgdpo_fast.storage import atomic_file
 
 __all__ = ["Clip", "ClipRow", "Report", "render_report"]
@@ -102,6 +103,7 @@ def render_report(
         loader=jinja2.PackageLoader("pgdpo_fast.analysis"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=lambda value: printable(value, longest=1 << 40) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -17,6 +17,7 @@ from typing import Any
 from pgdpo_fast.errors import DataError
 from pgdpo_fast.metrics import CHOSEN, REJECTED
 from pgdpo_fast.objectives import label as objective_label
+from pgdpo_fast.printable import printable
 
 __all__ = ["RunRecord", "finite", "identical_curves", "read_rows", "read_runs", "running_mean"]
 
@@ -114,7 +115,7 @@ def read_runs(paths: Sequence[str | os.PathLike]) -> list[RunRecord]:
     configs = [_read_config(folder) for folder in folders]
     names = [objective_label(config["objective"]) for config in configs]
     labels = [
-        name if names.count(name) == 1 else f"{name} ({folder.resolve().name})"
+        name if names.count(name) == 1 else f"{name} ({printable(folder.resolve().name, 200)})"
         for name, folder in zip(names, folders, strict=True)
     ]
     labels = [label if labels.count(label) == 1 else f"{label} #{number}" for number, label in enumerate(labels, 1)]
