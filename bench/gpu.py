@@ -5,6 +5,7 @@ in a process of its own with a time limit; results so far are on disk after each
 is red in the correctness part stays in the record and out of the tables.
 
     python bench/gpu.py [--out FOLDER] [--seconds 580] [--require triton native]
+    python bench/gpu.py --part smoke     # or full, tuning, confirm: see NOTES.md
     python bench/gpu.py --dry-run        # the whole harness on a CPU, tiny shapes; its figures mean nothing
 """
 
@@ -19,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -40,19 +42,28 @@ class Section:
 
 SECTIONS = (
     Section("environment", 90, 0),
-    Section("parity", 115, 1, shards=8),
-    Section("properties", 115, 1),
-    Section("suites", 115, 1),
-    Section("warm", 115, 1, shards=3),
-    Section("alone", 40, 2),
-    Section("memcheck", 60, 3),
-    Section("racecheck", 60, 4),
-    Section("speed", 200, 5),
-    Section("tuning", 55, 6),
-    Section("cache", 25, 7),
-    Section("step", 60, 8),
+    Section("facts", 15, 1),
+    Section("parity", 115, 2, shards=8),
+    Section("properties", 115, 2),
+    Section("suites", 115, 2),
+    Section("warm", 115, 2, shards=3),
+    Section("alone", 40, 3),
+    Section("memcheck", 60, 4),
+    Section("racecheck", 60, 5),
+    Section("speed", 200, 6),
+    Section("tuning", 55, 7),
+    Section("cache", 25, 8),
+    Section("step", 60, 9),
 )
 TIMED = ("speed", "tuning", "cache", "step")
+# The same sections in four commands, for a device that is lent by the minute: name: (seconds, limit of each section).
+# A section a part does not name is left out of it.
+PARTS = {
+    "smoke": (235, {"environment": 90, "facts": 15, "parity": 60, "properties": 70, "memcheck": 60, "cache": 20}),
+    "full": (570, {section.name: section.seconds for section in SECTIONS if section.name != "facts"}),
+    "tuning": (410, {"environment": 60, "warm": 90, "racecheck": 60, "tuning": 240}),
+    "confirm": (145, {"environment": 45, "parity": 30, "speed": 90}),
+}
 GRACE = 8.0  # seconds past its limit before a section is ended from outside
 LEAST = 10.0  # seconds a section must have left to be started
 
@@ -193,13 +204,16 @@ def run_waves(options, folder: Path, save) -> dict:
         "left_out": "left_out",
     }
     chosen = [s for s in SECTIONS if not options.only or s.name in options.only or s.name == "environment"]
-    if options.only:  # the whole time for what was asked for
+    if options.part:
+        limits = PARTS[options.part][1]
+        chosen = [replace(section, seconds=limits[section.name]) for section in SECTIONS if section.name in limits]
+    elif options.only:  # the whole time for what was asked for
         chosen = [
             replace(section, seconds=options.seconds) if section.name != "environment" else section
             for section in chosen
         ]
     if options.dry_run:  # its times mean nothing, so timed parts may share the machine
-        chosen = [replace(section, wave=min(section.wave, 2), shards=1) for section in chosen]
+        chosen = [replace(section, wave=min(section.wave, 3), shards=1) for section in chosen]
     for wave in sorted({section.wave for section in chosen}):
         if any(section.name in TIMED for section in chosen if section.wave == wave) and not options.dry_run:
             result["checks"].append(alone_on_device())
@@ -246,6 +260,21 @@ def run_waves(options, folder: Path, save) -> dict:
         if wave == 0 and result["environment"] is None:
             break  # no device: nothing else can say more
     return result
+
+
+def keep_records(scratch: Path, file: Path, every: float = 5.0) -> None:
+    """Copy all sections' records to `file` again and again, so that a command killed between two saves loses little."""
+
+    def work():
+        while scratch.exists():
+            with suppress(OSError):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                partial = file.with_suffix(".part")
+                partial.write_text("".join(path.read_text() for path in sorted(scratch.glob("*.jsonl"))))
+                os.replace(partial, file)
+            time.sleep(every)
+
+    threading.Thread(target=work, daemon=True).start()
 
 
 def markdown(result: dict) -> str:
@@ -355,7 +384,7 @@ def save_in(folder: Path, name: str, result: dict, plots: bool) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder of the results; $OUT, or bench/results/<device>")
-    parser.add_argument("--seconds", type=float, default=580.0, help="time for everything")
+    parser.add_argument("--seconds", type=float, default=None, help="time for everything, 580 by default")
     parser.add_argument("--seed", type=int, default=None, help="seed of the random inputs; a fresh one by default")
     parser.add_argument(
         "--only",
@@ -364,6 +393,7 @@ def main() -> int:
         choices=[section.name for section in SECTIONS],
         help="run these sections alone (and environment)",
     )
+    parser.add_argument("--part", choices=PARTS, help="one of four commands that together are the whole")
     parser.add_argument("--dry-run", action="store_true", help="exercise the harness on a CPU with tiny shapes")
     parser.add_argument(
         "--require", nargs="*", default=[], choices=("triton", "native"), help="backends whose absence is red"
@@ -373,11 +403,12 @@ def main() -> int:
     parser.add_argument("--shard", default="0/1", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.seed = secrets.randbelow(2**31) if options.seed is None else options.seed
+    options.seconds = options.seconds or (PARTS[options.part][0] if options.part else 580.0)
     if options.section:
         return run_section(options)
 
     load("bench", ROOT / "bench")
-    name = "dry-run" if options.dry_run else "gpu"
+    name = "dry-run" if options.dry_run else f"gpu-{options.part}" if options.part else "gpu"
     out = options.out or (Path(os.environ["OUT"]) if os.environ.get("OUT") else None)
     out = out or (ROOT / "out" / "gpu-dry-run" if options.dry_run else None)
     with tempfile.TemporaryDirectory(prefix="pgdpo-gpu-") as scratch:
@@ -394,6 +425,8 @@ def main() -> int:
             done = [f"{n} {'ok' if e['ended'] == 'ok' else 'FAILED'}" for n, e in result["sections"].items()]
             print(f"[{result['seconds']:5.0f} s] {', '.join(done)}", flush=True)
 
+        if out:
+            keep_records(Path(scratch), out / f"{name}.jsonl")
         result = run_waves(options, Path(scratch), save)
     if result["environment"] is None:
         print(f"no device could be used: {result['sections']['environment']['ended']}", file=sys.stderr)

@@ -89,6 +89,17 @@ def environment(run: Run) -> None:
     )
 
 
+def facts(run: Run) -> None:
+    """What a prediction needs besides the copy: the rate inside the last-level cache, and what one more kernel costs."""
+    nbytes = harness.last_level_cache(run.device) // 4
+    inside = harness.copy_timing(nbytes, run.device, 0.1 if run.dry_run else 1.0)
+    run.add(kind="environment", cache_copy_bytes_per_second=nbytes / inside.median)
+    if run.device.type == "cuda":
+        x = torch.zeros(1, device=run.device)
+        long, short = (harness.time_graph(lambda _, n=n: [x.add_(1) for _ in range(n)], 1).median for n in (110, 10))
+        run.add(kind="environment", kernel_in_graph_s=(long - short) / 100)
+
+
 # -- correctness
 
 
@@ -628,6 +639,7 @@ SECTIONS = {
     function.__name__: function
     for function in (
         environment,
+        facts,
         parity,
         properties,
         suites,

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -370,7 +372,7 @@ def fake_sections(tmp_path, monkeypatch, bodies):
     monkeypatch.setattr(gpu, "GRACE", 0.5)
     monkeypatch.setattr(gpu, "LEAST", 0.1)
     saved = []
-    options = SimpleNamespace(seconds=17.0, seed=1, only=[], dry_run=False, require=["triton", "native"])
+    options = SimpleNamespace(seconds=17.0, seed=1, only=[], part=None, dry_run=False, require=["triton", "native"])
     return gpu.run_waves(options, tmp_path, lambda result: saved.append(json.dumps(result))), saved
 
 
@@ -422,6 +424,28 @@ def test_nothing_a_section_started_is_alive_when_the_next_begins(tmp_path, monke
     monkeypatch.setattr(gpu, "computing", lambda: [])
     result, _ = fake_sections(tmp_path, monkeypatch, bodies)
     assert [case["state"] in ("gone", "Z") for case in result["cases"]] == [True], result["cases"]
+
+
+def test_what_a_killed_command_found_is_kept(tmp_path):
+    scratch, file = tmp_path / "scratch", tmp_path / "out" / "gpu.jsonl"
+    scratch.mkdir()
+    (scratch / "parity-0.jsonl").write_text('{"kind": "check"}\n')
+    gpu.keep_records(scratch, file, every=0.01)
+    (scratch / "speed-0.jsonl").write_text('{"kind": "case"}\n')
+    until = time.monotonic() + 10
+    while time.monotonic() < until and not (file.exists() and "case" in file.read_text()):
+        time.sleep(0.01)
+    assert file.read_text().split() == ['{"kind":', '"check"}', '{"kind":', '"case"}']
+    shutil.rmtree(scratch)
+
+
+def test_the_parts_name_sections_that_exist_and_leave_none_out():
+    names = {section.name for section in gpu.SECTIONS}
+    limits = {"smoke": 240, "full": 580, "tuning": 420, "confirm": 150}
+    assert {name for _, sections in gpu.PARTS.values() for name in sections} == names
+    assert set(gpu.PARTS) == set(limits)
+    for part, (seconds, sections) in gpu.PARTS.items():
+        assert seconds <= limits[part] and "environment" in sections
 
 
 def test_speed_beside_another_computing_process_is_red(monkeypatch):
