@@ -90,7 +90,7 @@ def environment(run: Run) -> None:
 
 
 def facts(run: Run) -> None:
-    """What a prediction needs besides the copy: the rate inside the last-level cache, and what one more kernel costs."""
+    """What a prediction needs besides the copy: the rate inside the last-level cache, the cost of one more kernel."""
     nbytes = harness.last_level_cache(run.device) // 4
     inside = harness.copy_timing(nbytes, run.device, 0.1 if run.dry_run else 1.0)
     run.add(kind="environment", cache_copy_bytes_per_second=nbytes / inside.median)

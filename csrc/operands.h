@@ -151,7 +151,10 @@ struct Operands {
   }
   Tensor chosen_gradient() const { return torch::stable::new_empty(policy, policy.sizes(), policy.scalar_type()); }
   Tensor rejected_gradient() const { return stacked ? nothing() : chosen_gradient(); }
-  Tensor nothing() const { return numbers({0}); }
+  Tensor nothing() const {
+    const int64_t zero = 0;
+    return torch::stable::new_empty(policy, {&zero, 1}, policy.scalar_type());
+  }
 
   int64_t chunks() const { return pair.pairs * pair.segments; }
 

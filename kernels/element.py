@@ -164,7 +164,7 @@ def element_block(
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])  # one binary for every B: the same bits
 def pair_elements_kernel(
     gw_ptr,  # [B, n] in the predictions' dtype, written with GRADS
     gl_ptr,  # the same
@@ -302,7 +302,7 @@ def pair_elements_kernel(
             tl.store(partial_ptr + k * plane, tl.sum(sums[k], 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])  # one binary for every B: the same bits
 def fold_elements_kernel(
     partial_ptr,  # [SUMS, B, segments] COMPUTE
     weight_ptr,  # [B] COMPUTE, with WEIGHTED

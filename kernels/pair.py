@@ -238,7 +238,7 @@ def accumulate(
     return e_w, e_l, d_w, d_l, anchor, cross
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])  # one binary for every B: the same bits
 def pair_errors_kernel(
     operands,  # Operands
     partial_ptr,  # [STATISTICS, B, segments] COMPUTE, written
@@ -312,7 +312,7 @@ def pair_errors_kernel(
         tl.store(partial_ptr + k * plane, tl.sum(sums[k], 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # one binary for every B: the same bits
 def fold_kernel(
     partial_ptr,  # [STATISTICS, B, segments] COMPUTE
     reference_error_ptr,  # [2, B, G] COMPUTE, chosen and rejected, with REFERENCE_ERRORS
@@ -452,7 +452,7 @@ def scaled_gradients(
         tl.store(gl_ptr + offsets, g_l.to(gl_ptr.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])  # one binary for every B: the same bits
 def pair_gradient_kernel(
     gw_ptr,  # [B, n] in the predictions' dtype, written
     gl_ptr,  # the same

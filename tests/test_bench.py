@@ -442,10 +442,10 @@ def test_what_a_killed_command_found_is_kept(tmp_path):
 def test_the_parts_name_sections_that_exist_and_leave_none_out():
     names = {section.name for section in gpu.SECTIONS}
     limits = {"smoke": 240, "full": 580, "tuning": 420, "confirm": 150}
-    assert {name for _, sections in gpu.PARTS.values() for name in sections} == names
+    assert {name for _, limited in gpu.PARTS.values() for name in limited} == names
     assert set(gpu.PARTS) == set(limits)
-    for part, (seconds, sections) in gpu.PARTS.items():
-        assert seconds <= limits[part] and "environment" in sections
+    for part, (seconds, limited) in gpu.PARTS.items():
+        assert seconds <= limits[part] and "environment" in limited
 
 
 def test_speed_beside_another_computing_process_is_red(monkeypatch):

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -444,6 +445,48 @@ def test_every_operator_passes_opcheck(backend):
         if key[0] not in traced:  # slow, and the same for every form
             traced.add(key[0])
             torch.library.opcheck(function, args, test_utils=("test_aot_dispatch_dynamic",))
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_traced_results_have_device_dtype_and_shape_of_the_real_ones(backend):
+    for function, args in operator_calls(backend):
+        traced = function(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args))
+        pairs = zip(
+            torch.utils._pytree.tree_leaves(traced), torch.utils._pytree.tree_leaves(function(*args)), strict=True
+        )
+        for fake, real in pairs:
+            assert fake is real is None or (fake.device.type, fake.dtype, fake.shape) == (
+                "meta",
+                real.dtype,
+                real.shape,
+            )
+
+
+def test_an_objectives_numbers_are_copied_to_a_device_once_and_kept():
+    """Another stream or a captured graph may read them at any time."""
+    first, *others = (pf.DPO(beta=float(beta)).epilogue() for beta in range(1, 400))
+    held = triton_backend._parameters(first, torch.float32, torch.device("cpu"))
+    for other in others:
+        triton_backend._parameters(other, torch.float32, torch.device("cpu"))
+    assert triton_backend._parameters(first, torch.float32, torch.device("cpu")) is held
+
+
+def test_one_binary_serves_every_number_of_pairs():
+    """Triton makes others for integers that are 1 or divisible by 16, with sums in another order."""
+    code = """
+        from pgdpo_fast.kernels import element, pair
+        kernels = [getattr(m, n) for m in (element, pair) for n in dir(m) if n.endswith("_kernel")]
+        for kernel in kernels:
+            names = {p.name for p in kernel.params if p.name in ("pairs", "rows")}
+            assert names and all(p.do_not_specialize for p in kernel.params if p.name in names), kernel
+        print(len(set(kernels)))
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == 5
 
 
 @pytest.mark.parametrize("backend", FUSED)

@@ -84,14 +84,14 @@ def with_bundles(function: Callable) -> Callable:
     return flat
 
 
-def gradient_like(x: Tensor | None) -> Tensor:
-    """Where a gradient goes: contiguous, in the prediction's dtype; empty when chosen and rejected are one tensor."""
-    return torch.empty(0) if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def gradients_like(x: Operands) -> tuple[Tensor, Tensor]:
-    """The same for both predictions."""
-    return gradient_like(x.policy), gradient_like(x.policy_rejected)
+def gradients_like(x: Operands, wanted: bool = True) -> tuple[Tensor, Tensor]:
+    """Where both gradients go: contiguous, in the prediction's dtype and on its device; the second empty when chosen
+    and rejected are one tensor, both empty when they are not wanted."""
+    chosen, rejected = (
+        x.policy.new_empty(0) if t is None or not wanted else torch.empty(t.shape, dtype=t.dtype, device=t.device)
+        for t in (x.policy, x.policy_rejected)
+    )
+    return chosen, rejected
 
 
 def _planes(x: Operands, planes: type[NamedTuple], groups: int) -> Tensor:
@@ -123,7 +123,7 @@ def pair_elements(
     """Every element its own group: loss `[]`, `Telemetry` `[9, B, 1]`, `ElementMeans` `[4, B]`, and with
     `with_gradients` both gradients for an incoming gradient of 1, in the same pass."""
     telemetry = _planes(operands, Telemetry, 1)
-    gradients = gradients_like(operands) if with_gradients else (torch.empty(0), torch.empty(0))
+    gradients = gradients_like(operands, with_gradients)
     return telemetry.new_empty(()), telemetry, _planes(operands, ElementMeans, 1)[..., 0], *gradients
 
 

@@ -7,7 +7,6 @@ so far; no device has been measured that asks for another.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from functools import lru_cache
 from importlib import metadata
 from typing import NamedTuple
 
@@ -73,20 +72,22 @@ def _interpreter_reason(version: str) -> str | None:
     return None
 
 
+_resident: dict[tuple[Parameters, torch.dtype, torch.device], Tensor] = {}
+
+
 def _parameters(epilogue: Epilogue, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The objective's numbers on the device. A CUDA graph must not copy from the host: there, kernels fill them in."""
-    values = Parameters._make(epilogue.parameters)
+    """The objective's numbers on the device, copied there once and kept for good: another stream or a captured graph
+    may read them at any time. A capture must not copy from the host: numbers it is the first to use are filled in by
+    kernels of the graph, all others cost no launch."""
+    key = Parameters._make(epilogue.parameters), dtype, device
+    if (held := _resident.get(key)) is not None:
+        return held
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        filled = torch.empty(len(values), dtype=dtype, device=device)
-        for place, value in enumerate(values):
+        filled = torch.empty(len(key[0]), dtype=dtype, device=device)
+        for place, value in enumerate(key[0]):
             filled[place].fill_(value)
         return filled
-    return _copied_parameters(values, dtype, device)
-
-
-@lru_cache(maxsize=256)
-def _copied_parameters(values: Parameters, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=dtype, device=device)
+    return _resident.setdefault(key, torch.tensor(key[0], dtype=dtype, device=device))
 
 
 def _guard(device: torch.device):
@@ -290,7 +291,7 @@ def pair_elements(
     from pgdpo_fast.kernels.element import SUMS, fold_elements_kernel
 
     x = pair_rows(operands)
-    gradients = gradients_like(operands) if with_gradients else (torch.empty(0), torch.empty(0))
+    gradients = gradients_like(operands, with_gradients)
     segments, device = _segments(x, plan.length), x.policy.chosen.device
     partial = torch.empty((SUMS.value, x.pairs, segments), dtype=x.compute_dtype, device=device)
     loss, means = partial.new_empty(()), partial.new_empty((len(ElementMeans._fields), x.pairs))
