@@ -117,8 +117,8 @@ def nvcc() -> str:
     """
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     places = *(f"{home}/bin/nvcc" for home in homes), "nvcc", "/usr/local/cuda/bin/nvcc"
-    for command in (os.environ.get("CUDACXX"), *places):
-        if found := shutil.which(command or ""):
+    for command in filter(None, (os.environ.get("CUDACXX"), *places)):
+        if found := shutil.which(command):
             return found
     raise BuildError("no nvcc found; install the CUDA toolkit of torch's CUDA version and set CUDA_HOME to it")
 
