@@ -9,6 +9,7 @@ __all__ = [
     "ConfigError",
     "DamagedError",
     "DataError",
+    "DerivativeError",
     "NonFiniteError",
     "OutOfMemoryError",
     "PgdpoError",
@@ -30,6 +31,10 @@ class ConfigError(PgdpoError, ValueError):
 
 class BackendUnavailable(ConfigError):
     """A backend was asked for by name and cannot run here; the message carries the reason."""
+
+
+class DerivativeError(PgdpoError, RuntimeError):
+    """A derivative the fused backends do not have: a second one, one in forward mode, one by torch.func."""
 
 
 class DataError(PgdpoError, ValueError):

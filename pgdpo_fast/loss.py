@@ -274,8 +274,14 @@ def _expect(x: object, name: str, shapes: tuple[tuple[int, ...], ...], device: t
         raise ValueError(f"{name}: expected a tensor on {device} like the prediction, got {_describe(x)}")
 
 
-def _detached(x: Tensor) -> Tensor:
-    return x.detach() if x.requires_grad else x
+def _without_graph(x: Tensor, name: str) -> Tensor:
+    if not x.requires_grad:
+        return x
+    backends.warn_once(
+        f"{name}: carries a graph, whose activations stay in memory until the step ends, and no gradient ever flows to "
+        "it; compute it under torch.no_grad()"
+    )
+    return x.detach()
 
 
 def _groups(granularity: str, video: torch.Size) -> int:
@@ -327,7 +333,7 @@ def _check(
                 )
                 if t.dtype not in dtypes:
                     raise ValueError(f"{name}: expected {', '.join(str(d) for d in dtypes)}, got {t.dtype}")
-        return _detached(first), None if second is None else _detached(second)
+        return _without_graph(first, name), None if second is None else _without_graph(second, name)
 
     def number(x: Tensor | None, name: str) -> Tensor | None:
         if x is None:
@@ -343,7 +349,8 @@ def _check(
         scales = [target.noise_scale, target.clean_scale]
         for scale, scale_name in zip(scales, ("target.noise_scale", "target.clean_scale"), strict=True):
             _expect(scale, scale_name, ((pairs,),), device)
-        noise, target_scale = target.noise.detach(), torch.stack(scales).detach().to(compute)
+        noise = _without_graph(target.noise, "target.noise")
+        target_scale = torch.stack(scales).detach().to(compute)
     else:
         clean, clean_rejected = operand(target, "target", allow_shared=True)
 

@@ -10,10 +10,11 @@ import textwrap
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import pgdpo_fast as pf
 from pgdpo_fast import backends
-from pgdpo_fast.errors import BackendUnavailable, ConfigError, NonFiniteError
+from pgdpo_fast.errors import BackendUnavailable, ConfigError, DerivativeError, NonFiniteError
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = [name for name in ("eager", "triton", "native") if backends.unavailable(name, DEVICE) is None]
@@ -449,16 +450,106 @@ def test_backward_can_run_twice_and_gradients_accumulate(backend, granularity):
     torch.testing.assert_close(x.prediction.grad, 2 * second, rtol=2e-6, atol=0)
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "eager"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("granularity", ["sample", "frame", "element"])
+@pytest.mark.parametrize("way", ["loss", "errors"])
+def test_a_gradient_penalty_is_right_or_refused(backend, granularity, way):
+    """The penalty's own gradient by the textbook on eager; the fused backends say which one to ask, and lose no step
+    that takes first derivatives alone."""
+    x = Batch(dtype=torch.float64)
+
+    def loss(backend):
+        arguments = dict(granularity=granularity, backend=backend)
+        if way == "loss":
+            return pf.preference_loss(x.prediction, x.target, x.reference, objective=pf.DPO(50.0), **arguments).loss
+        return pf.paired_errors(x.prediction, x.target, **arguments).policy_chosen.square().sum()
+
+    if backend == "eager" or (way, granularity) == ("errors", "element"):  # such errors are plain torch everywhere
+
+        def slope(p):
+            x.prediction = p
+            return torch.autograd.grad(loss(backend), p, create_graph=True)[0].square().sum()
+
+        p = x.prediction.detach().requires_grad_()
+        direction = torch.randn_like(p)
+        (second,) = torch.autograd.grad(slope(p), p)
+        step = 1e-6 * direction
+        ahead, behind = (slope((p.detach() + s).requires_grad_()).detach() for s in (step, -step))
+        torch.testing.assert_close((second * direction).sum(), (ahead - behind) / 2e-6, rtol=1e-5, atol=1e-7)
+        return
+    with pytest.raises(DerivativeError, match=r'create_graph=True: .*gradient penalty .*backend="eager"'):
+        torch.autograd.grad(loss(backend), x.prediction, create_graph=True)
+    with pytest.raises(DerivativeError, match="create_graph=True"):
+        loss(backend).backward(create_graph=True)
+    with torch.enable_grad():
+        (first,) = torch.autograd.grad(loss(backend), x.prediction)
+    torch.testing.assert_close(first, torch.autograd.grad(loss("eager"), x.prediction)[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("granularity", ["sample", "element"])
-def test_a_second_derivative_is_refused_not_wrong(backend, granularity):
+def test_transforms_of_torch_func_are_right_or_refused(backend, granularity):
+    x = Batch(dtype=torch.float64)
+
+    def loss(p):
+        return pf.preference_loss(
+            p, x.target, x.reference, objective=pf.DPO(50.0), granularity=granularity, backend=backend
+        ).loss
+
+    p = x.prediction.detach()
+    if backend == "eager":
+        leaf = p.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(leaf), leaf)
+        torch.testing.assert_close(torch.func.grad(loss)(p), gradient)
+        torch.testing.assert_close(torch.func.jvp(loss, (p,), (p,))[1], (gradient * p).sum())
+        torch.testing.assert_close(torch.func.vmap(loss)(torch.stack([p, 2 * p])), torch.stack([loss(p), loss(2 * p)]))
+        return
+    for transform in (
+        lambda: torch.func.grad(loss)(p),
+        lambda: torch.func.jvp(loss, (p,), (p,)),
+        lambda: torch.func.vmap(loss)(torch.stack([p, p])),
+    ):
+        with pytest.raises(DerivativeError, match=r'torch\.func: .*backend="eager"'):
+            transform()
+    with forward_ad.dual_level(), pytest.raises(DerivativeError, match=r'forward-mode .*backend="eager"'):
+        loss(forward_ad.make_dual(p, p))
+
+
+@pytest.mark.parametrize("what", ["reference", "target", "target.noise"])
+def test_a_graph_behind_what_gets_no_gradient_is_told_once(what):
+    """And changes nothing: no gradient flows there."""
+    backends._warned.clear()
     x = Batch()
-    out = pf.preference_loss(
-        x.prediction, x.target, x.reference, objective=pf.PGDPO(), granularity=granularity, backend=backend
-    )
-    (grad,) = torch.autograd.grad(out.loss, x.prediction, create_graph=True)
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(grad.square().sum(), x.prediction)
+    weight = torch.ones(1, device=DEVICE, requires_grad=True)
+    half = x.prediction.shape[0] // 2
+    scale = torch.ones(half, device=DEVICE)
+    target, reference = x.target, x.reference
+    if what == "reference":
+        reference = weight * reference
+    elif what == "target":
+        target = weight * target
+    else:
+        target = pf.NoisedTarget(target, weight * target[:half], scale, scale)
+    with pytest.warns(RuntimeWarning, match=rf"{what}: carries a graph.*torch\.no_grad\(\)") as told:
+        for _ in range(3):
+            out = pf.preference_loss(x.prediction, target, reference, objective=pf.DPO(), backend="eager")
+    assert len(told) == 1
+    out.loss.backward()
+    assert weight.grad is None
+
+
+def test_a_graph_is_told_from_compiled_code_too():
+    torch._dynamo.reset()
+    backends._warned.clear()
+    x = Batch()
+
+    def step(p, y, q):
+        return pf.preference_loss(p, y, 1.0 * q, objective=pf.DPO(), backend="eager").loss
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    with pytest.warns(RuntimeWarning, match="reference: carries a graph"):
+        loss = compiled(x.prediction, x.target, x.reference.requires_grad_())
+    torch.testing.assert_close(loss, step(x.prediction, x.target, x.reference))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import warnings
-from functools import lru_cache
 
 import torch
 
@@ -78,16 +77,22 @@ def _cpu_default() -> str:
     from pgdpo_fast.backends.native import SWITCHED_OFF
 
     if reason != SWITCHED_OFF:
-        _warn_once(
+        warn_once(
             f"the loss runs in plain torch on the CPU, about ten times slower than it could: {reason}. "
             "PGDPO_FAST_NATIVE=0 or backend='eager' silences this."
         )
     return "eager"
 
 
-@lru_cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=2)
+_warned: set[str] = set()
+
+
+@constant_when_compiled
+def warn_once(message: str) -> None:
+    """A RuntimeWarning that a process shows once; where a graph is compiled, while it is."""
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 def select(name: str, device: torch.device) -> str:

@@ -9,22 +9,59 @@ Elements: `pair_elements` makes loss and gradients in one pass, betting on an in
 `pair_elements_gradient` has nothing to do when the bet was right and writes them again when it was not.
 
 Only the predictions have gradients, so each function takes them as arguments of their own; `call` holds them too.
+First derivatives in reverse mode are all there is: every other one is refused, never answered with a constant.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from pgdpo_fast.backends import operators, triton  # noqa: F401  (triton.py implements its operators)
 from pgdpo_fast.backends.operands import Call, Coefficients, Operands, PairNumbers, ReferenceForm
+from pgdpo_fast.errors import DerivativeError
 from pgdpo_fast.objectives import Epilogue, GroupErrors
 
 _OPERATORS = {"triton": torch.ops.pgdpo_fast_triton, "native": torch.ops.pgdpo_fast_native}
+
+
+def _first_derivative(backward: Callable) -> Callable:
+    """`backward`, refusing to be differentiated itself: gradients are enabled in it with create_graph=True alone."""
+    once = once_differentiable(backward)
+
+    @wraps(backward)
+    def checked(ctx, *incoming):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise DerivativeError(
+                f"create_graph=True: the gradients of backend={ctx.backend!r} cannot be differentiated again; for a "
+                'gradient penalty or any second derivative pass backend="eager"'
+            )
+        return once(ctx, *incoming)
+
+    return checked
+
+
+def _apply(function: type[torch.autograd.Function], policy: Tensor, rejected: Tensor | None, *rest: Any) -> Any:
+    if not torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active():  # `Function.apply` asks it too, and speaks of setup_context
+            raise DerivativeError(
+                "torch.func: grad, vmap, jvp and their kin do not see into the fused backends; pass "
+                'backend="eager", or take gradients with loss.backward() or torch.autograd.grad'
+            )
+        if forward_ad._current_level >= 0 and any(_is_dual(x) for x in (policy, rejected)):
+            raise DerivativeError('forward-mode derivatives: the fused backends have none; pass backend="eager"')
+    return function.apply(policy, rejected, *rest)
+
+
+def _is_dual(x: Tensor | None) -> bool:
+    return x is not None and forward_ad.unpack_dual(x).tangent is not None
 
 
 class _Objective(torch.autograd.Function):
@@ -39,7 +76,7 @@ class _Objective(torch.autograd.Function):
         return loss, telemetry
 
     @staticmethod
-    @once_differentiable
+    @_first_derivative
     def backward(ctx, incoming, _):
         coefficients, *operands = ctx.saved_tensors
         return *_input_gradients(ctx, Operands._make(operands), coefficients, incoming), None, None
@@ -58,7 +95,7 @@ class _Elements(torch.autograd.Function):
         return loss, telemetry
 
     @staticmethod
-    @once_differentiable
+    @_first_derivative
     def backward(ctx, incoming, _):
         means, chosen, rejected, *saved = ctx.saved_tensors
         rest = iter(saved)
@@ -82,7 +119,7 @@ class _Errors(torch.autograd.Function):
         return statistics
 
     @staticmethod
-    @once_differentiable
+    @_first_derivative
     def backward(ctx, incoming):
         operands, by = Operands._make(ctx.saved_tensors), dict(zip(GroupErrors._fields, incoming, strict=True))
         numel = operands.policy[0].numel() // ctx.plan.groups
@@ -104,7 +141,7 @@ def _input_gradients(ctx: Any, operands: Operands, coefficients: Tensor, incomin
 
 def objective(call: Call, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
     """Loss `[]` (differentiable by the predictions) and `Telemetry` `[9, B, G]`, by the objective's kernel epilogue."""
-    return _Objective.apply(call.operands.policy, call.operands.policy_rejected, call, epilogue)
+    return _apply(_Objective, call.operands.policy, call.operands.policy_rejected, call, epilogue)
 
 
 def elements(call: Call, epilogue: Epilogue, outer: bool) -> tuple[Tensor, Tensor]:
@@ -116,7 +153,7 @@ def elements(call: Call, epilogue: Epilogue, outer: bool) -> tuple[Tensor, Tenso
     chosen, rejected = call.operands.policy, call.operands.policy_rejected
     if not torch.is_grad_enabled():  # else a prediction that requires a gradient would have one written for nothing
         chosen, rejected = chosen.detach(), None if rejected is None else rejected.detach()
-    return _Elements.apply(chosen, rejected, call, epilogue, outer)
+    return _apply(_Elements, chosen, rejected, call, epilogue, outer)
 
 
 def group_errors(call: Call) -> GroupErrors:
@@ -124,7 +161,7 @@ def group_errors(call: Call) -> GroupErrors:
 
     Those without operands to make them from, or that the plan does not ask for, are None.
     """
-    errors = GroupErrors._make(_Errors.apply(call.operands.policy, call.operands.policy_rejected, call))
+    errors = GroupErrors._make(_apply(_Errors, call.operands.policy, call.operands.policy_rejected, call))
     gaps = call.plan.reference_form != ReferenceForm.NONE
     return GroupErrors(
         policy_chosen=errors.policy_chosen,
