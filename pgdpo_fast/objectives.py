@@ -128,6 +128,11 @@ class Objective:
         """Whether the loss multiplies means over the groups of a sample, so that groups do not stand alone."""
         return False
 
+    @property
+    def unused_settings(self) -> frozenset[str]:
+        """Settings that do not enter the formula as the others stand, such as `k1` where alpha is fixed."""
+        return frozenset()
+
     def terms(self, errors: GroupErrors, posterior_scale: Tensor | None = None) -> Terms:
         """Loss and weights of every group.
 
@@ -268,6 +273,17 @@ class PGDPO(Objective):
         return cls(ars=False, **options)
 
     @property
+    def unused_settings(self) -> frozenset[str]:
+        unused = set() if self.ars else {"k1"}
+        if self.ipr == "none":
+            unused |= {"k2", "ipr_scale", "ipr_weight", "combine"}
+        if not self.ars and self.ipr == "none":
+            unused |= {"ratio", "detach_weights"}
+        if "ratio" in unused or self.ratio not in ("signed", "abs"):
+            unused |= {"eps"}
+        return frozenset(unused)
+
+    @property
     def needs_anchor(self) -> bool:
         return self.ipr == "anchor"
 
@@ -364,6 +380,10 @@ class SLiC(Objective):
         _number(self, "delta", 0.0)
         _number(self, "weight", 0.0)
         _choice(self, "hinge", (True, False))
+
+    @property
+    def unused_settings(self) -> frozenset[str]:
+        return frozenset() if self.hinge else frozenset({"beta"})
 
     @property
     def needs_reference(self) -> bool:
@@ -498,6 +518,10 @@ class Safeguarded(Objective):
     def beta(self) -> float:
         """The base objective's; AttributeError where that has none."""
         return self.base.beta  # type: ignore[attr-defined]
+
+    @property
+    def unused_settings(self) -> frozenset[str]:
+        return frozenset(f"base.{name}" for name in self.base.unused_settings)
 
     @property
     def needs_reference(self) -> bool:

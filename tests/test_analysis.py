@@ -251,6 +251,23 @@ def test_identical_curves_are_said_to_be_identical(tmp_path):
     assert "identical" not in render_report([runs[0], other], tmp_path).html.read_text()
 
 
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [
+        ({"name": "pgdpo", "beta": 100.0}, "β differs between the objectives (DPO 5000, PG-DPO 100)"),
+        ({"name": "pgdpo", "beta": 5000.0}, None),
+        ({"name": "slic", "beta": 100.0, "hinge": False}, None),  # its loss has no beta
+        ({"name": "safeguarded", "base": {"name": "dpo", "beta": 7.0}}, "(DPO 5000, Safeguarded DPO 7)"),
+        ({"name": "dpo", "beta": 100.0}, None),  # one objective: their labels and the table say it
+    ],
+)
+def test_a_comparison_of_objectives_says_when_beta_differs(tmp_path, second, said):
+    runs = [write_run(tmp_path / "first", beta=5000.0), write_run(tmp_path / "second", **second)]
+    report = render_report(runs, tmp_path)
+    assert ("β differs" in report.headline) == (said is not None)
+    assert said is None or (said in report.headline and said in report.html.read_text())
+
+
 def test_figures_come_from_held_out_pairs_where_there_are_any(tmp_path):
     (run,) = read_runs([write_run(tmp_path / "run", chosen=-0.1, margin=0.2)])
     assert run.curve("rewards/chosen")[0] == [0, 10, 20, 30]

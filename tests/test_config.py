@@ -197,10 +197,55 @@ def test_a_class_with_a_name_keeps_it_when_named_by_its_path():
     assert load_config(None, [*NEEDED, "objective.name=pgdpo_fast.objectives:IPO"]).objective["name"] == "ipo"
 
 
-def test_another_objective_does_not_inherit_the_settings_of_the_first(tmp_path):
+def test_another_objective_inherits_beta_alone_of_the_file_s_first(tmp_path):
     path = write(tmp_path, "objective: {name: dpo, beta: 10, label_smoothing: 0.1}\n")
     config = load_config(path, [*NEEDED, "objective.name=ipo"])
-    assert config.objective == {"name": "ipo", "beta": 5000.0} and config.origins["objective.beta"] == "default"
+    assert config.objective == {"name": "ipo", "beta": 10.0} and config.origins["objective.beta"] == "run.yaml"
+    assert load_config(path, [*NEEDED, "objective.name=sft"]).objective == {"name": "sft"}  # has no beta
+    path = write(tmp_path, "objective: {name: safeguarded, base: {name: dpo, beta: 10, label_smoothing: 0.1}}\n")
+    config = load_config(path, [*NEEDED, "objective.base.name=ipo"])
+    assert config.objective["base"] == {"name": "ipo", "beta": 10.0}
+
+
+@pytest.mark.parametrize("text", ["", "objective: {name: pgdpo, beta: 7, k1: 3}\n", "objective: {beta: 7, k1: 3}\n"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_values_of_the_command_line_survive_in_any_order(tmp_path, text, order):
+    path = write(tmp_path, text)
+    config = load_config(path, [*NEEDED, "objective.beta=200", "objective.name=dpo"][::order])
+    assert config.objective == {"name": "dpo", "beta": 200.0, "label_smoothing": 0.0}
+    assert config.origins["objective.beta"] == config.origins["objective.name"] == "command line"
+    config = load_config(path, [*NEEDED, "process.timestep_sampler.name=logit-normal", "process.shift=2",
+                                "process.name=flow-matching"][::order])  # fmt: skip
+    assert config.process["shift"] == 2.0 and config.process["timestep_sampler"]["name"] == "logit-normal"
+    config = load_config(path, [*NEEDED, "objective={name: sdpo, beta: 3}", "objective.clip=0.2"][::order])
+    assert (config.objective["name"], config.objective["beta"], config.objective["clip"]) == ("sdpo", 3.0, 0.2)
+
+
+def test_the_name_a_section_has_by_default_changes_nothing_of_the_file(tmp_path):
+    path = write(tmp_path, "objective: {beta: 7, k1: 3}\nprocess: {shift: 5}\n")
+    config = load_config(path, [*NEEDED, "objective.name=pgdpo", "process.name=wan"])
+    assert (config.objective["beta"], config.objective["k1"], config.process["shift"]) == (7.0, 3.0, 5.0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["objective.beta=1", "objective.beta=2"], "objective.beta: given twice on the command line, as 1 and as 2"),
+        (["training.steps=3", "training={steps: 4}"], "training.steps: given twice"),
+        (["objective.base={name: ipo}", "objective.base=ipo"], "objective.base: given twice"),
+        (["objective.base=ipo", "objective.base.beta=2"], "objective.base: given twice"),
+        (["objective.name=sft", "objective.beta=2"], "objective.beta: sft takes no settings"),
+        (["objective.beta=2", "objective.name=safeguarded"], "objective.beta: safeguarded takes base, mu"),
+    ],
+)
+def test_a_value_of_the_command_line_that_cannot_apply_is_an_error(overrides, named):
+    assert named in problems_of(None, [*NEEDED, *overrides])
+
+
+def test_an_empty_mapping_takes_the_place_of_the_file_s(tmp_path):
+    path = write(tmp_path, "model: {architecture: {num_layers: 2}}\n")
+    config = load_config(path, [*NEEDED[:2], "model.architecture={}", "model.path=weights"])
+    assert config.model.architecture == {} and config.model.path == "weights"
 
 
 def test_one_constructor_argument_can_be_overridden(tmp_path):

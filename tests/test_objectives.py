@@ -439,6 +439,32 @@ SAFEGUARDED = [
 ]
 
 
+@pytest.mark.parametrize("ipr", ["reward", "anchor", "none"])
+@pytest.mark.parametrize("ars", [True, False])
+@pytest.mark.parametrize("ratio", ["logit", "symmetric", "abs", "signed"])
+def test_a_setting_is_unused_exactly_where_the_loss_and_its_gradient_do_not_change_with_it(ratio, ars, ipr):
+    torch.manual_seed(0)
+    statistics = torch.rand(6, 64, 3, dtype=torch.float64) * 0.02
+
+    def value(objective):
+        errors = [x.clone().requires_grad_() for x in (*statistics[:2], *(statistics[2:4] - 0.01), *statistics[4:])]
+        loss = objective.terms(pf.objectives.GroupErrors(*errors)).loss
+        loss.sum().backward()
+        return [loss.detach(), *(x.grad for x in errors if x.grad is not None)]
+
+    objective = pf.PGDPO(ratio=ratio, ars=ars, ipr=ipr, eps=1e-3, combine="pointwise")
+    other = {"beta": 7.0, "k1": 3.0, "k2": 3.0, "eps": 2e-3, "ipr_scale": "one", "ipr_weight": 0.5, "combine": "outer",
+             "detach_weights": False, "ratio": "abs" if ratio == "signed" else "signed"}  # fmt: skip
+    before, unused = value(objective), set()
+    for name, changed in other.items():
+        after = value(dataclasses.replace(objective, **{name: changed}))
+        if len(before) == len(after) and all(map(torch.equal, before, after)):
+            unused.add(name)
+    assert unused == set(objective.unused_settings)
+    assert pf.Safeguarded(objective).unused_settings == {f"base.{name}" for name in unused}
+    assert pf.SLiC().unused_settings == {"beta"} and not pf.SLiC(hinge=True).unused_settings
+
+
 @pytest.mark.parametrize("mu", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("base", SAFEGUARDED, ids=lambda o: type(o).__name__)
 def test_a_safeguarded_step_never_raises_the_chosen_error(base, mu):

@@ -247,3 +247,73 @@ def test_a_grid_may_hold_lists_and_names(settings, tmp_path):
     found = [(config.training.betas, config.objective["name"], config.training.steps) for config in configs.values()]
     assert found == [(betas, name, 3) for betas in ((0.9, 0.99), (0.8, 0.9)) for name in ("dpo", "pgdpo")]
     assert len({config.output.dir for config in configs.values()}) == 4
+
+
+@pytest.fixture
+def plain(tmp_path):
+    """A file of settings that says nothing of the objective."""
+    path = tmp_path / "plain.yaml"
+    path.write_text("data: {store: store}\noutput: {dir: out}\nmodel: {architecture: {num_layers: 1}}\n")
+    return path
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_grid_over_beta_and_objective_trains_what_its_names_say(plain, order):
+    grid = ["objective.beta=100,500", "objective.name=dpo,pgdpo"][::order]
+    configs = expand(plain, [], grid, plain.parent)
+    assert len(configs) == 4
+    for name, config in configs.items():
+        said = dict(part.split("=") for part in name.split(","))
+        assert (config.objective["name"], config.objective["beta"]) == (said["name"], float(said["beta"]))
+
+
+def test_objectives_are_compared_at_one_beta(plain):
+    with pytest.raises(ConfigError, match="beta would be DPO 5000, PG-DPO 100, and it means the same in all of them"):
+        expand(plain, [], ["objective.name=dpo,pgdpo"], plain.parent)
+    for overrides, text in ((["objective.beta=300"], ""), ([], "objective: {name: pgdpo, beta: 300}\n")):
+        plain.write_text(plain.read_text() + text)
+        configs = expand(plain, overrides, ["objective.name=dpo,pgdpo,ipo"], plain.parent)
+        assert [config.objective["beta"] for config in configs.values()] == [300.0] * 3
+    assert len(expand(plain, [], ["objective={name: dpo, beta: 5},{name: ipo, beta: 6}"], plain.parent)) == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "grid", "named"),
+    [
+        (["objective.beta=5"], ["objective.beta=1,2"], "objective.beta: given twice"),
+        ([], ["objective.beta=100,1e2"], "beta=100 and beta=1e2 are the same run"),
+        (
+            ["objective.name=slic"],
+            ["objective.beta=100,500"],
+            "--grid objective.beta: the run beta=100 would not use it",
+        ),
+        (["objective.ars=false"], ["objective.k1=1,2"], "--grid objective.k1: the run k1=1 would not use it"),
+        (
+            ["objective={name: safeguarded, base: {name: pgdpo, ipr: none}}"],
+            ["objective.base.k2=1,2"],
+            "would not use it",
+        ),
+        ([], ["objective.name=pgdpo,sft", "objective.beta=100,500"], "objective.beta: sft takes no settings"),
+        (["model.train=full"], ["model.lora.rank=1,2"], "--grid model.lora.rank: the run rank=1 would not use it"),
+        ([], ["training.evaluation_draws=1,2"], "would not use it"),
+        ([], ["model.reference=copy,adapter-off"], "the sweep chooses it for every run"),
+        (["model.architecture={}"], ["model.path=a/b,a_b"], "two runs would be called path=a_b"),
+        (["objective.ipr=none"], ["objective={k1: 1, k2: 5},{k1: 1, k2: 6}"], "are the same run"),
+    ],
+)
+def test_a_sweep_makes_no_two_equal_runs_and_no_name_that_says_what_a_run_does_not_use(plain, overrides, grid, named):
+    with pytest.raises(ConfigError) as caught:
+        expand(plain, overrides, grid, plain.parent)
+    assert named in str(caught.value)
+
+
+def test_a_sweep_over_nested_settings_reports_them(settings, tmp_path):
+    assert sweep(settings, "process.timestep_sampler.name=uniform,logit-normal") == 0
+    runs = report_of(tmp_path / "sweep")[1]
+    assert [run[1] for run in runs] == [{"process.timestep_sampler.name": name} for name in ("uniform", "logit-normal")]
+
+
+def test_a_run_s_folder_has_a_name_that_file_systems_take(plain):
+    paths = [f"{letter * 150}/{letter * 100}" for letter in "ab"]
+    names = expand(plain, ["model.architecture={}"], [f"model.path={','.join(paths)}"], plain.parent)
+    assert len(names) == 2 and all(len(name) <= 200 for name in names)

@@ -26,6 +26,7 @@ from pgdpo_fast.analysis.runs import RunRecord, identical_curves, read_runs
 from pgdpo_fast.analysis.verdict import FEWEST_PAIRS, Verdict, headline
 from pgdpo_fast.data.video import write_video
 from pgdpo_fast.metrics import ACCURACIES, CHOSEN, MARGINS, METRICS, REJECTED
+from pgdpo_fast.objectives import label as objective_label
 from pgdpo_fast.printable import printable
 from pgdpo_fast.storage import atomic_file
 
@@ -148,11 +149,21 @@ def render_report(
 
 
 def _headline(runs: Sequence[RunRecord], outcomes: Mapping[str, Outcome]) -> str:
-    return headline(
+    said = headline(
         {label: found.verdict for label, found in outcomes.items()},
         baseline=next((run.label for run in runs if run.objective == "dpo"), None),
         identical=identical_curves(runs),
     )
+    return f"{said} {beta_note(runs)}".strip()
+
+
+def beta_note(runs: Sequence[RunRecord]) -> str:
+    """A sentence where objectives are compared at different betas, which mean the same in all of them; else ""."""
+    betas = {run.label: run.beta for run in runs if run.beta is not None}
+    if len(set(betas.values())) < 2 or len({objective_label(run.config["objective"]) for run in runs}) < 2:
+        return ""
+    said = ", ".join(f"{label} {beta:g}" for label, beta in betas.items())
+    return f"β differs between the objectives ({said}), so this is no comparison of the objectives alone."
 
 
 def sentence(found: Outcome, exponent: int) -> str:

@@ -50,8 +50,11 @@ class RunRecord:
 
     @property
     def beta(self) -> float | None:
+        """Of the loss; None where it has none."""
         settings = self.config["objective"]
-        return settings.get("base", settings).get("beta")
+        settings = settings.get("base", settings)
+        unused = settings["name"] == "slic" and not settings.get("hinge")
+        return None if unused else settings.get("beta")
 
     @property
     def held_out(self) -> bool:

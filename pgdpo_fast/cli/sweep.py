@@ -54,7 +54,7 @@ class Sweep:
         overrides = [override for group in self.set for override in group]
         output = self.output or Path(load_config(self.config, overrides).output.dir)
         configs = expand(self.config, overrides, self.grid, output)
-        keys = [axis.partition("=")[0] for axis in self.grid]
+        keys = [axis.partition("=")[0].strip() for axis in self.grid]
         console = Console(highlight=False)
         with rows_progress(Console(stderr=True), "reference forwards") as progress:
             outcomes = sweep(

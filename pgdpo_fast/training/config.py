@@ -1,13 +1,14 @@
 """The settings of a training run: frozen dataclasses, a strict YAML overlay and the origin of every value.
 
-A file is laid over the defaults and `--set key=value` over the file. Every key and type is checked, a misspelt key is
-answered with the one that was probably meant, and all problems are reported at once.
+A file is laid over the defaults and the command line, in whatever order it was typed, over the file. Every key and type
+is checked, a misspelt key is answered with the one that was probably meant, and all problems are reported at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any, Literal
 
 from pgdpo_fast.diffusion import process_from_name
 from pgdpo_fast.errors import ConfigError
+from pgdpo_fast.families import FAMILIES
 from pgdpo_fast.models import adapter_class
 from pgdpo_fast.models.config import ModelConfig
 from pgdpo_fast.objectives import REGISTRY
@@ -143,6 +145,19 @@ class TrainConfig:
             if declared[key]["decides"] in what and declared[key]["content"] not in without
         }
 
+    def unused(self) -> set[str]:
+        """Dotted keys of settings that nothing in this run reads, as the others stand: another value, the same run."""
+        model, data, training = self.model, self.data, self.training
+        keys = {f"objective.{name}" for name in self.build_objective().unused_settings}
+        if training.granularity == "sample":  # one group: nothing to combine
+            keys |= {key for key in ("objective.combine", "objective.base.combine")}
+        if model.train == "full":
+            keys |= {key for key in _DECLARED if key.startswith("model.lora.")}
+            keys |= {"model.init_seed"} if model.path else set()
+        if not data.evaluation_pairs:
+            keys |= {"training.evaluation_draws"} | (set() if self.callbacks else {"training.evaluation_every"})
+        return keys
+
     def to_yaml(self) -> str:
         """The configuration as YAML, each value followed by its origin; `load_config` reads it back."""
         import yaml
@@ -227,12 +242,15 @@ class TrainConfig:
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Defaults, under a YAML file, under `key=value` overrides such as `objective.beta=500`.
+    """Defaults, under a YAML file, under `key=value` overrides such as `objective.beta=500` in any order.
+
+    Where an override names another objective or process than the file, the file's settings of the first do not apply,
+    but for an objective's beta, which means the same in all.
 
     Raises:
-        ConfigError: one message with every unknown key, wrong type and impossible value.
+        ConfigError: one message with every unknown key, wrong type, impossible value and override given twice.
     """
-    layers, problems = [], []
+    layers, problems, given = [], [], {}
     if path is not None:
         layers.append((_read_yaml(Path(path)), Path(path).name))
     for override in overrides:
@@ -243,7 +261,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         value = _parse_yaml(text, f"--set {key}")
         for part in reversed(key.strip().split(".")):
             value = {part: value}
-        layers.append((value, "command line"))
+        _join(given, value, "", problems)
+    layers.append((given, "command line"))
     return _resolve(layers, str(path) if path is not None else "command line", problems)
 
 
@@ -320,7 +339,7 @@ def _parse_yaml(text: str, where: str) -> Any:
 def _resolve(layers: Sequence[tuple[Mapping, str]], where: str, problems: Sequence[str] = ()) -> TrainConfig:
     problems, origins, merged = list(problems), {}, {}
     for values, origin in layers:
-        _merge(merged, values, "", origin, origins)
+        _merge(merged, values, "", origin, origins, _implied_names([values for values, _ in layers]))
     config = _construct(TrainConfig, merged, "", problems)
     usual = adapter_class(config.model.family).default_process  # its settings are another process's no more
     process = config.process if "name" in config.process else {**usual, **config.process}
@@ -339,22 +358,62 @@ def _resolve(layers: Sequence[tuple[Mapping, str]], where: str, problems: Sequen
     return dataclasses.replace(config, origins={key: origins.get(key, "default") for key in config.flat()})
 
 
-def _merge(into: dict, values: Mapping, prefix: str, origin: str, origins: dict[str, str]) -> None:
+def _implied_names(layers: Sequence[Mapping]) -> dict[str, str]:
+    """What `objective` and `process` are called where nothing names them."""
+    families = [values["model"].get("family") for values in layers if isinstance(values.get("model"), Mapping)]
+    family = next((name for name in reversed(families) if isinstance(name, str) and name in FAMILIES), "wan")
+    return {"objective": "pgdpo", "process": adapter_class(family).default_process["name"]}
+
+
+def _join(into: dict, values: Mapping, prefix: str, problems: list[str]) -> None:
+    """Add values of the command line to those already there; two for one setting are a problem."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and isinstance(into.setdefault(key, {}), dict):
+            _join(into[key], value, f"{prefix}{key}.", problems)
+        elif key in into:
+            problems.append(
+                f"{prefix}{key}: given twice on the command line, as {into[key]!r} and as {value!r}; give it once"
+            )
+        else:
+            into[key] = value
+
+
+def _merge(
+    into: dict, values: Mapping, prefix: str, origin: str, origins: dict[str, str], implied: Mapping[str, str]
+) -> None:
+    """Lay `values` over `into`. `implied`: see `_implied_names`."""
     for key, value in values.items():
         dotted = f"{prefix}{key}"
-        if not isinstance(value, Mapping):
+        below = into.get(key)
+        if not isinstance(value, Mapping) or (not value and dotted in _DECLARED):  # {} leaves nothing of what was there
             into[key] = value
+            _forget(origins, dotted)
             origins[dotted] = origin
             continue
-        below = into.get(key)
+        named = isinstance(below, dict) and "name" in value
         # another name has other settings: those of the layer below do not apply
-        if not isinstance(below, dict) or ("name" in value and value["name"] != below.get("name")):
+        if not isinstance(below, dict) or (named and value["name"] != below.get("name", implied.get(dotted))):
             into[key] = {}
-            for stale in [name for name in origins if name.startswith(f"{dotted}.")]:
-                del origins[stale]
-        _merge(into[key], value, f"{dotted}.", origin, origins)
+            if named and dotted.partition(".")[0] == "objective" and "beta" in below and _takes_beta(value["name"]):
+                into[key]["beta"] = below["beta"]
+            _forget(origins, dotted, kept=into[key])
+        _merge(into[key], value, f"{dotted}.", origin, origins, implied)
         if not _is_section(dotted, value):
             origins[dotted] = origin
+
+
+def _forget(origins: dict[str, str], dotted: str, kept: Mapping = types.MappingProxyType({})) -> None:
+    """Drop the origins of all settings below `dotted` but those `kept`."""
+    for key in [key for key in origins if key.startswith(f"{dotted}.") and key[len(dotted) + 1 :] not in kept]:
+        del origins[key]
+
+
+def _takes_beta(name: Any) -> bool:
+    """Whether the objective of this name has a beta; False for a name nobody knows, which is answered elsewhere."""
+    try:
+        return "beta" in {item.name for item in dataclasses.fields(REGISTRY.find(name, "objective"))}
+    except (ConfigError, TypeError):
+        return False
 
 
 def _is_section(dotted: str, value: Any) -> bool:

@@ -7,6 +7,7 @@ their own. Every part resumes where it stood.
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import multiprocessing
@@ -26,6 +27,7 @@ from pgdpo_fast.data.latent_store import LatentStore
 from pgdpo_fast.devices import select_device
 from pgdpo_fast.errors import ConfigError, NonFiniteError, OutOfMemoryError, PgdpoError, Preempted
 from pgdpo_fast.metrics import ACCURACIES, CHOSEN, MARGINS, REJECTED
+from pgdpo_fast.objectives import label
 from pgdpo_fast.preemption import sigterm_watch
 from pgdpo_fast.reference.cache import layout_mapping
 from pgdpo_fast.storage import canonical_json, sha256_bytes, write_json
@@ -42,6 +44,8 @@ from pgdpo_fast.training.trainer import train
 __all__ = ["Outcome", "expand", "sweep"]
 
 SUMMARY_FILE = "sweep.json"
+CHOSEN_BY_SWEEP = ("output.dir", "data.reference_cache", "model.reference")
+LONGEST_NAME = 200  # bytes of a run's folder; file systems end at 255
 
 
 @dataclass(frozen=True)
@@ -75,20 +79,22 @@ def expand(path: str | Path, overrides: Sequence[str], grid: Sequence[str], outp
         grid: `key=value,value,...`; every combination is one run. A list value needs its brackets: `key=[1,2],[3]`.
 
     Raises:
-        ConfigError: a grid that is no grid, or the settings of any combination.
+        ConfigError: a grid that is no grid, or the settings of any combination; a key that a run would not use; two
+            equal runs; objectives that would be compared at different defaults of beta.
     """
     import yaml
 
     axes = []
     for axis in grid:
         key, equals, text = axis.partition("=")
+        key = key.strip()
         try:
             values = yaml.load(f"[{text}]", yaml.BaseLoader)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, RecursionError):
             values = []
         if not equals or not values or len(set(map(str, values))) < len(values):
             raise ConfigError(f"--grid {axis!r}: expected key=value,value,... with different values")
-        if key in ("output.dir", "data.reference_cache"):
+        if key in CHOSEN_BY_SWEEP:
             raise ConfigError(f"--grid {key}: the sweep chooses it for every run")
         axes.append([(key, _text(value)) for value in values])
     if not axes or len({axis[0][0] for axis in axes}) < len(axes):
@@ -97,15 +103,71 @@ def expand(path: str | Path, overrides: Sequence[str], grid: Sequence[str], outp
     short = {axis[0][0]: name if last.count(name) == 1 else axis[0][0] for axis, name in zip(axes, last, strict=True)}
     configs = {}
     for chosen in itertools.product(*axes):
-        name = ",".join(f"{short[key]}={value}" for key, value in chosen).replace("/", "_").replace(" ", "")
+        name = _run_name([(short[key], value) for key, value in chosen])
         config = load_config(path, [*overrides, *(f"{key}={value}" for key, value in chosen)])
+        unused = config.unused()
+        for key, _ in chosen:
+            if key in unused:
+                raise ConfigError(
+                    f"--grid {key}: the run {name} would not use it, so its name would be wrong; change the other "
+                    f"settings, or sweep {key} on its own"
+                )
+        if name in configs:
+            raise ConfigError(f"--grid: two runs would be called {name}; write their values differently")
         configs[name] = replace(config, output=replace(config.output, dir=str(output / name)))
+    _check_different(configs)
+    _check_beta(configs, [axis[0][0] for axis in axes])
     return configs
 
 
 def _text(value: Any) -> str:
-    """A value of a grid as it was written: BaseLoader leaves scalars alone and opens lists."""
-    return f"[{','.join(map(_text, value))}]" if isinstance(value, list) else str(value)
+    """A value of a grid as it was written: BaseLoader leaves scalars alone and opens lists and mappings."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_text, value))}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_text(item)}" for key, item in value.items()) + "}"
+    return str(value)
+
+
+def _run_name(chosen: Sequence[tuple[str, str]]) -> str:
+    """A folder's name from the values that set the run apart; a long one is cut and ends in its hash."""
+    name = ",".join(f"{key}={value}" for key, value in chosen).replace("/", "_").replace(" ", "")
+    encoded = name.encode()
+    if len(encoded) <= LONGEST_NAME:
+        return name
+    return f"{encoded[: LONGEST_NAME - 9].decode(errors='ignore')}-{sha256_bytes(encoded)[:8]}"
+
+
+def _check_different(configs: Mapping[str, TrainConfig]) -> None:
+    """ConfigError naming two runs that differ in nothing either would use."""
+    seen: dict[str, str] = {}
+    for name, config in configs.items():
+        settings = config.to_mapping()
+        for key in config.unused() | set(CHOSEN_BY_SWEEP):
+            *sections, last = key.split(".")
+            functools.reduce(lambda below, part: below.get(part, {}), sections, settings).pop(last, None)
+        other = seen.setdefault(canonical_json(settings), name)
+        if other != name:
+            raise ConfigError(f"--grid: {other} and {name} are the same run; give every value once")
+
+
+def _check_beta(configs: Mapping[str, TrainConfig], keys: Sequence[str]) -> None:
+    """ConfigError where objectives would be compared at the different betas they have by default."""
+    if not any(key in ("objective", "objective.name", "objective.base", "objective.base.name") for key in keys):
+        return
+    betas, defaults = {}, False
+    for config in configs.values():
+        objective = config.build_objective()
+        where = "base.beta" if hasattr(objective, "base") else "beta"
+        if getattr(objective, "beta", None) is None or where in objective.unused_settings:
+            continue
+        betas[f"{label(config.objective)} {objective.beta:g}"] = objective.beta
+        defaults |= config.origins[f"objective.{where.partition('.')[0]}"] == "default"
+    if defaults and len(set(betas.values())) > 1:
+        raise ConfigError(
+            f"--grid over objectives: beta would be {', '.join(betas)}, and it means the same in all of them; give "
+            "one, such as --set objective.beta=500, or one to each: --grid objective='{name: dpo, beta: 500},{...}'"
+        )
 
 
 def sweep(
@@ -191,23 +253,23 @@ class _Job:
 
     def ended(self, seconds: float, metrics: dict[str, float], failure: str | None) -> Outcome:
         config = self.config
-        flat = {
-            **config.flat(),
-            **{
-                f"{section}.{key}": value
-                for section in ("objective", "process")
-                for key, value in getattr(config, section).items()
-            },
-        }
         return Outcome(
             self.name,
             Path(config.output.dir),
-            {key: flat[key] for key in self.keys},
+            {key: _value(config, key) for key in self.keys},
             self.cache,
             seconds,
             metrics,
             failure,
         )
+
+
+def _value(config: TrainConfig, key: str) -> Any:
+    """A setting by its dotted key, which may go on into a mapping."""
+    value: Any = config.to_mapping()
+    for part in key.split("."):
+        value = value[part]
+    return value
 
 
 def _in_turn(jobs: Sequence[_Job], display: str, note: Callable[[str], None]) -> Iterator[Outcome]:
