@@ -428,10 +428,11 @@ def main() -> int:
         if out:
             keep_records(Path(scratch), out / f"{name}.jsonl")
         result = run_waves(options, Path(scratch), save)
+        if result["environment"]:
+            save(result, plots=True)
     if result["environment"] is None:
         print(f"no device could be used: {result['sections']['environment']['ended']}", file=sys.stderr)
         return 2
-    save(result, plots=True)
     print(markdown(result))
     from bench import report
 
