@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 from pgdpo_fast.errors import Preempted
 
-__all__ = ["Stop", "Stopping", "sigterm_watch", "stoppable"]
+__all__ = ["Stop", "Stopping", "stoppable"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -64,7 +64,7 @@ class Stopping:
 
 
 @contextmanager
-def stoppable(message: Callable[[str], str]) -> Iterator[Stopping]:
+def stoppable(message: Callable[[str], str], saves: bool = False) -> Iterator[Stopping]:
     """Within the block the first SIGTERM, SIGINT or SIGHUP raises Stop in the main thread, which leaves as Preempted.
 
     The same SIGTERM or SIGINT again ends the process at once. A signal that the process was started to ignore (nohup, a
@@ -72,6 +72,8 @@ def stoppable(message: Callable[[str], str]) -> Iterator[Stopping]:
 
     Args:
         message: of the Preempted error, given the signal's name: what was kept, and how to go on.
+        saves: the block itself saves after Stop, so that an error of it counts. Otherwise what leaves the block after a
+            signal is taken for Stop: compiled libraries turn it into errors of their own.
     """
     stopping, previous = Stopping(), {}
     try:
@@ -85,19 +87,7 @@ def stoppable(message: Callable[[str], str]) -> Iterator[Stopping]:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-    except Stop as stop:
-        raise Preempted(message(stop.args[0])) from None
-
-
-@contextmanager
-def sigterm_watch() -> Iterator[Callable[[], bool]]:
-    """Within the block SIGTERM is noted instead of killing the process; the yielded function says whether it came."""
-    came = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield came.is_set
-        return
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: came.set())
-    try:
-        yield came.is_set
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    except BaseException as error:
+        if stopping.name is None or isinstance(error, Preempted) or (saves and not isinstance(error, Stop)):
+            raise
+        raise Preempted(message(stopping.name)) from None

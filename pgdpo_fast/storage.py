@@ -218,13 +218,10 @@ def set_aside(path: Path) -> Path:
     return kept
 
 
-def append_line(path: str | os.PathLike, line: str, sync: bool = False) -> None:
-    """Append a line to a text file that is no link; with `sync` all of the file then survives a loss of power."""
-    with open(path, "a", encoding="utf-8", opener=_not_through_links) as file:
+def append_line(path: str | os.PathLike, line: str) -> None:
+    """Append a line to a text file that is no link."""
+    with open(path, "a", encoding="utf-8", errors="backslashreplace", opener=_not_through_links) as file:
         file.write(f"{line}\n")
-        if sync:
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def _not_through_links(path: str, flags: int) -> int:

@@ -6,15 +6,23 @@ Errors raised on purpose end as one line on stderr and the exit code of their cl
 
 from __future__ import annotations
 
+import errno
 import inspect
+import shlex
 import sys
 import textwrap
+import traceback
 from importlib import import_module
+from io import BufferedWriter, FileIO, TextIOWrapper
+from tempfile import NamedTemporaryFile
 
 from pgdpo_fast import __version__
-from pgdpo_fast.errors import ConfigError, PgdpoError
+from pgdpo_fast.errors import ConfigError, DataError, OutOfMemoryError, PgdpoError
 from pgdpo_fast.options import did_you_mean
+from pgdpo_fast.preemption import stoppable
 from pgdpo_fast.printable import printable
+
+DATA, MEMORY, INTERNAL = DataError.exit_code, OutOfMemoryError.exit_code, 70  # EX_SOFTWARE of sysexits.h
 
 # verb -> (module under pgdpo_fast.cli, class in it), in the order the help lists them
 COMMANDS = {
@@ -48,22 +56,58 @@ def main(argv: list[str] | None = None) -> int:
         hint = did_you_mean(argv[0], COMMANDS) or f"; expected one of {', '.join(COMMANDS)}"
         print(f"error: no command {argv[0]!r}{hint}", file=sys.stderr)
         return ConfigError.exit_code
-    command_class = _command(argv[0])
+    command_line = shlex.join(["pgdpo-fast", *argv])
     try:
-        command = tyro.cli(
-            command_class,
-            prog=f"pgdpo-fast {argv[0]}",
-            args=argv[1:],
-            description=inspect.getdoc(command_class),
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
-        return command.run() or 0
+        with stoppable(lambda name: f"stopped by {name}; resume with: {command_line}"):
+            command_class = _command(argv[0])
+            command = tyro.cli(
+                command_class,
+                prog=f"pgdpo-fast {argv[0]}",
+                args=argv[1:],
+                description=inspect.getdoc(command_class),
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+            return command.run() or 0
     except PgdpoError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        return _failed(error, error.exit_code)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _failed(f"{where}{error.strerror or error}; check the path, its permissions and the disk", DATA)
+    except MemoryError as error:
+        return _failed(f"out of memory ({str(error) or 'on the host'}); lower the size of what is asked for", MEMORY)
+    except Exception as error:
+        with NamedTemporaryFile("w", prefix="pgdpo-fast-", suffix=".txt", delete=False, errors="replace") as file:
+            file.write(f"{command_line}\n\n{traceback.format_exc()}")
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return _failed(f"{what}; this is a fault of pgdpo-fast, please report it with {file.name}", INTERNAL)
+
+
+def script() -> int:
+    """`main` for the installed command, whose output outlives its terminal: see `_Outliving`."""
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if isinstance(stream, TextIOWrapper):
+            raw = _Outliving(descriptor, "w", closefd=False)
+            options = {"encoding": stream.encoding, "errors": "backslashreplace", "line_buffering": True}
+            setattr(sys, name, TextIOWrapper(BufferedWriter(raw), **options))
+    return main()
+
+
+class _Outliving(FileIO):
+    """A stream that goes on without a reader: a closed terminal or pipe must not end a run before it has saved."""
+
+    def write(self, data) -> int | None:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno in (errno.EIO, errno.EPIPE):
+                return len(data)
+            raise
+
+
+def _failed(message: object, exit_code: int) -> int:
+    print(f"error: {printable(str(message))}", file=sys.stderr)
+    return exit_code
 
 
 def _command(verb: str) -> type:
@@ -85,6 +129,7 @@ def _overview() -> str:
     lines += [
         "",
         "pgdpo-fast COMMAND --help explains one. Exit codes: 0 ok, 2 configuration, 3 data, 4 non-finite,",
-        "5 out of memory, 75 stopped by SIGTERM with its state saved.",
+        "5 out of memory, 70 a fault of this program, 75 stopped by SIGTERM, Ctrl-C or a closed terminal with its",
+        "state saved. The same signal again ends it at once.",
     ]
     return "\n".join(lines)

@@ -16,7 +16,8 @@ class Sweep:
     The reference runs once, before the first training, and never again: not for the second run, and not when the sweep
     is repeated or made larger. Only grid keys that change what the reference is asked (seed, draws, process, network)
     cost another pass. Writes a run directory for every combination, sweep.json, and report.html comparing them.
-    SIGTERM stops all runs with their state saved, exits with code 75 and prints the command that resumes the sweep.
+    SIGTERM, Ctrl-C and a closed terminal stop all runs with their state saved; the exit code is 75, and the command
+    that resumes the sweep is printed.
 
     Examples:
         pgdpo-fast sweep wan.yaml --grid objective.beta=100,500,2000 --grid objective.k1=1,2 --output runs/beta-k1

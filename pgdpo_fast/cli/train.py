@@ -18,8 +18,9 @@ class Train:
     (one line a step, with every pair's rewards, alpha and gamma), evaluation.jsonl (held-out pairs at fixed draws),
     checkpoints/step_*/weights (what diffusers loads) and log.txt.
 
-    Stopping is safe at any moment: SIGTERM saves, exits with code 75 and prints the command that resumes; after a
-    kill the same command continues from the newest whole checkpoint, with the numbers of an uninterrupted run.
+    Stopping is safe at any moment: SIGTERM, Ctrl-C and a closed terminal save, exit with code 75 and print the command
+    that resumes; after a kill the same command continues from the newest whole checkpoint, with the numbers of an
+    uninterrupted run.
 
     Examples:
         pgdpo-fast train examples/tiny.yaml

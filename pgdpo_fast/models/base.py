@@ -24,6 +24,7 @@ from pgdpo_fast.errors import ConfigError, DataError
 from pgdpo_fast.families import ClipSize, LatentRule, TextRule
 from pgdpo_fast.models.config import ModelConfig
 from pgdpo_fast.options import did_you_mean
+from pgdpo_fast.storage import follow_umask
 
 __all__ = ["ModelAdapter", "NoisedBatch", "adapters_off"]
 
@@ -322,6 +323,7 @@ class ModelAdapter:
         """Write the trained weights as diffusers reads them: a LoRA file for the pipeline, or the whole network."""
         if self.config.train == "full":
             model.save_pretrained(directory)
+            follow_umask(directory)
             return
         from safetensors.torch import save_file
 
@@ -336,6 +338,7 @@ class ModelAdapter:
             directory / LORA_FILE,
             metadata={"format": "pt", "lora_adapter_metadata": json.dumps(metadata, indent=2, sort_keys=True)},
         )
+        follow_umask(directory)
 
     def restore(self, model: nn.Module, directory: Path) -> None:
         """Put exported weights back, bit for bit.

@@ -8,6 +8,7 @@ file that changed on disk is noticed before anything is loaded from it.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +25,9 @@ from pgdpo_fast.storage import (
     check_disk,
     describe_bytes,
     fsync_path,
+    laid_out,
     read_json,
+    real_folder,
     sha256_file,
     verified,
     write_json,
@@ -100,8 +103,14 @@ def load_checkpoint(
 def check_checkpoint(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint whose every file is as it was written; DataError otherwise."""
     manifest = read_json(path / MANIFEST)
-    for shard in _shards(manifest):
+    with laid_out(path / MANIFEST):
+        manifest["identity"].items(), manifest["step"] + 0
+        listed = _shards(path, manifest)
+    for shard in listed:
         verified(path, shard)
+    extra = {f"{WEIGHTS}/{file.name}" for file in real_folder(path, WEIGHTS).glob("*.safetensors")}
+    if extra := sorted(extra - {shard.name for shard in listed}):
+        raise DataError(f"{path / extra[0]}: is not of this checkpoint, whose {MANIFEST} does not list it; delete it")
     return manifest
 
 
@@ -165,7 +174,7 @@ def rehearse(
     for key, value in _optimizer_state(path, manifest):
         if not torch.equal(value, state[key].cpu()):
             raise DataError(f"{path}: {key} read back differs from what was written; the disk is damaging files")
-    written = sum(shard.bytes for shard in _shards(manifest))
+    written = sum(shard.bytes for shard in _shards(path, manifest))
     shutil.rmtree(path)
     part = "" if whole else ", a part of the state"
     return f"save rehearsed: {describe_bytes(written)} written, verified and read back{part}"
@@ -209,15 +218,15 @@ def _optimizer_state(path: Path, manifest: Mapping[str, Any]) -> Iterator[tuple[
     """Every entry of the optimizer state of a checkpoint whose files have been checked."""
     from safetensors import safe_open
 
-    for shard in _shards(manifest):
+    for shard in _shards(path, manifest):
         if shard.name.startswith("optimizer-"):
             with safe_open(path / shard.name, "pt") as file:
                 for key in file.keys():
                     yield key, file.get_tensor(key)
 
 
-def _shards(manifest: Mapping[str, Any]) -> list[Shard]:
-    return [Shard(**entry) for entry in manifest["files"]]
+def _shards(path: Path, manifest: Mapping[str, Any]) -> list[Shard]:
+    return [Shard.listed(path / MANIFEST, entry) for entry in manifest["files"]]
 
 
 @contextmanager
@@ -232,12 +241,13 @@ def _disk_errors(root: Path) -> Iterator[None]:
 
 
 def _finished(root: Path) -> list[Path]:
-    """Checkpoint folders, newest first."""
-    return sorted(root.glob("step_????????"), reverse=True)
+    """Checkpoint folders, newest first; DataError where something else has such a name."""
+    names = [path.name for path in root.glob("step_*") if re.fullmatch(r"step_\d{8}", path.name)]
+    return [real_folder(root, name) for name in sorted(names, reverse=True)]
 
 
 def _fresh(folder: Path) -> Path:
-    if folder.exists():
+    if real_folder(folder.parent, folder.name).exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     return folder
@@ -245,7 +255,7 @@ def _fresh(folder: Path) -> Path:
 
 def _remove(folder: Path) -> None:
     # renamed first: a kill half-way through the deletion must not leave something that looks like a checkpoint
-    doomed = folder.with_name(f".removing_{folder.name}")
+    doomed = real_folder(folder.parent, f".removing_{folder.name}")
     if doomed.exists():
         shutil.rmtree(doomed)
     os.replace(folder, doomed)

@@ -21,8 +21,10 @@ from pgdpo_fast.data.latent_store import LatentStore
 from pgdpo_fast.devices import select_device
 from pgdpo_fast.errors import ConfigError
 from pgdpo_fast.loss import ReferenceErrors
+from pgdpo_fast.metrics import CHOSEN, MARGINS
 from pgdpo_fast.models import ModelAdapter
 from pgdpo_fast.objectives import REGISTRY, Objective
+from pgdpo_fast.preemption import Stopping
 from pgdpo_fast.storage import atomic_file
 from pgdpo_fast.training import checkpoint
 from pgdpo_fast.training.batches import Batch, Draw, HostBatch, PairOrder, Stage, hold_out
@@ -34,7 +36,20 @@ from pgdpo_fast.training.optimizer import MasterAdamW
 from pgdpo_fast.training.reference import AdapterOffReference, CopyReference, ReferenceProvider
 from pgdpo_fast.training.telemetry import MetricsFile, PreferenceHealth, TensorBoard
 
-__all__ = ["Run"]
+__all__ = ["FILES", "Run"]
+
+# What a run writes right into its folder; none may be a link to somewhere else.
+FILES = (
+    "config.yaml",
+    "environment.json",
+    "metrics.jsonl",
+    "evaluation.jsonl",
+    "displacement.jsonl",
+    "log.txt",
+    "checkpoints",
+    "samples",
+    "tensorboard",
+)
 
 
 @dataclass
@@ -60,7 +75,7 @@ class Run:
     evaluations: MetricsFile
     callbacks: list[Callable[[int, Run], None]]
     tensorboard: TensorBoard | None = None
-    stopping: Callable[[], bool] = lambda: False
+    stopping: Stopping = field(default_factory=Stopping)
     resumed_from: Path | None = None
     last_evaluation: Mapping[str, Any] | None = None
     reference_cache: dict[int, ReferenceErrors] = field(default_factory=dict)
@@ -116,8 +131,8 @@ class Run:
             held_out=[Draw(pair, draw) for draw in range(options.evaluation_draws) for pair in held_out],
             identity=json.loads(json.dumps(identity)),
             health=PreferenceHealth(getattr(objective, "beta", None)),
-            metrics=MetricsFile(root / "metrics.jsonl"),
-            evaluations=MetricsFile(root / "evaluation.jsonl"),
+            metrics=MetricsFile(root / "metrics.jsonl", PreferenceHealth.NUMBERS, PreferenceHealth.PAIR_NUMBERS),
+            evaluations=MetricsFile(root / "evaluation.jsonl", (CHOSEN, MARGINS), ("chosen", "margin", "timestep")),
             callbacks=config.build_callbacks(),
         )
 
@@ -155,9 +170,9 @@ class Run:
                 )
         checkpoint.check_space(self.checkpoints, self.optimizer, self.config.training.checkpoint_keep)
         # rows after the checkpoint describe steps that will be made again
-        for row in self.metrics.keep_until(step):
+        for row in self.metrics.keep_until(step, self.note):
             self.health.update(row)
-        for row in self.evaluations.keep_until(step if self.resumed_from else -1):
+        for row in self.evaluations.keep_until(step if self.resumed_from else -1, self.note):
             self.last_evaluation = row
         self.tensorboard = TensorBoard(self.root / "tensorboard", self.config.output.tensorboard, purge_step=step + 1)
         with atomic_file(self.root / "config.yaml") as temporary:

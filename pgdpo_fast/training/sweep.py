@@ -11,6 +11,7 @@ import functools
 import gc
 import itertools
 import multiprocessing
+import shlex
 import signal
 import time
 from collections import deque
@@ -28,7 +29,7 @@ from pgdpo_fast.devices import select_device
 from pgdpo_fast.errors import ConfigError, NonFiniteError, OutOfMemoryError, PgdpoError, Preempted
 from pgdpo_fast.metrics import ACCURACIES, CHOSEN, MARGINS, REJECTED
 from pgdpo_fast.objectives import label
-from pgdpo_fast.preemption import sigterm_watch
+from pgdpo_fast.preemption import stoppable
 from pgdpo_fast.reference.cache import layout_mapping
 from pgdpo_fast.storage import canonical_json, sha256_bytes, write_json
 from pgdpo_fast.training.config import TrainConfig, load_config
@@ -193,7 +194,7 @@ def sweep(
 
     Raises:
         ConfigError, DataError: as `cache_reference` and `train` would; other processes stop with their state saved.
-        Preempted: SIGTERM came; the state of every run is saved and the message holds `resume_command`.
+        Preempted: a signal came; the state of every run is saved and the message holds `resume_command`.
     """
     if devices and "training.device" in keys:
         raise ConfigError("--grid training.device: --devices chooses it for every run; leave one of them out")
@@ -281,7 +282,7 @@ def _in_turn(jobs: Sequence[_Job], display: str, note: Callable[[str], None]) ->
 def _spread(jobs: Sequence[_Job], devices: Sequence[str], note: Callable[[str], None]) -> Iterator[Outcome]:
     """Outcomes as they come, of one process a run and one run a device at a time.
 
-    A process that dies without a word (killed for host memory, or by a bug) is a failure of its run alone. SIGTERM, an
+    A process that dies without a word (killed for host memory, or by a bug) is a failure of its run alone. A signal, an
     error that concerns the whole sweep, and the end of the iteration stop all processes; each saves its state first.
     """
     gc.collect()
@@ -290,12 +291,23 @@ def _spread(jobs: Sequence[_Job], devices: Sequence[str], note: Callable[[str], 
     running: dict[connection.Connection, tuple[multiprocessing.Process, _Job, str, float]] = {}
     errors: list[PgdpoError] = []
 
+    told: set[multiprocessing.Process] = set()
+
     def stop() -> None:
         waiting.clear()
         for process, *_ in running.values():
-            process.terminate()
+            if process not in told:  # a second SIGTERM would end it unsaved
+                process.terminate()
+                told.add(process)
 
-    with sigterm_watch() as stopping:
+    def stopped(name: str) -> str:
+        folder = shlex.quote(str(Path(jobs[0].config.output.dir).parent))
+        return (
+            f"stopped by {name}, the state of every run saved; resume one with: pgdpo-fast train "
+            f"{folder}/RUN/config.yaml"
+        )
+
+    with stoppable(stopped) as stopping, stopping.deferred():
         try:
             while waiting or running:
                 while waiting and free:
@@ -327,25 +339,20 @@ def _spread(jobs: Sequence[_Job], devices: Sequence[str], note: Callable[[str], 
                         if len(errors) == 1:
                             stop()
                 if stopping() and not errors:
-                    folder = Path(jobs[0].config.output.dir).parent
-                    errors.append(
-                        Preempted(
-                            "stopped by SIGTERM, the state of every run saved; resume one with: "
-                            f"pgdpo-fast train {folder}/RUN/config.yaml"
-                        )
-                    )
+                    errors.append(Preempted(stopped(stopping.name)))
                     stop()
         finally:
             stop()
             for process, *_ in running.values():
                 process.join()
-    if errors:  # what went wrong says more than that the others were stopped for it
-        raise min(errors, key=lambda error: isinstance(error, Preempted))
+        if errors:  # what went wrong says more than that the others were stopped for it
+            raise min(errors, key=lambda error: isinstance(error, Preempted))
 
 
 def _work(job: _Job, sender: connection.Connection) -> None:
     """Body of a process: sends an Outcome, or the error that concerns the whole sweep."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the sweep too, which then stops its runs by SIGTERM
+    for number in (signal.SIGINT, signal.SIGHUP):  # they reach the sweep too, which then stops its runs by SIGTERM
+        signal.signal(number, signal.SIG_IGN)
     try:
         result: Outcome | PgdpoError = job.run("none")
     except PgdpoError as error:

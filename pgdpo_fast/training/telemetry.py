@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from pgdpo_fast.metrics import ACCURACIES, CHOSEN, MARGINS, REJECTED, timestep_bins
-from pgdpo_fast.storage import atomic_file
+from pgdpo_fast.storage import append_line, atomic_file, fsync_path, set_aside
 
 __all__ = ["Display", "MetricsFile", "PreferenceHealth", "RunLog", "TensorBoard", "open_display"]
 
@@ -28,34 +27,57 @@ WINDOW = 40  # steps the health looks back on; its two halves are compared
 class MetricsFile:
     """A file of one JSON object a line, ordered by `step`, on which a resumed run continues exactly where it stood."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, numbers: Sequence[str] = (), pair_numbers: Sequence[str] = ()):
+        """`numbers` and `pair_numbers` name what every row and the pairs of every row must hold."""
+        self.path, self.numbers, self.pair_numbers = path, numbers, pair_numbers
 
-    def keep_until(self, step: int) -> list[dict[str, Any]]:
-        """Drop rows after `step`, and a line a kill cut short; returns the rows kept."""
-        kept = []
-        if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:
-                    break
-                if row["step"] > step:
-                    break
-                kept.append((line, row))
+    def keep_until(self, step: int, note: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
+        """Drop rows after `step`, and a last line a kill cut short; returns the rows kept.
+
+        A line that is no row of this file is damage: the file as it is is set aside, every whole row is kept, and
+        `note` is told both.
+        """
+        rows, damaged, last = [], [], -1
+        lines = (self.path.read_bytes() if self.path.exists() else b"").split(b"\n")
+        for number, line in enumerate(lines[:-1], 1):  # a whole line ends in a newline
+            row = self._row(line)
+            if row is None or row["step"] <= last:
+                damaged.append(number)
+                continue
+            last = row["step"]
+            if last <= step:
+                rows.append((line, row))
+        if damaged:
+            kept = set_aside(self.path)
+            shown = f"{', '.join(map(str, damaged[:5]))}{', ...' * (len(damaged) > 5)}"
+            note(
+                f"{self.path}: damaged in line {shown}; set aside as {kept.name}, the {len(rows)} whole rows "
+                f"up to step {step} are kept"
+            )
         with atomic_file(self.path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line, _ in kept), encoding="utf-8")
-        return [row for _, row in kept]
+            temporary.write_bytes(b"".join(line + b"\n" for line, _ in rows))
+        return [row for _, row in rows]
+
+    def _row(self, line: bytes) -> dict[str, Any] | None:
+        """The row in a line; None where it is none."""
+        try:
+            row = json.loads(line)
+            numbers = [row["step"], *(row[name] for name in self.numbers)]
+            pairs = {name: list(values) for name, values in row["pairs"].items()}
+            numbers += [value for name in self.pair_numbers for value in pairs[name]]
+            whole = len({len(values) for values in pairs.values()}) == 1 and pairs["id"] and type(row["step"]) is int
+        except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
+            return None
+        return row if whole and all(type(number) in (int, float) for number in numbers) else None
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one row; it is out of this process when the call returns."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_line(self.path, json.dumps(row))
 
     def sync(self) -> None:
         """Make the rows survive a loss of power."""
-        with open(self.path, "a") as file:
-            os.fsync(file.fileno())
+        if self.path.exists():
+            fsync_path(self.path)
 
 
 class TensorBoard:
@@ -88,12 +110,14 @@ class RunLog:
         self.path = path
 
     def write(self, text: str) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
+        append_line(self.path, f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
 
 
 class PreferenceHealth:
     """Whether the preference is being learnt, or only won: displacement, saturation, alpha, gamma, suggested beta."""
+
+    NUMBERS = (CHOSEN, MARGINS, "gradient_factor", "logits")  # what it looks at of a row, and of the row's pairs
+    PAIR_NUMBERS = ("margin", "timestep", "alpha", "gamma")
 
     def __init__(self, beta: float | None, window: int = WINDOW):
         self.beta = beta

@@ -8,6 +8,7 @@ number is all a resumed run needs to go on as if nothing had happened.
 from __future__ import annotations
 
 import errno
+import shlex
 import statistics
 import time
 import traceback
@@ -16,19 +17,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from pgdpo_fast.errors import DataError, OutOfMemoryError, PgdpoError, Preempted
 from pgdpo_fast.loss import ReferenceErrors, preference_loss
 from pgdpo_fast.metrics import ACCURACIES, CHOSEN, MARGINS, MEANS, REJECTED, timestep_bins
-from pgdpo_fast.preemption import sigterm_watch
-from pgdpo_fast.storage import exclusive_lock
+from pgdpo_fast.preemption import stoppable
+from pgdpo_fast.storage import exclusive_lock, real_path, remove_temporaries
 from pgdpo_fast.training import checkpoint, measure
 from pgdpo_fast.training.callbacks import Callback
 from pgdpo_fast.training.config import TrainConfig
-from pgdpo_fast.training.run import Run
+from pgdpo_fast.training.run import FILES, Run
 from pgdpo_fast.training.telemetry import Display, RunLog, open_display
 
 __all__ = ["RunResult", "train"]
@@ -72,10 +73,17 @@ def train(
         DataError: store or checkpoint missing or damaged, disk full.
         NonFiniteError: a loss or gradient is not finite; the weights are those of the last finished step.
         OutOfMemoryError: names the settings that lower memory.
-        Preempted: SIGTERM came; the state is saved and the message says how to resume.
+        Preempted: SIGTERM, SIGINT or SIGHUP came; the state is saved and the message says how to resume.
     """
     root = Path(config.output.dir)
-    with exclusive_lock(root), sigterm_watch() as stopping:
+
+    def stopped(name: str) -> str:
+        return f"stopped by {name} before {root} was loaded, nothing is lost; run the same command again"
+
+    with stoppable(stopped, saves=True) as stopping, exclusive_lock(root):
+        for file in FILES:
+            real_path(root, file)
+        remove_temporaries(root, *FILES)
         log = RunLog(root / "log.txt")
         shown = open_display(display, config.output.log_every) if isinstance(display, str) else display
 
@@ -95,7 +103,7 @@ def train(
             return _loop(run, start, shown)
         except BaseException as error:
             with suppress(OSError):  # the disk may be what failed
-                log.write(traceback.format_exc())
+                log.write(str(error) if isinstance(error, Preempted) else traceback.format_exc())
             if _is_out_of_memory(error):
                 raise OutOfMemoryError(_memory_advice(config, error)) from error
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -111,45 +119,49 @@ def _loop(run: Run, start: int, display: Display) -> RunResult:
     saved = run.resumed_from
     if saved and saved.parent.resolve() != run.checkpoints.resolve():
         saved = None
-    _look(run, start)
-    with closing(_read_ahead(run, start, last)) as steps:
-        for step, micro_batches, waited in steps:
-            if run.stopping():
-                _preempt(run, step, saved)
-            began = time.perf_counter()
-            run.optimizer.zero_grad()
-            measured = []
-            for draws, tensors in micro_batches:
-                batch = run.stage.noise(draws, tensors)
-                reference = run.reference(batch)  # before the policy's forward: see `adapters_off`
-                prediction = run.adapter.predict(run.policy, batch)
-                # a forward's share of the step is a pair weight: fp32, before gradients are rounded
-                out = preference_loss(
-                    prediction,
-                    batch.target,
-                    reference,
-                    **run.loss_options(batch),
-                    pair_weight=batch.weight / options.accumulation,
-                )
-                out.loss.backward()
-                measured.append(measure.on_device(batch, out))
-            norm = run.optimizer.clip(options.clip_norm)
-            row = measure.to_row(measured, norm)  # the one wait for the device
-            measure.check_finite(row, step, options.seed, run.root)
-            run.optimizer.step(step)
-
-            done = step + 1
-            run.record(done, row, seconds=time.perf_counter() - began + waited, waited=waited)
-            display.step(row, last, run.health)
-            if step == start:
-                run.note(
-                    checkpoint.rehearse(run.checkpoints, done, run.adapter, run.policy, run.optimizer, run.identity)
-                )
-            _look(run, done)
-            if done % options.checkpoint_every == 0 or done == last:
-                saved = run.save(done)
-    if run.stopping():  # it may have cut the last evaluation short
-        _preempt(run, last, saved)
+    done = start
+    try:
+        _look(run, start)
+        with closing(_read_ahead(run, start, last)) as steps:
+            for step, micro_batches, waited in steps:
+                run.stopping.check()
+                began = time.perf_counter()
+                run.optimizer.zero_grad()
+                measured = []
+                for draws, tensors in micro_batches:
+                    batch = run.stage.noise(draws, tensors)
+                    reference = run.reference(batch)  # before the policy's forward: see `adapters_off`
+                    prediction = run.adapter.predict(run.policy, batch)
+                    # a forward's share of the step is a pair weight: fp32, before gradients are rounded
+                    out = preference_loss(
+                        prediction,
+                        batch.target,
+                        reference,
+                        **run.loss_options(batch),
+                        pair_weight=batch.weight / options.accumulation,
+                    )
+                    out.loss.backward()
+                    measured.append(measure.on_device(batch, out))
+                norm = run.optimizer.clip(options.clip_norm)
+                row = measure.to_row(measured, norm)  # the one wait for the device
+                measure.check_finite(row, step, options.seed, run.root)
+                with run.stopping.deferred():  # the weights, their row and the count of steps change together
+                    run.optimizer.step(step)
+                    done = step + 1
+                    run.record(done, row, seconds=time.perf_counter() - began + waited, waited=waited)
+                    display.step(row, last, run.health)
+                if step == start:
+                    run.note(
+                        checkpoint.rehearse(run.checkpoints, done, run.adapter, run.policy, run.optimizer, run.identity)
+                    )
+                _look(run, done)
+                if done % options.checkpoint_every == 0 or done == last:
+                    with run.stopping.deferred():
+                        saved = run.save(done)
+    except BaseException:  # Stop, or what a compiled library made of it
+        if run.stopping.name is None:
+            raise
+        _preempt(run, done, saved, run.stopping.name)
     saved = saved or run.save(last)
     run.tensorboard.close()
     run.note(f"finished at step {last}; weights in {saved / checkpoint.WEIGHTS}")
@@ -162,8 +174,9 @@ def _look(run: Run, step: int) -> None:
     evaluated = _evaluate(run, step)
     for callback in run.callbacks:
         every = getattr(callback, "every", 0)
-        if evaluated if not every else _is_due(run, step, every) and not run.stopping():
-            callback(step, run)
+        if evaluated if not every else _is_due(run, step, every):
+            with run.stopping.deferred():  # it may have changed weights that it puts back
+                callback(step, run)
 
 
 def _is_due(run: Run, step: int, every: int) -> bool:
@@ -173,7 +186,7 @@ def _is_due(run: Run, step: int, every: int) -> bool:
 def _evaluate(run: Run, step: int) -> bool:
     """Measure the held-out pairs at their fixed draws and return True, if it is time and not done before.
 
-    SIGTERM cuts it short, without a row; the resumed run then makes up for it.
+    A signal cuts it short, without a row; the resumed run then makes up for it.
     """
     done = run.last_evaluation is not None and run.last_evaluation["step"] == step
     if done or not _is_due(run, step, run.config.training.evaluation_every):
@@ -181,8 +194,7 @@ def _evaluate(run: Run, step: int) -> bool:
     size = run.config.training.pairs_per_step // run.config.training.accumulation
     measured = []
     for place in range(0, len(run.held_out), size):
-        if run.stopping():
-            return False
+        run.stopping.check()
         draws = run.held_out[place : place + size]
         batch = run.evaluation_stage.noise(draws, run.evaluation_stage.read(draws))
         reference = run.reference_cache.get(place)
@@ -202,8 +214,9 @@ def _evaluate(run: Run, step: int) -> bool:
             "by_timestep": _by_timestep(row),
             "pairs": {name: row["pairs"][name] for name in ("id", "draw", "chosen", "rejected", "margin", "timestep")},
         }
-        run.last_evaluation = row
-        run.evaluations.append(row)
+        with run.stopping.deferred():
+            run.last_evaluation = row
+            run.evaluations.append(row)
         run.tensorboard.write(row, "evaluation")
         rewards = ", ".join(f"{name.rpartition('/')[2]} {row[name]:+.2e}" for name in (MARGINS, CHOSEN, REJECTED))
         run.note(f"evaluation at step {step}: accuracy {row[ACCURACIES]:.2f}, {rewards}")
@@ -230,13 +243,15 @@ def _read_ahead(run: Run, start: int, last: int) -> Iterator[tuple[int, list, fl
             yield step, tensors, waited
 
 
-def _preempt(run: Run, step: int, saved: Path | None) -> None:
+def _preempt(run: Run, step: int, saved: Path | None, name: str) -> NoReturn:
+    for parameter in run.optimizer.parameters.values():  # off while the reference runs, and an export asks it
+        parameter.requires_grad_(True)
     if saved is None or not saved.name.endswith(f"{step:08d}"):
         run.save(step)
     run.tensorboard.close()
     raise Preempted(
-        f"stopped by SIGTERM after step {step}, state saved; resume with: "
-        f"pgdpo-fast train {run.root / 'config.yaml'} --resume auto"
+        f"stopped by {name} after step {step}, state saved; resume with: "
+        f"pgdpo-fast train {shlex.quote(str(run.root / 'config.yaml'))} --resume auto"
     )
 
 

@@ -1,0 +1,194 @@
+"""SIGTERM, Ctrl-C and a closed terminal end long commands alike: soon, saved, with exit code 75 and how to go on."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pty
+import signal
+import sys
+import time
+
+import pytest
+import torch
+
+from pgdpo_fast.data.synthetic import render_pairs
+from pgdpo_fast.errors import Preempted
+from pgdpo_fast.preemption import Stop, stoppable
+
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["torch", "pgdpo_fast.training.trainer", "pgdpo_fast.data.encode", "pgdpo_fast.cli.train"])
+LONG = {"steps": 5000, "checkpoint_every": 5000, "evaluation_every": 5000}
+
+
+def run_command(arguments, output, terminal, ignored):
+    """Body of a process that is the installed command with these arguments; the server of forks ignores SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN if signal.SIGINT in ignored else signal.default_int_handler)
+    if signal.SIGHUP in ignored:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if terminal is not None:
+        os.setsid()
+        descriptor = os.open(terminal, os.O_RDWR)  # the controlling terminal of the new session
+    else:
+        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(descriptor, number)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    torch.set_num_threads(1)
+    from pgdpo_fast.cli import script
+
+    sys.argv = ["pgdpo-fast", *map(str, arguments)]
+    code = script()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+class Command:
+    """A command in a process of its own; `wrote` is what it printed."""
+
+    def __init__(self, tmp_path, *arguments, terminal=None, ignored=()):
+        self.output = tmp_path / "printed.txt"
+        self.output.touch()
+        self.process = FORK.Process(target=run_command, args=(arguments, str(self.output), terminal, ignored))
+        self.process.start()
+
+    def wait_for(self, condition):
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert self.process.is_alive() and time.monotonic() < deadline, self.wrote
+            time.sleep(0.01)
+
+    def end(self, seconds=60):
+        """Exit code, and the seconds until the process was gone."""
+        began = time.monotonic()
+        self.process.join(seconds)
+        assert not self.process.is_alive(), self.wrote
+        return self.process.exitcode, time.monotonic() - began
+
+    @property
+    def wrote(self):
+        return self.output.read_text()
+
+
+@pytest.fixture
+def settings(tiny_config, tmp_path):
+    """A configuration file of a run that would take many minutes, and its run folder."""
+    config = tiny_config(training=LONG)
+    (tmp_path / "settings.yaml").write_text(config.to_yaml())
+    return tmp_path / "settings.yaml", tmp_path / "run"
+
+
+def lines_of(path):
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_training_saves_the_step_it_made_and_tells_how_to_resume(settings, tmp_path, number):
+    path, run = settings
+    command = Command(tmp_path, "train", path)
+    command.wait_for(lambda: lines_of(run / "metrics.jsonl") > 3)
+    os.kill(command.process.pid, number)
+    code, seconds = command.end()
+    assert code == 75 and seconds < 5
+    steps = lines_of(run / "metrics.jsonl")
+    assert (run / f"checkpoints/step_{steps:08d}/manifest.json").is_file()
+    assert f"stopped by {number.name} after step {steps}, state saved; resume with: pgdpo-fast train" in command.wrote
+    assert "Traceback" not in command.wrote
+    again = Command(tmp_path, "train", path, "--set", f"training.steps={steps + 1}")
+    assert again.end()[0] == 0 and lines_of(run / "metrics.jsonl") == steps + 1
+
+
+def test_a_closed_terminal_saves_the_run_although_nothing_can_be_printed_any_more(settings, tmp_path):
+    path, run = settings
+    ours, theirs = pty.openpty()
+    command = Command(tmp_path, "train", path, terminal=os.ttyname(theirs))
+    os.close(theirs)
+    command.wait_for(lambda: lines_of(run / "metrics.jsonl") > 3)
+    os.close(ours)
+    assert command.end()[0] == 75
+    assert (run / f"checkpoints/step_{lines_of(run / 'metrics.jsonl'):08d}/manifest.json").is_file()
+    assert "stopped by SIGHUP" in (run / "log.txt").read_text()
+
+
+def test_what_was_started_to_survive_a_hangup_survives_it(settings, tmp_path):
+    path, run = settings
+    command = Command(tmp_path, "train", path, ignored=(signal.SIGHUP, signal.SIGINT))
+    command.wait_for(lambda: lines_of(run / "metrics.jsonl") > 1)
+    for number in (signal.SIGHUP, signal.SIGINT):
+        os.kill(command.process.pid, number)
+    steps = lines_of(run / "metrics.jsonl")
+    command.wait_for(lambda: lines_of(run / "metrics.jsonl") > steps + 3)
+    os.kill(command.process.pid, signal.SIGTERM)
+    assert command.end()[0] == 75
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_the_reference_pass_stops_at_once_and_goes_on(settings, tmp_path, number):
+    path, _ = settings
+    flags = ["--output", tmp_path / "cache", "--draws", 4000]
+    command = Command(tmp_path, "cache-reference", path, *flags)
+    command.wait_for(lambda: list(tmp_path.glob("cache/staging/*/*-*.safetensors")))
+    os.kill(command.process.pid, number)
+    code, seconds = command.end()
+    assert code == 75 and seconds < 5, command.wrote
+    assert f"stopped by {number.name} with" in command.wrote and "resume with: pgdpo-fast cache-ref" in command.wrote
+    assert "Traceback" not in command.wrote
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_encoding_stops_within_a_clip(tmp_path, number):
+    manifest = render_pairs(tmp_path / "pairs", pairs=6, frames=60, height=256, width=256)
+    flags = ["--codec", "pixel-unshuffle", "--frames", 57, "--height", 256, "--width", 256, "--fps", 0]
+    command = Command(tmp_path, "encode", "-m", manifest, "-o", tmp_path / "store", *flags)
+    command.wait_for(lambda: list(tmp_path.glob("store/staging/*-*.safetensors")) or lines_of(command.output) > 3)
+    os.kill(command.process.pid, number)
+    code, seconds = command.end()
+    assert code == 75 and seconds < 5, command.wrote
+    assert f"stopped by {number.name}" in command.wrote and "resume with: pgdpo-fast encode" in command.wrote
+    assert "Traceback" not in command.wrote
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_same_signal_again_ends_the_process_at_once(number):
+    child = os.fork()
+    if child == 0:
+        with stoppable(str):
+            try:
+                os.kill(os.getpid(), number)
+            except Stop:
+                os.kill(os.getpid(), signal.SIGHUP)  # another one does not
+                os.kill(os.getpid(), number)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == number
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_is_raised_at_once_but_not_where_things_change_together(number):
+    before, changed = signal.getsignal(number), []
+    with pytest.raises(Preempted, match=f"^{number.name}$"):
+        with stoppable(str) as stopping:
+            with stopping.deferred():
+                with stopping.deferred():
+                    os.kill(os.getpid(), number)
+                    changed.append(1)
+                changed.append(2)
+            changed.append(3)
+    assert changed == [1, 2] and signal.getsignal(number) == before
+    with pytest.raises(Preempted):
+        with stoppable(str):
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+
+
+def test_an_error_that_a_library_made_of_a_signal_is_told_as_the_signal():
+    with pytest.raises(Preempted, match="^SIGTERM$"), stoppable(str):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Stop:
+            raise RuntimeError("callback failed") from None
+    with pytest.raises(OSError, match="no space"), stoppable(str, saves=True):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Stop:
+            raise OSError("no space to save") from None
