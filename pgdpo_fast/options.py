@@ -35,6 +35,7 @@ __all__ = [
 
 # What a setting decides: the numbers of a run; those of its reference too; or only when, where and how fast.
 DECISIONS = ("numbers", "reference", "nothing")
+LONGEST_SHOWN = 400  # characters of a value in a message
 
 
 def setting(
@@ -63,8 +64,13 @@ def setting(
 
 
 def wrong(where: str, value: Any, expected: str) -> ConfigError:
-    """The error for a value that is not what was expected."""
-    return ConfigError(f"{where}={value!r}: expected {expected}")
+    """The error for a value that is not what was expected; a long one is cut."""
+    try:
+        shown = repr(value)
+    except ValueError:  # Python writes no numbers of more than 4300 digits
+        shown = "(thousands of digits)"
+    shown = shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}..."
+    return ConfigError(f"{where}={shown}: expected {expected}")
 
 
 def close_to(given: Any, known: Iterable[str], cutoff: float = 0.6) -> str | None:
@@ -200,7 +206,7 @@ def _as(value: Any, kind: Any) -> Any:
             raise TypeError from None
         if math.isfinite(value):
             return value
-    elif kind is int and isinstance(value, int) and not isinstance(value, bool):
+    elif kind is int and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63:
         return value
     elif kind in (str, bool) and isinstance(value, kind):
         return value

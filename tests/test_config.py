@@ -98,6 +98,81 @@ def test_the_command_line_beats_the_file_beats_the_defaults_and_each_value_says_
     assert origins["training.clip_norm"] == "default" and origins["objective.label_smoothing"] == "default"
 
 
+def test_merge_keys_bring_a_section_s_values_and_its_own_count(tmp_path):
+    text = """
+x-short: &short {steps: 7, seed: 3}
+training: {<<: *short, seed: 4, pairs_per_step: 2}
+callbacks: [&often {name: sample, every: 5, clips: 2}, {<<: *often, every: 9}, {<<: [*often], clips: 1}]
+"""
+    config = load_config(write(tmp_path, text), NEEDED)
+    training = config.training
+    assert (training.steps, training.seed, training.pairs_per_step) == (7, 4, 2)
+    assert [(found["every"], found["clips"]) for found in config.callbacks] == [(5, 2), (9, 2), (5, 1)]
+    twice = "training: &a {steps: 1}\noutput: {<<: *a, log_every: 1, log_every: 2}\n"
+    assert "'log_every' is given twice" in problems_of(write(tmp_path, twice), NEEDED)
+
+
+def test_a_tilde_in_a_path_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = write(tmp_path, "data: {store: ~/store, reference_cache: '~/cache'}\noutput: {dir: ~/runs/~x}\n")
+    config = load_config(path, ["model.path=~/wan"])
+    home = str(tmp_path)
+    assert (config.data.store, config.data.reference_cache) == (f"{home}/store", f"{home}/cache")
+    assert (config.output.dir, config.model.path) == (f"{home}/runs/~x", f"{home}/wan")
+    assert "there is no home folder ~nobody-here" in problems_of(path, ["model.path=~nobody-here/wan"])
+
+
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{below}: &{below} [{', '.join([f'*{above}'] * 9)}]\n" for above, below in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"training: {{steps: {'9' * 400}}}\n", "expected a whole number"),
+        (f"training: {{steps: {'9' * 5000}}}\n", "a value cannot be read: Exceeds the limit"),
+        (f"training: {{steps: 0x{'9' * 5000}}}\n", "training.steps=(thousands of digits): expected a whole number"),
+        (f"training: {{learning_rate: {'9' * 400}}}\n", "expected a number"),
+        (f"objective: {{beta: {'9' * 400}}}\n", "objective.beta"),
+        ("[" * 100_000, "nested deeper"),
+        ("training: " + "[" * 90 + "]" * 90 + "\n", "nested deeper than 50 levels"),
+        (LAUGHS, "stands for more than 100,000 values"),
+        ("training: &a {steps: *a}\n", "a value contains itself"),
+        ('data: {store: "a\\ud800b"}\n', "a lone surrogate"),
+        ('data: {store: "a\\0b"}\n', "a zero byte"),
+        ("? [a, b]\n: 1\n", "line 1: a key that is no word"),
+        ("training: {betas: [2, 3]}\n", "training.betas=[2.0, 3.0]: expected two numbers in [0, 1)"),
+        ("training: {seed: 2001-02-30}\n", "a value cannot be read: day is out of range"),
+        ("training: {seed: 2001-02-20}\n", "expected a whole number"),
+        ("# " + "x" * (5 << 20), "more than 4 MiB"),
+    ],
+    ids=range(16),
+)
+def test_what_no_setting_can_be_is_one_sentence_that_names_the_file(tmp_path, text, expected):
+    message = problems_of(write(tmp_path, text), NEEDED if "store" not in text else NEEDED[1:])
+    assert expected in message and message.startswith(str(tmp_path / "run.yaml")) and len(message) < 1500
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "latin-1", "cp1252"])
+def test_a_file_in_another_encoding_is_named(tmp_path, encoding):
+    path = tmp_path / "run.yaml"
+    path.write_bytes("output: {dir: Bücher}\n".encode(encoding))
+    assert f"{path}: byte" in problems_of(path) and "is not UTF-8" in problems_of(path)
+
+
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_bytes("training: {steps: 7}\n".encode("utf-8-sig"))
+    assert load_config(path, NEEDED).training.steps == 7
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "folder", "a\0b"])
+def test_a_path_that_no_file_has_is_named(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    assert "expected a YAML file of settings" in problems_of(tmp_path / name)
+
+
 @pytest.fixture
 def losses(tmp_path, monkeypatch):
     """A module of a user's own on the import path, by its name."""

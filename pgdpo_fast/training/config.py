@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,13 @@ from pgdpo_fast.models.config import ModelConfig
 from pgdpo_fast.objectives import REGISTRY
 from pgdpo_fast.options import close_to, convert, setting, type_name, wrong
 from pgdpo_fast.training.callbacks import CALLBACKS, Callback
+
+# A file of settings that is larger is something else.
+LONGEST_FILE, MOST_VALUES, DEEPEST = 4 << 20, 100_000, 50
+# Entries at the top of a file that hold nothing but what "<<: *name" brings elsewhere begin so.
+ANCHORS = "x-"
+# Settings that are paths: a leading ~ is the home folder.
+PATHS = ("data.store", "data.reference_cache", "model.path", "output.dir")
 
 __all__ = ["DataConfig", "OutputConfig", "TrainConfig", "TrainingConfig", "describe_settings", "load_config"]
 
@@ -215,6 +223,8 @@ class TrainConfig:
         for key, value in (("data.store", self.data.store), ("output.dir", self.output.dir)):
             if not value:
                 problems.append(f"{key}: required, e.g. --set {key}=FOLDER")
+        if not all(0 <= beta < 1 for beta in training.betas):
+            problems.append(str(wrong("training.betas", list(training.betas), "two numbers in [0, 1)")))
         if training.pairs_per_step % training.accumulation:
             problems.append(
                 f"training.accumulation={training.accumulation}: expected a divisor of "
@@ -292,32 +302,46 @@ def describe_settings() -> str:
 
 
 def _read_yaml(path: Path) -> Mapping[str, Any]:
+    expected = "expected a YAML file of settings"
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}; expected a YAML file of settings") from error
+        with path.open("rb") as file:
+            content = file.read(LONGEST_FILE + 1)
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: byte {error.start} is not UTF-8; save the file in that encoding") from error
+    except (OSError, ValueError) as error:  # a name that no file can have
+        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or error}; {expected}") from error
+    if len(content) > LONGEST_FILE:
+        raise ConfigError(f"{path}: more than {LONGEST_FILE >> 20} MiB; {expected}")
     values = _parse_yaml(text, str(path))
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected sections such as 'model:' at the top, got a {type(values).__name__}")
-    return values
+    return {key: value for key, value in values.items() if not str(key).startswith(ANCHORS)}
 
 
 def _parse_yaml(text: str, where: str) -> Any:
+    """The values of a YAML text: plain ones, as many as a file of settings can have.
+
+    Raises:
+        ConfigError: naming `where`.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
         """YAML 1.1 takes 1e-5 for a string and the last of two equal keys; both are read as people mean them."""
 
-        def construct_mapping(self, node, deep=False):
+        def compose_mapping_node(self, anchor):
+            node = super().compose_mapping_node(anchor)
             seen = set()
-            for key_node, _ in node.value:
-                key = self.construct_object(key_node, deep=True)
-                if key in seen:
-                    raise ConfigError(f"{where}, line {key_node.start_mark.line + 1}: {key!r} is given twice")
-                seen.add(key)
-            return super().construct_mapping(node, deep)
+            for key, _ in node.value:  # as written: keys that "<<" brings are laid under these later
+                if not isinstance(key, yaml.ScalarNode):
+                    raise ConfigError(f"{where}, line {key.start_mark.line + 1}: a key that is no word")
+                if (key.tag, key.value) in seen:
+                    raise ConfigError(f"{where}, line {key.start_mark.line + 1}: {key.value!r} is given twice")
+                seen.add((key.tag, key.value))
+            return node
 
         def construct_scalar_or_number(self, node):
             value = self.construct_scalar(node)
@@ -328,9 +352,47 @@ def _parse_yaml(text: str, where: str) -> Any:
 
     Loader.add_constructor("tag:yaml.org,2002:str", Loader.construct_scalar_or_number)
     try:
-        return yaml.load(text, Loader)
+        values = yaml.load(text, Loader)
+        _check_plain(values, where, {})
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{where}: nested deeper than settings are") from error
+    except ValueError as error:  # of a number with thousands of digits, a date that does not exist
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{where}: a value cannot be read: {error}") from error
+    return values
+
+
+def _check_plain(value: Any, where: str, sizes: dict[int, int | None], depth: int = 0) -> int:
+    """How many values `value` stands for, each alias of YAML written out.
+
+    Raises:
+        ConfigError: too many or too deep ones, one that contains itself, or a text that no file or path can hold.
+    """
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"{where}: {value!r} holds half a character, a lone surrogate") from None
+        if "\0" in value:
+            raise ConfigError(f"{where}: {value!r} holds a zero byte")
+        return 1
+    if not isinstance(value, (dict, list)):
+        return 1
+    if id(value) not in sizes:
+        sizes[id(value)] = None
+        if depth > DEEPEST:
+            raise ConfigError(f"{where}: nested deeper than {DEEPEST} levels, which no setting is")
+        items = [*value, *value.values()] if isinstance(value, dict) else value
+        sizes[id(value)] = 1 + sum(_check_plain(item, where, sizes, depth + 1) for item in items)
+    size = sizes[id(value)]
+    if size is None:
+        raise ConfigError(f"{where}: a value contains itself")
+    if size > MOST_VALUES:
+        raise ConfigError(f"{where}: stands for more than {MOST_VALUES:,} values, which no file of settings does")
+    return size
 
 
 # -- checking
@@ -449,9 +511,18 @@ def _construct(cls: type, values: Any, prefix: str, problems: list[str]) -> Any:
             continue
         try:
             given[item.name] = convert(dotted, value, kind, item.metadata)
+            if dotted in PATHS and value is not None:
+                given[item.name] = _expanded(dotted, value)
         except ConfigError as error:
             problems.append(str(error))
     return cls(**given)
+
+
+def _expanded(where: str, path: str) -> str:
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        raise wrong(where, path, f"a path; there is no home folder {path.partition('/')[0]}, write ./{path} for a name")
+    return found
 
 
 def _with_defaults(given: Mapping[str, Any], built: Any) -> dict[str, Any]:
