@@ -388,3 +388,15 @@ def test_the_command_reports_mistakes_with_exit_code_2_and_lists_settings(tmp_pa
 def test_a_training_device_that_is_none_is_one_line(tiny_config, name):
     with pytest.raises(ConfigError, match=f"training.device='{name}': expected auto, cpu, cuda or cuda:N"):
         train(tiny_config(training={"device": name}), display="none")
+
+
+@pytest.mark.parametrize("betas", ["[2,3]", "[0.9,1]", "[-0.1,0.9]"])
+def test_betas_that_adamw_cannot_take_are_an_error_before_anything_is_loaded(betas):
+    with pytest.raises(ConfigError, match="training.betas=.*two numbers in"):
+        load_config(None, ["data.store=s", "output.dir=o", "model.path=p", f"training.betas={betas}"])
+
+
+def test_a_file_of_settings_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "a.yaml").write_bytes("output: {dir: süß}".encode("latin-1"))
+    with pytest.raises(ConfigError, match="a.yaml: byte 15 is not UTF-8"):
+        load_config(tmp_path / "a.yaml")

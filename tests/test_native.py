@@ -4,8 +4,10 @@ extreme values, the vector functions, sanitizers, and how the library is built, 
 import itertools
 import os
 import shutil
+import stat
 import subprocess
 import sys
+import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -369,6 +371,66 @@ def test_a_failed_build_keeps_its_first_error_and_is_not_repeated(fake_compiler)
     log = fake_compiler("true  # repaired")
     build.cached_library()
     assert _links(log) == 1
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        'echo "x.cpp:1: error: no space left on device" >&2; exit 1',
+        'echo "c++: fatal error: Killed signal terminated program cc1plus" >&2; exit 1',
+        "kill -9 $$",
+    ],
+)
+def test_a_failure_that_may_pass_is_not_remembered(fake_compiler, before):
+    fake_compiler(before)
+    with pytest.raises(build.BuildError) as caught:
+        build.cached_library()
+    assert "remembered" not in str(caught.value)
+    compiler = os.environ["CXX"]
+    stamp = os.stat(compiler).st_mtime_ns
+    script = open(compiler).read().replace(before, "true".ljust(len(before)))
+    with open(compiler, "w") as file:  # the same compiler by size and time, now with room
+        file.write(script)
+    os.utime(compiler, ns=(stamp, stamp))
+    assert build.cached_library().exists()
+
+
+def test_a_failure_for_good_is_remembered_for_a_day_and_the_first_message_tells_the_way_out(fake_compiler):
+    log = fake_compiler('echo "x.cpp:1: error: no such thing" >&2; exit 1')
+    with pytest.raises(
+        build.BuildError, match=r"no such thing.*remembered for a day; to try again at once, delete "
+    ) as e:
+        build.cached_library()
+    failure = Path(str(e.value).rpartition("delete ")[2].rstrip(")"))
+    calls = log.read_text()
+    with pytest.raises(build.BuildError, match="no such thing.*delete "):
+        build.cached_library()
+    assert log.read_text() == calls
+    os.utime(failure, (time.time() - 90_000,) * 2)
+    with pytest.raises(build.BuildError, match="no such thing"):
+        build.cached_library()
+    assert log.read_text() != calls
+
+
+def test_a_library_that_somebody_else_could_have_put_there_is_not_loaded(fake_compiler, tmp_path):
+    fake_compiler()
+    path = build.cached_library()
+    folders = [folder for folder in path.parents if folder.is_relative_to(tmp_path / "cache")]
+    assert {stat.S_IMODE(folder.stat().st_mode) for folder in folders} == {0o700}
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    for found in (path, *folders):
+        mode = found.stat().st_mode
+        found.chmod(0o777)
+        with pytest.raises(build.BuildError, match=f"can be changed by other users.*chmod go-w {found},"):
+            build.cached_library()
+        found.chmod(mode)
+    assert build.cached_library() == path
+    if os.geteuid() == 0:
+        for found in (path, folders[0]):
+            os.chown(found, 65534, -1)
+            with pytest.raises(build.BuildError, match="owner 65534"):
+                build.cached_library()
+            os.chown(found, 0, -1)
 
 
 def test_processes_build_once_between_them(fake_compiler):

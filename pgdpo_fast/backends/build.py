@@ -15,9 +15,11 @@ import platform
 import re
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,10 +39,21 @@ NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-cud
 CUDA_KERNELS = ("cuda/cache.cu",)
 CUDA_HOST = ("cuda/operators.cpp", "cuda/device.cpp")
 TIMEOUT_SECONDS = 600
+REMEMBERED_SECONDS = 86_400  # for which a compilation that failed for good is not tried again
+TRANSIENT = (
+    "no space|cannot allocate|out of memory|memory exhausted|killed|signal|internal compiler error|i/o error|quota"
+)
 
 
 class BuildError(RuntimeError):
-    """The library cannot be built here; the message is one line that says why."""
+    """The library cannot be built here; the message is one line that says why.
+
+    `lasting` where the same sources, flags and compiler would fail the same way again.
+    """
+
+    def __init__(self, message: str, lasting: bool = False):
+        super().__init__(message)
+        self.lasting = lasting
 
 
 def sources() -> Path:
@@ -202,7 +215,9 @@ def _call(command: list[str]) -> str:
     if done.returncode:
         lines = done.stderr.splitlines() or ["no output"]
         first = next((line for line in lines if "error:" in line or "fatal" in line), lines[-1])
-        raise BuildError(f"{command[0]} exited with {done.returncode}: {first.strip()}")
+        # a compiler that was killed, had no room or crashed may well succeed the next time
+        lasting = done.returncode > 0 and "error:" in done.stderr and not re.search(TRANSIENT, done.stderr, re.I)
+        raise BuildError(f"{command[0]} exited with {done.returncode}: {first.strip()}", lasting)
     return done.stdout
 
 
@@ -259,7 +274,7 @@ def _cached(kind: str, what: str, files: list[Path], identity: list[str], build)
         digest.update(str(path.relative_to(sources())).encode() + b"\0" + path.read_bytes())
     directory = cache_directory() / kind / digest.hexdigest()[:16]
     try:
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _make_private(directory)
         with _locked(directory / "lock"):
             return _find(directory) or _build(directory, what, build)
     except OSError as error:
@@ -268,9 +283,36 @@ def _cached(kind: str, what: str, files: list[Path], identity: list[str], build)
         ) from error
 
 
+def _make_private(directory: Path) -> None:
+    """Make the folder and its missing parents for this user alone, and see that nobody else can put a library there.
+
+    Raises:
+        BuildError: another user owns a folder on the way, or may write into it (a folder with the sticky bit aside,
+            such as /tmp, whose entries only their owners can replace).
+    """
+    for folder in reversed((directory.absolute(), *directory.absolute().parents)):
+        if not folder.exists():
+            folder.mkdir(mode=0o700, exist_ok=True)
+        _check_owner(folder)
+    for folder in directory.resolve().parents:
+        _check_owner(folder)
+
+
+def _check_owner(path: Path) -> None:
+    for found in (path.lstat(), path.stat()):
+        shared = found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX and not stat.S_ISLNK(found.st_mode)
+        if found.st_uid not in (0, os.geteuid()) or shared:
+            raise BuildError(
+                f"the cache of native libraries is not used: {path} can be changed by other users (owner "
+                f"{found.st_uid}, mode {stat.S_IMODE(found.st_mode):o}); run: chmod go-w {path}, or set "
+                "PGDPO_FAST_CACHE to a folder of your own"
+            )
+
+
 def _find(directory: Path) -> Path | None:
     """The library in `directory` if its content is what its name says; a damaged one is deleted."""
     for path in directory.glob("native.*.so"):
+        _check_owner(path)
         if path.name == _library_name(path):
             return path
         path.unlink()
@@ -283,14 +325,21 @@ def _library_name(path: Path) -> str:
 
 def _build(directory: Path, what: str, build) -> Path:
     failure = directory / "failure.txt"
-    if failure.exists():
-        raise BuildError(f"{failure.read_text()} (to try again, delete {failure})")
-    logging.getLogger("pgdpo_fast").warning("building the native %s, once: %s", what, directory)
+    if failure.exists() and time.time() - failure.stat().st_mtime < REMEMBERED_SECONDS:
+        raise BuildError(failure.read_text())
+    logger, began = logging.getLogger("pgdpo_fast"), time.monotonic()
+    logger.warning("building the native %s, once, at most %d minutes: %s", what, TIMEOUT_SECONDS // 60, directory)
     try:
         build(directory / "unnamed.so")
     except BuildError as error:
-        failure.write_text(str(error))
-        raise
+        if not error.lasting:
+            raise
+        told = BuildError(f"{error} (remembered for a day; to try again at once, delete {failure})")
+        failure.write_text(str(told))
+        raise told from error
+    failure.unlink(missing_ok=True)
+    logger.warning("built in %.0f s", time.monotonic() - began)
+    (directory / "unnamed.so").chmod(0o600)
     path = directory / _library_name(directory / "unnamed.so")
     os.replace(directory / "unnamed.so", path)
     return path

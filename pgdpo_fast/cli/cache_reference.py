@@ -77,12 +77,12 @@ class CacheReference:
                 resume_command=shlex.join(["pgdpo-fast", *sys.argv[1:]]),
             )
         if rank == 0:
-            options, block = config.training, cache.blocks[0]
-            needed = [f"data.reference_cache={output}", f"training.draws_per_pair={options.draws_per_pair}"]
-            needed += [f"training.granularity={self.granularity}"] if self.granularity else []
+            block = cache.blocks[0]
+            needed = [override for override in overrides if not override.startswith("data.reference_cache=")]
+            needed = shlex.join([f"data.reference_cache={output}", *needed])
             print(
                 f"reference cache: {cache.path} ({len(block.ids)} pairs x {block.draws} draws, "
                 f"{len(cache) - block.rows} for evaluation; {cache.layout.format}, {describe_bytes(cache.bytes)})"
             )
-            print(f"train with: pgdpo-fast train {self.config} --set {' '.join(needed)}")
+            print(f"train with: pgdpo-fast train {shlex.quote(str(self.config))} --set {needed}")
         return 0

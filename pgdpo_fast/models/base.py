@@ -198,7 +198,7 @@ class ModelAdapter:
             torch.manual_seed(self.config.init_seed)
             try:
                 model = network(**self.config.architecture)
-            except (TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
+            except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
                 raise ConfigError(f"model.architecture does not build a {network.__name__}: {error}") from error
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(self.expected_dtype(model, name))
