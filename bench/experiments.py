@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 
-from pgdpo_fast.backends.triton import FOLD_LAUNCH, Launch
+from pgdpo_fast.backends.triton import Launch
 
 from .shapes import SHAPES, Case
 
@@ -57,7 +57,7 @@ def _resolve(path: str):
 
 
 _LAUNCH, _CHUNK = "backends.triton.DEFAULT_LAUNCH", "backends.operands.MIN_CHUNK"
-_CHUNKS, _FOLD = "backends.operands.MAX_CHUNKS", "backends.triton.FOLD_LAUNCH"
+_CHUNKS, _FOLD = "backends.operands.MAX_CHUNKS", "backends.triton.FOLD_PARTS"
 
 EXPERIMENTS = (
     Experiment(
@@ -117,17 +117,17 @@ EXPERIMENTS = (
         "better balance over 132 multiprocessors at B=1: 512 programs leave a tail of a quarter wave",
     ),
     Experiment(
-        "fold of 4 rows, 256 wide",
-        {_FOLD: FOLD_LAUNCH | {"ROWS": 4, "FOLD": 256}},
+        "fold of 256 parts",
+        {_FOLD: 256},
         (SMALL, FRAME),
-        0.97,
-        "512 partials a row in two steps instead of four; the fold is one program on the critical path",
+        1.0,
+        "two trips to memory for 512 chunks, two partials a thread; frames take 16 rows a program, twice the programs",
     ),
     Experiment(
-        "fold of 16 rows, 16 warps",
-        {_FOLD: FOLD_LAUNCH | {"ROWS": 16, "num_warps": 16}},
+        "fold of 1024 parts",
+        {_FOLD: 1024},
         (SMALL, FRAME),
-        0.97,
-        "frame granularity folds B x F rows in half as many turns; sample granularity at B=1 wastes lanes",
+        1.02,
+        "frames take 64 rows a program, half the programs; two rows a program at sample granularity",
     ),
 )

@@ -29,17 +29,21 @@ from pgdpo_fast.kernels.pair import (
     TELEMETRY_POLICY_CHOSEN_ERROR,
     TELEMETRY_POLICY_REJECTED_ERROR,
     TELEMETRY_REJECTED_GAP,
+    arrive,
+    fold_parts,
     load,
     load_targets,
+    mean_loss,
     reference_terms,
     segment_at,
     thread_sums,
 )
 
-# Planes of the partial sums: those of the telemetry (the first is the preference term with OUTER), then these.
+# Planes of the partial sums: those of the telemetry, and with OUTER, where the first is the preference term, these.
+SUMS = tl.constexpr(9)
 SUM_COMPLEMENT = tl.constexpr(9)
 SUM_IMPLICIT = tl.constexpr(10)
-SUMS = tl.constexpr(11)
+OUTER_SUMS = tl.constexpr(11)
 # Mirrors of ElementMeans in pgdpo_fast/backends/operands.py, which OUTER needs in its second pass.
 MEAN_GAMMA = tl.constexpr(0)
 MEAN_PREFERENCE = tl.constexpr(1)
@@ -84,7 +88,7 @@ def element_block(
     u_l = p_l - y_l
     e_w = u_w * u_w
     e_l = u_l * u_l
-    minus_w = 0.0 * u_w
+    minus_w = tl.zeros_like(u_w)
     d_w = minus_w
     d_l = minus_w
     if REFERENCE != REFERENCE_NONE:
@@ -97,17 +101,15 @@ def element_block(
         d_w = minus_w * plus_w
         d_l = minus_l * plus_l
     anchor = minus_w * minus_w
-    complement = 0.0 * u_w
-    implicit = complement
     if OUTER:
-        logits, loss, implicit, alpha, gamma, complement, ratio, by_chosen, by_rejected = pgdpo_terms(
+        logits, loss, factor, implicit, alpha, gamma, complement, ratio, by_chosen, by_rejected = pgdpo_terms(
             e_w, d_w, d_l, anchor, params_ptr, FLAGS, COMPUTE
         )
-        importance = 0.0 * u_w + 1.0
+        importance = tl.zeros_like(u_w) + 1.0
         ipr_scale = tl.load(params_ptr + PARAMETER_IPR_SCALE)
         g_w, g_l, g_anchor = pgdpo_slopes(
             d_l,
-            logits,
+            factor,
             alpha,
             gamma,
             complement,
@@ -147,8 +149,7 @@ def element_block(
             alpha = tl.where(mask, alpha, 0.0)
             gamma = tl.where(mask, gamma, 0.0)
             importance = tl.where(mask, importance, 0.0)
-            complement = tl.where(mask, complement, 0.0)
-        sums = (
+        plain = (
             sums[TELEMETRY_PER_PAIR_LOSS] + thread_sums(loss, BLOCK, LANES),
             sums[TELEMETRY_LOGITS] + thread_sums(logits, BLOCK, LANES),
             sums[TELEMETRY_ALPHA] + thread_sums(alpha, BLOCK, LANES),
@@ -158,9 +159,16 @@ def element_block(
             sums[TELEMETRY_POLICY_REJECTED_ERROR] + thread_sums(e_l, BLOCK, LANES),
             sums[TELEMETRY_CHOSEN_GAP] + thread_sums(d_w, BLOCK, LANES),
             sums[TELEMETRY_REJECTED_GAP] + thread_sums(d_l, BLOCK, LANES),
-            sums[SUM_COMPLEMENT] + thread_sums(complement, BLOCK, LANES),
-            sums[SUM_IMPLICIT] + thread_sums(implicit, BLOCK, LANES),
         )
+        if OUTER:
+            if MASKED:
+                complement = tl.where(mask, complement, 0.0)
+            sums = plain + (
+                sums[SUM_COMPLEMENT] + thread_sums(complement, BLOCK, LANES),
+                sums[SUM_IMPLICIT] + thread_sums(implicit, BLOCK, LANES),
+            )
+        else:
+            sums = plain
     return sums
 
 
@@ -175,6 +183,7 @@ def pair_elements_kernel(
     mean_ptr,  # [MEANS, B] COMPUTE, with OUTER and GRADS
     incoming_ptr,  # [] fp32 or fp64, with INCOMING
     partial_ptr,  # [SUMS, B, segments] COMPUTE, written with WITH_SUMS
+    arrived_ptr,  # [] int32, written with WITH_SUMS: zero, for the fold
     gw_stride,  # elements between rows
     gl_stride,
     pairs,  # B
@@ -232,7 +241,7 @@ def pair_elements_kernel(
         mean_implicit = tl.load(mean_ptr + MEAN_IMPLICIT * pairs + pair)
 
     zero = tl.zeros([BLOCK // LANES], COMPUTE)
-    sums = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
+    sums = (zero,) * (OUTER_SUMS if OUTER else SUMS)
     lanes = tl.arange(0, BLOCK)
     whole = length // BLOCK * BLOCK
     for begin in range(0, whole, BLOCK):
@@ -295,10 +304,12 @@ def pair_elements_kernel(
             LANES,
         )
     if WITH_SUMS:
+        if segment + pair == 0:
+            tl.store(arrived_ptr, 0)
         segments = tl.num_programs(0)
         plane = tl.cast(pairs, tl.int64) * segments
         partial_ptr += pair * segments + segment
-        for k in tl.static_range(SUMS):
+        for k in tl.static_range(len(sums)):
             tl.store(partial_ptr + k * plane, tl.sum(sums[k], 0))
 
 
@@ -310,6 +321,7 @@ def fold_elements_kernel(
     loss_ptr,  # [] COMPUTE, written
     telemetry_ptr,  # [TELEMETRY, B] COMPUTE, written
     mean_ptr,  # [MEANS, B] COMPUTE, written
+    arrived_ptr,  # [] int32, zero
     pairs,  # B
     segments,  # of a video
     n,  # elements of a video
@@ -319,49 +331,33 @@ def fold_elements_kernel(
     COMPUTE: tl.constexpr,
     ROWS: tl.constexpr,
     FOLD: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    """Partial sums to loss, telemetry and means. One program."""
+    """Partial sums of ROWS pairs a program to telemetry and means; the last program adds the losses."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < pairs
     plane = tl.cast(pairs, tl.int64) * segments
     mean = 1.0 / (tl.zeros([1], COMPUTE) + n)
-    total = tl.zeros([ROWS], COMPUTE)
-    for first in range(0, pairs, ROWS):
-        row = first + tl.arange(0, ROWS)
-        inside = row < pairs
-        preference = tl.zeros([ROWS], COMPUTE)
-        gamma = preference
-        complement = preference
-        implicit = preference
-        for k in tl.static_range(SUMS):
-            sums = tl.zeros([ROWS, FOLD], COMPUTE)
-            for begin in range(0, segments, FOLD):
-                step = begin + tl.arange(0, FOLD)
-                where = row.to(tl.int64)[:, None] * segments + step[None, :]
-                sums += tl.load(
-                    partial_ptr + k * plane + where, mask=inside[:, None] & (step[None, :] < segments), other=0.0
-                )
-            value = tl.sum(sums, 1) * mean
-            if k == TELEMETRY_PER_PAIR_LOSS:
-                preference = value
-            elif k == TELEMETRY_GAMMA:
-                gamma = value
-            elif k == SUM_COMPLEMENT:
-                complement = value
-            elif k == SUM_IMPLICIT:
-                implicit = value
-            if k > TELEMETRY_PER_PAIR_LOSS and k <= TELEMETRY_REJECTED_GAP:
-                if k >= TELEMETRY_CHOSEN_GAP and not GAPS:
-                    value += float("nan")
-                tl.store(telemetry_ptr + k * pairs + row, value, mask=inside)
-        loss = preference
-        if OUTER:
-            loss = gamma * preference + tl.load(params_ptr + PARAMETER_IPR_SCALE) * complement * implicit
-        tl.store(mean_ptr + MEAN_GAMMA * pairs + row, gamma, mask=inside)
-        tl.store(mean_ptr + MEAN_PREFERENCE * pairs + row, preference, mask=inside)
-        tl.store(mean_ptr + MEAN_COMPLEMENT * pairs + row, complement, mask=inside)
-        tl.store(mean_ptr + MEAN_IMPLICIT * pairs + row, implicit, mask=inside)
-        tl.store(telemetry_ptr + TELEMETRY_PER_PAIR_LOSS * pairs + row, loss, mask=inside)
-        if WEIGHTED:
-            loss *= tl.load(weight_ptr + row, mask=inside, other=0.0).to(COMPUTE)
-        total += tl.where(inside, loss, 0.0)
-    scale = 1.0 / (tl.zeros([1], COMPUTE) + pairs)
-    tl.store(loss_ptr + tl.arange(0, 1), tl.sum(total, 0) * scale)
+    PLANES: tl.constexpr = OUTER_SUMS if OUTER else SUMS
+    sums = fold_parts(partial_ptr, plane, row, inside, segments, 1, PLANES, COMPUTE, ROWS, FOLD)
+    preference = sums[TELEMETRY_PER_PAIR_LOSS] * mean
+    gamma = sums[TELEMETRY_GAMMA] * mean
+    complement = tl.zeros_like(gamma)
+    implicit = complement
+    loss = preference
+    if OUTER:
+        complement = sums[SUM_COMPLEMENT] * mean
+        implicit = sums[SUM_IMPLICIT] * mean
+        loss = gamma * preference + tl.load(params_ptr + PARAMETER_IPR_SCALE) * complement * implicit
+    tl.store(mean_ptr + MEAN_GAMMA * pairs + row, gamma, mask=inside)
+    tl.store(mean_ptr + MEAN_PREFERENCE * pairs + row, preference, mask=inside)
+    tl.store(mean_ptr + MEAN_COMPLEMENT * pairs + row, complement, mask=inside)
+    tl.store(mean_ptr + MEAN_IMPLICIT * pairs + row, implicit, mask=inside)
+    tl.store(telemetry_ptr + TELEMETRY_PER_PAIR_LOSS * pairs + row, loss, mask=inside)
+    for k in tl.static_range(1, SUMS):
+        value = sums[k] * mean
+        if k >= TELEMETRY_CHOSEN_GAP and not GAPS:
+            value += float("nan")
+        tl.store(telemetry_ptr + k * pairs + row, value, mask=inside)
+    if arrive(arrived_ptr) == tl.num_programs(0) - 1:
+        mean_loss(loss_ptr, telemetry_ptr, weight_ptr, pairs, WEIGHTED, COMPUTE, WIDTH)

@@ -49,30 +49,42 @@ PARAMETER_MU = tl.constexpr(13)
 
 
 @triton.jit
-def sigmoid(x):
-    """1 / (1 + exp(-x)) without overflow for any finite x."""
+def sigmoids(x):
+    """1 / (1 + exp(-x)) and 1 / (1 + exp(x)) from one exponential, without overflow for any finite x."""
     e = tl.exp(-tl.abs(x))
-    return tl.where(x >= 0, 1.0, e) / (1.0 + e)
+    large = 1.0 / (1.0 + e)
+    small = e * large
+    return tl.where(x >= 0, large, small), tl.where(x >= 0, small, large)
 
 
 @triton.jit
-def softplus(x, COMPUTE: tl.constexpr):
-    """log(1 + exp(x)) to full relative accuracy: max(x, 0) + log1p(exp(-|x|)).
+def rounding_and_slope(x, COMPUTE: tl.constexpr):
+    """What rounds off the corner of softplus(x) = max(x, 0) + log1p(exp(-|x|)), the logarithm, and the slope of
+    softplus, 1 / (1 + exp(-x)), from one exponential.
 
-    log1p(t) = 2 atanh(t / (2 + t)), by its series in float32 (t <= 1, so the ninth term is below 1e-9) and by
-    Kahan's correction in float64.
+    log1p(t), 0 <= t <= 1, is good to full relative accuracy: in float32 t times a polynomial of least relative error
+    (5e-9), in float64 by Kahan's correction.
     """
     t = tl.exp(-tl.abs(x))
+    w = 1.0 + t
+    large = 1.0 / w
     if COMPUTE == tl.float64:
-        w = 1.0 + t
         log1p = tl.where(w == 1.0, t, tl.log(w) * (t / tl.where(w == 1.0, 1.0, w - 1.0)))
     else:
-        s = t / (2.0 + t)
-        s2 = s * s
-        series = 1.0 / 13 + s2 * (1.0 / 15 + s2 * (1.0 / 17))
-        series = 1.0 / 7 + s2 * (1.0 / 9 + s2 * (1.0 / 11 + s2 * series))
-        log1p = 2.0 * s * (1.0 + s2 * (1.0 / 3 + s2 * (1.0 / 5 + s2 * series)))
-    return tl.maximum(x, 0.0) + log1p
+        series = 0.10603653639554977 + t * (
+            -0.05695951730012894 + t * (0.019851453602313995 + t * -0.0032440233044326305)
+        )
+        series = 0.1967593878507614 + t * (-0.15305592119693756 + t * series)
+        series = -0.4999990165233612 + t * (0.3332996368408203 + t * (-0.24954134225845337 + t * series))
+        log1p = t * (1.0 + t * series)
+    return log1p, tl.where(x >= 0, large, t * large)
+
+
+@triton.jit
+def softplus_and_slope(x, COMPUTE: tl.constexpr):
+    """log(1 + exp(x)) and 1 / (1 + exp(-x))."""
+    rounding, slope = rounding_and_slope(x, COMPUTE)
+    return tl.maximum(x, 0.0) + rounding, slope
 
 
 @triton.jit
@@ -112,35 +124,35 @@ def ratio_and_slopes(chosen, rejected, half_beta, eps, RATIO: tl.constexpr):
 
 @triton.jit
 def pgdpo_terms(e_w, d_w, d_l, anchor, params_ptr, FLAGS: tl.constexpr, COMPUTE: tl.constexpr):
-    """PG-DPO's parts: logits, preference term P, regularizer I, alpha, gamma, 1 - gamma, the ratio and its slopes."""
+    """PG-DPO's parts: logits, preference term P and its slope by -logits, regularizer I, alpha, gamma, 1 - gamma, the
+    ratio and its slopes."""
     half_beta = tl.load(params_ptr + PARAMETER_HALF_BETA)
     chosen = -d_w
     rejected = -d_l
     ratio, by_chosen, by_rejected = ratio_and_slopes(
         chosen, rejected, half_beta, tl.load(params_ptr + PARAMETER_EPS), (FLAG_RATIO_MASK & FLAGS) >> FLAG_RATIO_SHIFT
     )
-    alpha = 0.0 * e_w + 1.0
-    gamma = alpha
-    complement = 0.0 * e_w
+    complement = tl.zeros_like(e_w)
     implicit = complement
+    alpha = complement + 1.0
+    gamma = alpha
     if FLAG_ARS & FLAGS:
-        alpha = sigmoid(tl.load(params_ptr + PARAMETER_K1) * ratio)
+        alpha, _ = sigmoids(tl.load(params_ptr + PARAMETER_K1) * ratio)
     if (FLAG_IPR_REWARD | FLAG_IPR_ANCHOR) & FLAGS:
-        k2 = tl.load(params_ptr + PARAMETER_K2)
-        gamma = sigmoid(-k2 * ratio)
-        complement = sigmoid(k2 * ratio)
+        complement, gamma = sigmoids(tl.load(params_ptr + PARAMETER_K2) * ratio)
     if FLAG_IPR_REWARD & FLAGS:
         implicit = d_w
     if FLAG_IPR_ANCHOR & FLAGS:
         implicit = anchor
     logits = half_beta * (chosen - alpha * rejected)
-    return logits, softplus(-logits, COMPUTE), implicit, alpha, gamma, complement, ratio, by_chosen, by_rejected
+    preference, factor = softplus_and_slope(-logits, COMPUTE)
+    return logits, preference, factor, implicit, alpha, gamma, complement, ratio, by_chosen, by_rejected
 
 
 @triton.jit
 def pgdpo_slopes(
     d_l,
-    logits,
+    factor,
     alpha,
     gamma,
     complement,
@@ -155,19 +167,20 @@ def pgdpo_slopes(
 ):
     """Derivatives of the loss by the chosen error, the rejected error and the anchor, from those by P, I and gamma."""
     half_beta = tl.load(params_ptr + PARAMETER_HALF_BETA)
-    slope = by_preference * sigmoid(-logits) * half_beta
+    slope = by_preference * factor * half_beta
     g_w = slope
     g_l = -slope * alpha
-    g_anchor = 0.0 * logits
+    g_anchor = tl.zeros_like(slope)
     if FLAG_IPR_REWARD & FLAGS:
         g_w += by_implicit
     if FLAG_IPR_ANCHOR & FLAGS:
         g_anchor += by_implicit
     if FLAG_ATTACHED & FLAGS:
-        by_ratio = 0.0 * logits
+        by_ratio = tl.zeros_like(slope)
         if FLAG_ARS & FLAGS:
             k1 = tl.load(params_ptr + PARAMETER_K1)
-            by_ratio -= slope * d_l * k1 * alpha * sigmoid(-k1 * ratio)
+            _, beyond = sigmoids(k1 * ratio)
+            by_ratio -= slope * d_l * k1 * alpha * beyond
         if (FLAG_IPR_REWARD | FLAG_IPR_ANCHOR) & FLAGS:
             by_ratio -= tl.load(params_ptr + PARAMETER_K2) * gamma * complement * by_gamma
         g_w -= by_ratio * by_chosen
@@ -205,16 +218,17 @@ def objective(
     error and the anchor (a gap and its policy error have the same derivative by the prediction, so they are added).
     """
     half_beta = tl.load(params_ptr + PARAMETER_HALF_BETA)
-    one = 0.0 * e_w + 1.0
+    zero = tl.zeros_like(e_w)
+    one = zero + 1.0
     alpha = one
     gamma = one
     importance = one
-    g_anchor = 0.0 * e_w
+    g_anchor = zero
     if KIND == KIND_SFT:
-        logits = 0.0 * e_w
+        logits = zero
         loss = e_w
         g_w = one
-        g_l = 0.0 * e_w
+        g_l = zero
     elif KIND == KIND_SLIC or KIND == KIND_HINGE:
         delta = tl.load(params_ptr + PARAMETER_DELTA)
         weight = 0.5 * tl.load(params_ptr + PARAMETER_WEIGHT)
@@ -236,7 +250,7 @@ def objective(
         g_w = -off_target
         g_l = off_target
     elif KIND == KIND_PGDPO:
-        logits, preference, implicit, alpha, gamma, complement, ratio, by_chosen, by_rejected = pgdpo_terms(
+        logits, preference, factor, implicit, alpha, gamma, complement, ratio, by_chosen, by_rejected = pgdpo_terms(
             e_w, d_w, d_l, anchor, params_ptr, FLAGS, COMPUTE
         )
         ipr_scale = tl.load(params_ptr + PARAMETER_IPR_SCALE)
@@ -245,7 +259,7 @@ def objective(
             loss += complement * (ipr_scale * implicit)
         g_w, g_l, g_anchor = pgdpo_slopes(
             d_l,
-            logits,
+            factor,
             alpha,
             gamma,
             complement,
@@ -262,23 +276,25 @@ def objective(
         chosen = -d_w
         penalty = tl.load(params_ptr + PARAMETER_PENALTY)
         logits = half_beta * (chosen + d_l - penalty * tl.where(chosen > 0, 0.0, -chosen))
-        loss = softplus(-logits, COMPUTE)
-        slope = half_beta * sigmoid(-logits)
+        loss, factor = softplus_and_slope(-logits, COMPUTE)
+        slope = half_beta * factor
         g_w = slope * (1.0 + tl.where(chosen > 0, 0.0, penalty))
         g_l = -slope
     elif KIND == KIND_DPO_SHIFT:
         shift = tl.load(params_ptr + PARAMETER_SHIFT)
         alpha = shift * one
         logits = half_beta * (shift * d_l - d_w)
-        loss = softplus(-logits, COMPUTE)
-        slope = half_beta * sigmoid(-logits)
+        loss, factor = softplus_and_slope(-logits, COMPUTE)
+        slope = half_beta * factor
         g_w = slope
         g_l = -slope * shift
     else:
         smoothing = tl.load(params_ptr + PARAMETER_LABEL_SMOOTHING)
         logits = half_beta * (d_l - d_w)
-        loss = (1.0 - smoothing) * softplus(-logits, COMPUTE) + smoothing * softplus(logits, COMPUTE)
-        slope = half_beta * ((1.0 - smoothing) * sigmoid(-logits) - smoothing * sigmoid(logits))
+        # (1 - smoothing) softplus(-z) + smoothing softplus(z)
+        rounding, factor = rounding_and_slope(-logits, COMPUTE)
+        loss = (1.0 - smoothing) * tl.maximum(-logits, 0.0) + smoothing * tl.maximum(logits, 0.0) + rounding
+        slope = half_beta * (factor - smoothing)
         if FLAG_IMPORTANCE & FLAGS:
             raw = tl.exp(-0.5 * posterior_scale * (e_w + e_l))
             clip = tl.load(params_ptr + PARAMETER_CLIP)

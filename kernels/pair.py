@@ -26,6 +26,7 @@ STATISTIC_GAP_CHOSEN = tl.constexpr(2)
 STATISTIC_GAP_REJECTED = tl.constexpr(3)
 STATISTIC_ANCHOR = tl.constexpr(4)
 STATISTIC_CROSS = tl.constexpr(5)
+STATISTICS = tl.constexpr(6)
 TELEMETRY_PER_PAIR_LOSS = tl.constexpr(0)
 TELEMETRY_LOGITS = tl.constexpr(1)
 TELEMETRY_ALPHA = tl.constexpr(2)
@@ -242,6 +243,7 @@ def accumulate(
 def pair_errors_kernel(
     operands,  # Operands
     partial_ptr,  # [STATISTICS, B, segments] COMPUTE, written
+    arrived_ptr,  # [] int32, written: zero, for the fold
     pairs,  # B
     n,  # elements of a video
     seg_len,  # elements of a segment; the last may be shorter
@@ -306,22 +308,161 @@ def pair_errors_kernel(
             BLOCK,
             LANES,
         )
+    if segment + pair == 0:
+        tl.store(arrived_ptr, 0)
     plane = tl.cast(pairs, tl.int64) * segments
     partial_ptr += pair * segments + segment
     for k in tl.static_range(len(sums)):
         tl.store(partial_ptr + k * plane, tl.sum(sums[k], 0))
 
 
+@triton.jit
+def add_planes(sums, ptr, plane, where, mask):
+    """The values at `where` of as many planes as there are running sums, added to them. Past the first-level cache:
+    other multiprocessors have just written them."""
+    added = ()
+    for k in tl.static_range(len(sums)):
+        value = tl.load(ptr + k * plane + where, mask=mask, other=0.0, cache_modifier=".cg")
+        added = added + (sums[k] + value,)
+    return added
+
+
+@triton.jit
+def fold_parts(
+    partial_ptr,
+    plane,
+    row,
+    inside,
+    segments,
+    groups,
+    PLANES: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr,
+    FOLD: tl.constexpr,
+):
+    """The partial sums of every row of a block, added up, for each of PLANES planes.
+
+    Row r is group r % groups of pair r // groups, with every groups-th of its segments. All planes are loaded before
+    any is used; neighbouring rows, which lie side by side, are the fastest axis.
+    """
+    group = row % groups
+    first = (row // groups).to(tl.int64) * segments + group
+    sums = (tl.zeros([FOLD, ROWS], COMPUTE),) * PLANES
+    for begin in range(0, segments, FOLD * groups):
+        step = begin + tl.arange(0, FOLD) * groups
+        mask = inside[None, :] & (group[None, :] + step[:, None] < segments)
+        sums = add_planes(sums, partial_ptr, plane, first[None, :] + step[:, None], mask)
+    folded = ()
+    for k in tl.static_range(PLANES):
+        folded = folded + (tl.sum(sums[k], 0),)
+    return folded
+
+
+@triton.jit
+def fold_groups(
+    numbers,  # Numbers
+    partial_ptr,
+    telemetry_ptr,
+    coefficient_ptr,
+    row,
+    inside,
+    rows,
+    segments,
+    groups,
+    count,
+    KIND: tl.constexpr,
+    FLAGS: tl.constexpr,
+    GAPS: tl.constexpr,
+    REFERENCE_ERRORS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr,
+    FOLD: tl.constexpr,
+):
+    """Fold a block of groups and run the objective on them: telemetry and coefficients."""
+    plane = tl.cast(rows // groups, tl.int64) * segments
+    mean = 1.0 / (tl.zeros([1], COMPUTE) + count)
+    row_scale = 1.0 / (tl.zeros([1], COMPUTE) + rows)
+    sums = fold_parts(partial_ptr, plane, row, inside, segments, groups, STATISTICS, COMPUTE, ROWS, FOLD)
+    e_w = sums[STATISTIC_POLICY_CHOSEN] * mean
+    e_l = sums[STATISTIC_POLICY_REJECTED] * mean
+    d_w = sums[STATISTIC_GAP_CHOSEN] * mean
+    d_l = sums[STATISTIC_GAP_REJECTED] * mean
+    anchor = sums[STATISTIC_ANCHOR] * mean
+    cross = sums[STATISTIC_CROSS] * mean
+    if REFERENCE_ERRORS:
+        d_w = e_w - tl.load(numbers.reference_error_ptr + row, mask=inside, other=0.0).to(COMPUTE)
+        d_l = e_l - tl.load(numbers.reference_error_ptr + rows + row, mask=inside, other=0.0).to(COMPUTE)
+    posterior_scale = tl.zeros_like(e_w)
+    if FLAG_IMPORTANCE & FLAGS:
+        posterior_scale = tl.load(numbers.posterior_scale_ptr + row // groups, mask=inside, other=0.0).to(COMPUTE)
+    loss, logits, alpha, gamma, importance, g_w, g_l, g_anchor = objective(
+        e_w, e_l, d_w, d_l, anchor, cross, posterior_scale, numbers.params_ptr, KIND, FLAGS, COMPUTE
+    )
+    if not GAPS:
+        d_w += float("nan")
+        d_l += float("nan")
+    telemetry = telemetry_ptr + row
+    tl.store(telemetry + TELEMETRY_PER_PAIR_LOSS * rows, loss, mask=inside)
+    tl.store(telemetry + TELEMETRY_LOGITS * rows, logits, mask=inside)
+    tl.store(telemetry + TELEMETRY_ALPHA * rows, alpha, mask=inside)
+    tl.store(telemetry + TELEMETRY_GAMMA * rows, gamma, mask=inside)
+    tl.store(telemetry + TELEMETRY_IMPORTANCE * rows, importance, mask=inside)
+    tl.store(telemetry + TELEMETRY_POLICY_CHOSEN_ERROR * rows, e_w, mask=inside)
+    tl.store(telemetry + TELEMETRY_POLICY_REJECTED_ERROR * rows, e_l, mask=inside)
+    tl.store(telemetry + TELEMETRY_CHOSEN_GAP * rows, d_w, mask=inside)
+    tl.store(telemetry + TELEMETRY_REJECTED_GAP * rows, d_l, mask=inside)
+    scale = tl.full([ROWS], 1.0, COMPUTE)
+    if WEIGHTED:
+        scale = tl.load(numbers.weight_ptr + row, mask=inside, other=0.0).to(COMPUTE)
+    scale *= 2.0 * mean * row_scale
+    coefficient = coefficient_ptr + row
+    tl.store(coefficient + COEFFICIENT_CHOSEN * rows, scale * g_w, mask=inside)
+    tl.store(coefficient + COEFFICIENT_REJECTED * rows, scale * g_l, mask=inside)
+    tl.store(coefficient + COEFFICIENT_ANCHOR * rows, scale * g_anchor, mask=inside)
+
+
+@triton.jit
+def arrive(arrived_ptr):
+    """How many programs came here before this one. What they had written is visible to the last of them."""
+    tl.debug_barrier()  # all threads have written
+    return tl.atomic_add(arrived_ptr, 1, sem="acq_rel")
+
+
+@triton.jit
+def mean_loss(
+    loss_ptr, telemetry_ptr, weight_ptr, rows, WEIGHTED: tl.constexpr, COMPUTE: tl.constexpr, WIDTH: tl.constexpr
+):
+    """The weighted mean of the groups' losses, added in an order that depends on nothing but their number."""
+    total = tl.zeros([WIDTH], COMPUTE)
+    for begin in range(0, rows, WIDTH):
+        row = begin + tl.arange(0, WIDTH)
+        loss = tl.load(
+            telemetry_ptr + TELEMETRY_PER_PAIR_LOSS * rows + row, mask=row < rows, other=0.0, cache_modifier=".cg"
+        )
+        if WEIGHTED:
+            loss *= tl.load(weight_ptr + row, mask=row < rows, other=0.0).to(COMPUTE)
+        total += loss
+    tl.store(loss_ptr + tl.arange(0, 1), tl.sum(total, 0) / (tl.zeros([1], COMPUTE) + rows))
+
+
+class Numbers(NamedTuple):
+    """The numbers of an objective and its groups as a kernel's argument; what a call lacks may point anywhere."""
+
+    reference_error_ptr: Any  # [2, B, G] COMPUTE, chosen and rejected, with REFERENCE_ERRORS
+    weight_ptr: Any  # [B, G] COMPUTE, with WEIGHTED
+    posterior_scale_ptr: Any  # [B] COMPUTE, with FLAG_IMPORTANCE
+    params_ptr: Any  # [PARAMETERS] COMPUTE
+
+
 @triton.jit(do_not_specialize=["rows"])  # one binary for every B: the same bits
 def fold_kernel(
+    numbers,  # Numbers
     partial_ptr,  # [STATISTICS, B, segments] COMPUTE
-    reference_error_ptr,  # [2, B, G] COMPUTE, chosen and rejected, with REFERENCE_ERRORS
-    weight_ptr,  # [B, G] COMPUTE, with WEIGHTED
-    posterior_scale_ptr,  # [B] COMPUTE, with FLAG_IMPORTANCE
-    params_ptr,  # [PARAMETERS] COMPUTE
     loss_ptr,  # [] COMPUTE, written
-    out_ptr,  # [TELEMETRY, B, G] COMPUTE, written; with KIND < 0 [STATISTICS, B, G]
+    telemetry_ptr,  # [TELEMETRY, B, G] COMPUTE, written
     coefficient_ptr,  # [COEFFICIENTS, B, G] COMPUTE, written
+    arrived_ptr,  # [] int32, zero
     rows,  # B * G
     segments,  # of a video
     groups,  # G
@@ -334,84 +475,53 @@ def fold_kernel(
     COMPUTE: tl.constexpr,
     ROWS: tl.constexpr,
     FOLD: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    """Fold the partial sums of every group and, unless KIND < 0, run the objective on them. One program.
+    """Fold the partial sums of ROWS groups a program and run the objective; the last program adds the losses."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    fold_groups(
+        numbers,
+        partial_ptr,
+        telemetry_ptr,
+        coefficient_ptr,
+        row,
+        row < rows,
+        rows,
+        segments,
+        groups,
+        count,
+        KIND,
+        FLAGS,
+        GAPS,
+        REFERENCE_ERRORS,
+        WEIGHTED,
+        COMPUTE,
+        ROWS,
+        FOLD,
+    )
+    if arrive(arrived_ptr) == tl.num_programs(0) - 1:
+        mean_loss(loss_ptr, telemetry_ptr, numbers.weight_ptr, rows, WEIGHTED, COMPUTE, WIDTH)
 
-    With KIND < 0 it writes the statistics alone, as means.
-    """
+
+@triton.jit(do_not_specialize=["rows"])  # one binary for every B: the same bits
+def fold_means_kernel(
+    partial_ptr,  # [STATISTICS, B, segments] COMPUTE
+    out_ptr,  # [STATISTICS, B, G] COMPUTE, written
+    rows,  # B * G
+    segments,  # of a video
+    groups,  # G
+    count,  # elements of a group
+    COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr,
+    FOLD: tl.constexpr,
+):
+    """The partial sums of ROWS groups a program as means."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     plane = tl.cast(rows // groups, tl.int64) * segments
     mean = 1.0 / (tl.zeros([1], COMPUTE) + count)
-    row_scale = 1.0 / (tl.zeros([1], COMPUTE) + rows)
-    total = tl.zeros([ROWS], COMPUTE)
-    for first in range(0, rows, ROWS):
-        row = first + tl.arange(0, ROWS)
-        inside = row < rows
-        pair = row // groups
-        base = pair.to(tl.int64) * segments + row % groups
-        zero = tl.zeros([ROWS, FOLD], COMPUTE)
-        sums = (zero, zero, zero, zero, zero, zero)
-        for begin in range(0, segments, FOLD * groups):
-            step = begin + tl.arange(0, FOLD) * groups
-            where = base[:, None] + step[None, :]
-            mask = inside[:, None] & ((row % groups)[:, None] + step[None, :] < segments)
-            sums = (
-                sums[STATISTIC_POLICY_CHOSEN]
-                + tl.load(partial_ptr + STATISTIC_POLICY_CHOSEN * plane + where, mask=mask, other=0.0),
-                sums[STATISTIC_POLICY_REJECTED]
-                + tl.load(partial_ptr + STATISTIC_POLICY_REJECTED * plane + where, mask=mask, other=0.0),
-                sums[STATISTIC_GAP_CHOSEN]
-                + tl.load(partial_ptr + STATISTIC_GAP_CHOSEN * plane + where, mask=mask, other=0.0),
-                sums[STATISTIC_GAP_REJECTED]
-                + tl.load(partial_ptr + STATISTIC_GAP_REJECTED * plane + where, mask=mask, other=0.0),
-                sums[STATISTIC_ANCHOR] + tl.load(partial_ptr + STATISTIC_ANCHOR * plane + where, mask=mask, other=0.0),
-                sums[STATISTIC_CROSS] + tl.load(partial_ptr + STATISTIC_CROSS * plane + where, mask=mask, other=0.0),
-            )
-        e_w = tl.sum(sums[STATISTIC_POLICY_CHOSEN], 1) * mean
-        e_l = tl.sum(sums[STATISTIC_POLICY_REJECTED], 1) * mean
-        d_w = tl.sum(sums[STATISTIC_GAP_CHOSEN], 1) * mean
-        d_l = tl.sum(sums[STATISTIC_GAP_REJECTED], 1) * mean
-        anchor = tl.sum(sums[STATISTIC_ANCHOR], 1) * mean
-        cross = tl.sum(sums[STATISTIC_CROSS], 1) * mean
-        out = out_ptr + row
-        if KIND < 0:
-            tl.store(out + STATISTIC_POLICY_CHOSEN * rows, e_w, mask=inside)
-            tl.store(out + STATISTIC_POLICY_REJECTED * rows, e_l, mask=inside)
-            tl.store(out + STATISTIC_GAP_CHOSEN * rows, d_w, mask=inside)
-            tl.store(out + STATISTIC_GAP_REJECTED * rows, d_l, mask=inside)
-            tl.store(out + STATISTIC_ANCHOR * rows, anchor, mask=inside)
-            tl.store(out + STATISTIC_CROSS * rows, cross, mask=inside)
-        else:
-            if REFERENCE_ERRORS:
-                d_w = e_w - tl.load(reference_error_ptr + row, mask=inside, other=0.0).to(COMPUTE)
-                d_l = e_l - tl.load(reference_error_ptr + rows + row, mask=inside, other=0.0).to(COMPUTE)
-            posterior_scale = 0.0 * e_w
-            if FLAG_IMPORTANCE & FLAGS:
-                posterior_scale = tl.load(posterior_scale_ptr + pair, mask=inside, other=0.0).to(COMPUTE)
-            loss, logits, alpha, gamma, importance, g_w, g_l, g_anchor = objective(
-                e_w, e_l, d_w, d_l, anchor, cross, posterior_scale, params_ptr, KIND, FLAGS, COMPUTE
-            )
-            weight = tl.full([ROWS], 1.0, COMPUTE)
-            if WEIGHTED:
-                weight = tl.load(weight_ptr + row, mask=inside, other=0.0).to(COMPUTE)
-            total += tl.where(inside, weight * loss, 0.0)
-            tl.store(out + TELEMETRY_PER_PAIR_LOSS * rows, loss, mask=inside)
-            tl.store(out + TELEMETRY_LOGITS * rows, logits, mask=inside)
-            tl.store(out + TELEMETRY_ALPHA * rows, alpha, mask=inside)
-            tl.store(out + TELEMETRY_GAMMA * rows, gamma, mask=inside)
-            tl.store(out + TELEMETRY_IMPORTANCE * rows, importance, mask=inside)
-            tl.store(out + TELEMETRY_POLICY_CHOSEN_ERROR * rows, e_w, mask=inside)
-            tl.store(out + TELEMETRY_POLICY_REJECTED_ERROR * rows, e_l, mask=inside)
-            if not GAPS:
-                d_w += float("nan")
-                d_l += float("nan")
-            tl.store(out + TELEMETRY_CHOSEN_GAP * rows, d_w, mask=inside)
-            tl.store(out + TELEMETRY_REJECTED_GAP * rows, d_l, mask=inside)
-            scale = weight * (2.0 * mean * row_scale)
-            tl.store(coefficient_ptr + COEFFICIENT_CHOSEN * rows + row, scale * g_w, mask=inside)
-            tl.store(coefficient_ptr + COEFFICIENT_REJECTED * rows + row, scale * g_l, mask=inside)
-            tl.store(coefficient_ptr + COEFFICIENT_ANCHOR * rows + row, scale * g_anchor, mask=inside)
-    if KIND >= 0:
-        tl.store(loss_ptr + tl.arange(0, 1), tl.sum(total, 0) * row_scale)
+    sums = fold_parts(partial_ptr, plane, row, row < rows, segments, groups, STATISTICS, COMPUTE, ROWS, FOLD)
+    for k in tl.static_range(STATISTICS):
+        tl.store(out_ptr + k * rows + row, sums[k] * mean, mask=row < rows)
 
 
 @triton.jit

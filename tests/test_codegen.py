@@ -42,7 +42,8 @@ def compile_for(architectures, folder):
 
 
 def test_every_kernel_passes_every_gate_on_every_target(tmp_path):
-    """No local memory, few registers, no float64 in float32 builds, no atomics, no flushed denormals, wide loads."""
+    """No local memory, few registers, no float64 in float32 builds, atomics in the folds alone, no flushed denormals,
+    wide loads, 120 instructions a pair-element."""
     rows = compile_for(("80", "90", "100"), tmp_path)
     kernels = {
         "pair_errors_kernel",
@@ -61,6 +62,11 @@ def test_every_kernel_passes_every_gate_on_every_target(tmp_path):
         assert {row["arch"] for row in found} == {80, 90, 100}
         assert max((row["loads_expected"], row["stores_expected"]) for row in found) == (loads, stores)
         assert all(row["loads_128"] >= loads and row["stores_128"] >= stores for row in found), (call, kernel)
+
+    budgeted = [row for row in rows if row["budget"] is not None]
+    assert {row["arch"] for row in budgeted} == {80, 90, 100}
+    assert all(60 < row["per_element"] <= row["budget"] == 120 for row in budgeted)
+    assert {row["atomics"] for row in rows if row["kernel"] == "fold_kernel"} == {1}
 
     # The counts see what they count: odd rows allow no wide access, float64 builds use float64.
     odd = [row for row in rows if row["case"] == "odd video, one pair" and row["kernel"] == "pair_errors_kernel"]

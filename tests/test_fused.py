@@ -260,11 +260,25 @@ def test_many_segments_are_all_folded(monkeypatch, backend):
     if DEVICE.type == "cpu":
         monkeypatch.setattr(operands, "MIN_CHUNK", 1)
         monkeypatch.setattr(operands, "MAX_CHUNKS", 150)
-        monkeypatch.setattr(triton_backend, "FOLD_LAUNCH", {**triton_backend.FOLD_LAUNCH, "FOLD": 16, "ROWS": 2})
+        monkeypatch.setattr(triton_backend, "FOLD_PARTS", 16)
     assert DEVICE.type == "cuda" or operands.segment_length(torch.Size((37,)), 1) == 1
     for granularity in ("sample", "element"):
         assert_parity(Batch(shape=(37,), pairs=3), pf.PGDPO(B), backend, granularity)
     assert_parity(Batch(shape=(5, 9, 1, 2), pairs=1), pf.PGDPO(B), backend, "frame")
+
+
+@pytest.mark.skipif("triton" not in FUSED, reason="a setting of the Triton launches")
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_bits_do_not_depend_on_how_many_groups_a_program_folds(small_chunks, monkeypatch, granularity):
+    """One group a program, and the last of many adds the losses, or all groups in one program."""
+    batch, found = Batch(pairs=3, shape=(3, 2, 8, 16)), []
+    weight = torch.tensor([0.5, 2.0, 1.0], device=DEVICE)
+    for parts in (8, 512):
+        monkeypatch.setattr(triton_backend, "FOLD_PARTS", parts)
+        found.append(batch.run(pf.PGDPO(), "triton", granularity=granularity, pair_weight=weight))
+    (out, grad), (other, other_grad) = found
+    assert torch.equal(out.loss, other.loss) and torch.equal(grad, other_grad)
+    assert torch.equal(out.telemetry, other.telemetry)
 
 
 def test_a_video_is_cut_by_its_shape_alone():

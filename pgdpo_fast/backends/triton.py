@@ -6,9 +6,10 @@ so far; no device has been measured that asks for another.
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from importlib import metadata
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,9 +39,11 @@ class Launch(NamedTuple):
 
 
 DEFAULT_LAUNCH = Launch()
-# Without a stated limit the assembler spills a few registers to make room for more blocks than the one there is.
-FOLD_LAUNCH = dict(ROWS=8, FOLD=128, num_warps=8, maxnreg=128, enable_fp_fusion=True)
-# The same of the pass that rewrites elements' gradients: 96 registers hold it without a spill on every target.
+# Partial sums a program of the folds adds up at a time, over one group or, where groups have fewer, several; its warps;
+# and the losses the last one adds at a time. 512 are all chunks of a video (MAX_CHUNKS): one trip to memory.
+FOLD_PARTS, FOLD_WARPS, FOLD_LOSSES = 512, 4, 128
+# Of the pass that rewrites elements' gradients. Without a stated limit the assembler spills a few registers to make
+# room for more blocks; 96 hold it on every target.
 REWRITE_REGISTERS = 96
 
 
@@ -150,18 +153,39 @@ def _arguments(x: PairRows, plan: Plan):
     return operands, switches
 
 
-def partial_sums(x: PairRows, plan: Plan) -> Tensor:
-    """Sums over every segment, `[6, B, segments]` in the accumulation dtype: the fields of `GroupErrors`."""
+class Partial(NamedTuple):
+    """What the programs of a pass leave for the fold."""
+
+    sums: Tensor  # [planes, B, segments] in the accumulation dtype
+    arrived: Tensor  # [1] int32, zero once the pass is over: programs of the fold count themselves there
+
+
+def _partial(x: PairRows, plan: Plan, planes: int) -> Partial:
+    shape = (planes, x.pairs, _segments(x, plan.length))
+    # One allocation; the sums start 16 bytes in or more, as aligned as they would be alone.
+    room = torch.empty(4 + math.prod(shape), dtype=x.compute_dtype, device=x.policy.chosen.device)
+    return Partial(room[4:].view(shape), room[:1].view(torch.int32)[:1])
+
+
+def _fold_launch(groups: int, segments: int) -> tuple[int, dict[str, Any]]:
+    """Rows a program of the folds takes, and its switches: both follow from the video's shape alone."""
+    parts = -(-segments // groups)
+    width = min(1 << (parts - 1).bit_length(), FOLD_PARTS)
+    rows = FOLD_PARTS // width
+    return rows, dict(ROWS=rows, FOLD=width, num_warps=FOLD_WARPS, enable_fp_fusion=True)
+
+
+def partial_sums(x: PairRows, plan: Plan) -> Partial:
+    """Sums over every segment; planes are the fields of `GroupErrors`."""
     from pgdpo_fast.kernels.pair import pair_errors_kernel
 
-    segments = _segments(x, plan.length)
     operands, switches = _arguments(x, plan)
-    shape = (len(GroupErrors._fields), x.pairs, segments)
-    partial = torch.empty(shape, dtype=x.compute_dtype, device=x.policy.chosen.device)
-    with _guard(partial.device):
-        pair_errors_kernel[(segments, x.pairs)](
+    partial = _partial(x, plan, len(GroupErrors._fields))
+    with _guard(partial.sums.device):
+        pair_errors_kernel[(_segments(x, plan.length), x.pairs)](
             operands,
-            partial_ptr=partial,
+            partial_ptr=partial.sums,
+            arrived_ptr=partial.arrived,
             pairs=x.pairs,
             n=x.numel,
             seg_len=plan.length,
@@ -175,37 +199,39 @@ def partial_sums(x: PairRows, plan: Plan) -> Tensor:
 
 def fold(partial: Tensor, groups: int, count: int) -> Tensor:
     """Partial sums `[6, B, segments]` as means over each group, `[6, B, G]`, always added in the same order."""
-    from pgdpo_fast.kernels.pair import fold_kernel
+    from pgdpo_fast.kernels.pair import fold_means_kernel
 
-    statistics, pairs, parts = partial.shape
+    statistics, pairs, segments = partial.shape
     out = partial.new_empty((statistics, pairs, groups))
+    rows, switches = _fold_launch(groups, segments)
     with _guard(partial.device):
-        fold_kernel[(1,)](
+        fold_means_kernel[(-(-pairs * groups // rows),)](
             partial_ptr=partial,
-            reference_error_ptr=partial,
-            weight_ptr=partial,
-            posterior_scale_ptr=partial,
-            params_ptr=partial,
-            loss_ptr=out,
             out_ptr=out,
-            coefficient_ptr=out,
             rows=pairs * groups,
-            segments=parts,
+            segments=segments,
             groups=groups,
             count=count,
-            KIND=-1,
-            FLAGS=0,
-            GAPS=False,
-            REFERENCE_ERRORS=False,
-            WEIGHTED=False,
             COMPUTE=_triton_dtype(partial.dtype),
-            **FOLD_LAUNCH,
+            **switches,
         )
     return out
 
 
+def _numbers(reference_errors: Tensor | None, numbers: PairNumbers, epilogue: Epilogue, absent: Tensor):
+    """The numbers of a call as the kernels take them. What is absent is never read."""
+    from pgdpo_fast.kernels import pair
+
+    return pair.Numbers(
+        reference_error_ptr=absent if reference_errors is None else reference_errors,
+        weight_ptr=absent if numbers.weight is None else numbers.weight,
+        posterior_scale_ptr=absent if numbers.posterior_scale is None else numbers.posterior_scale,
+        params_ptr=_parameters(epilogue, absent.dtype, absent.device),
+    )
+
+
 def fold_objective(
-    partial: Tensor,
+    partial: Partial,
     groups: int,
     count: int,
     gaps: bool,
@@ -216,22 +242,22 @@ def fold_objective(
     """Partial sums to loss `[]`, `Telemetry` `[9, B, G]` and `Coefficients` `[3, B, G]` in one launch."""
     from pgdpo_fast.kernels.pair import fold_kernel
 
-    _, pairs, parts = partial.shape
-    loss = partial.new_empty(())
-    telemetry = partial.new_empty((len(Telemetry._fields), pairs, groups))
-    coefficients = partial.new_empty((len(Coefficients._fields), pairs, groups))
-    with _guard(partial.device):
-        fold_kernel[(1,)](
-            partial_ptr=partial,
-            reference_error_ptr=partial if reference_errors is None else reference_errors,
-            weight_ptr=partial if numbers.weight is None else numbers.weight,
-            posterior_scale_ptr=partial if numbers.posterior_scale is None else numbers.posterior_scale,
-            params_ptr=_parameters(epilogue, partial.dtype, partial.device),
+    sums = partial.sums
+    _, pairs, segments = sums.shape
+    loss = sums.new_empty(())
+    telemetry = sums.new_empty((len(Telemetry._fields), pairs, groups))
+    coefficients = sums.new_empty((len(Coefficients._fields), pairs, groups))
+    rows, switches = _fold_launch(groups, segments)
+    with _guard(sums.device):
+        fold_kernel[(-(-pairs * groups // rows),)](
+            _numbers(reference_errors, numbers, epilogue, sums),
+            partial_ptr=sums,
             loss_ptr=loss,
-            out_ptr=telemetry,
+            telemetry_ptr=telemetry,
             coefficient_ptr=coefficients,
+            arrived_ptr=partial.arrived,
             rows=pairs * groups,
-            segments=parts,
+            segments=segments,
             groups=groups,
             count=count,
             KIND=epilogue.kind,
@@ -239,15 +265,16 @@ def fold_objective(
             GAPS=gaps,
             REFERENCE_ERRORS=reference_errors is not None,
             WEIGHTED=numbers.weight is not None,
-            COMPUTE=_triton_dtype(partial.dtype),
-            **FOLD_LAUNCH,
+            COMPUTE=_triton_dtype(sums.dtype),
+            WIDTH=FOLD_LOSSES,
+            **switches,
         )
     return loss, telemetry, coefficients
 
 
 def pair_errors(operands: Operands, plan: Plan) -> Tensor:
     x = pair_rows(operands)
-    return fold(partial_sums(x, plan), plan.groups, x.numel // plan.groups)
+    return fold(partial_sums(x, plan).sums, plan.groups, x.numel // plan.groups)
 
 
 def pair_objective(
@@ -288,14 +315,14 @@ def pair_gradient(operands: Operands, coefficients: Tensor, incoming: Tensor, pl
 def pair_elements(
     operands: Operands, numbers: PairNumbers, plan: Plan, epilogue: Epilogue, outer: bool, with_gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from pgdpo_fast.kernels.element import SUMS, fold_elements_kernel
+    from pgdpo_fast.kernels.element import OUTER_SUMS, SUMS, fold_elements_kernel
 
     x = pair_rows(operands)
     gradients = gradients_like(operands, with_gradients)
-    segments, device = _segments(x, plan.length), x.policy.chosen.device
-    partial = torch.empty((SUMS.value, x.pairs, segments), dtype=x.compute_dtype, device=device)
-    loss, means = partial.new_empty(()), partial.new_empty((len(ElementMeans._fields), x.pairs))
-    telemetry = partial.new_empty((len(Telemetry._fields), x.pairs, 1))
+    partial = _partial(x, plan, (OUTER_SUMS if outer else SUMS).value)
+    sums, segments = partial.sums, partial.sums.shape[-1]
+    loss, means = sums.new_empty(()), sums.new_empty((len(ElementMeans._fields), x.pairs))
+    telemetry = sums.new_empty((len(Telemetry._fields), x.pairs, 1))
     _launch_elements(
         x,
         numbers,
@@ -308,22 +335,25 @@ def pair_elements(
         gradients=_halves(*gradients) if with_gradients else None,
         speculative=False,
     )
-    with _guard(device):
-        fold_elements_kernel[(1,)](
-            partial_ptr=partial,
-            weight_ptr=partial if numbers.weight is None else numbers.weight,
-            params_ptr=_parameters(epilogue, partial.dtype, device),
+    rows, switches = _fold_launch(1, segments)
+    with _guard(sums.device):
+        fold_elements_kernel[(-(-x.pairs // rows),)](
+            partial_ptr=sums,
+            weight_ptr=sums if numbers.weight is None else numbers.weight,
+            params_ptr=_parameters(epilogue, sums.dtype, sums.device),
             loss_ptr=loss,
             telemetry_ptr=telemetry,
             mean_ptr=means,
+            arrived_ptr=partial.arrived,
             pairs=x.pairs,
             segments=segments,
             n=x.numel,
             OUTER=outer,
             GAPS=x.reference is not None,
             WEIGHTED=numbers.weight is not None,
-            COMPUTE=_triton_dtype(partial.dtype),
-            **FOLD_LAUNCH,
+            COMPUTE=_triton_dtype(sums.dtype),
+            WIDTH=FOLD_LOSSES,
+            **switches,
         )
     return loss, telemetry, means, *gradients
 
@@ -371,7 +401,7 @@ def _launch_elements(
     *,
     means: Tensor,
     incoming: Tensor | None,
-    partial: Tensor | None,
+    partial: Partial | None,
     gradients: tuple[Tensor, Tensor] | None,
     speculative: bool,
 ) -> None:
@@ -390,7 +420,8 @@ def _launch_elements(
             params_ptr=_parameters(epilogue, x.compute_dtype, absent.device),
             mean_ptr=means,
             incoming_ptr=absent if incoming is None else incoming,
-            partial_ptr=absent if partial is None else partial,
+            partial_ptr=absent if partial is None else partial.sums,
+            arrived_ptr=absent if partial is None else partial.arrived,
             gw_stride=chosen.stride(0),
             gl_stride=rejected.stride(0),
             pairs=x.pairs,
