@@ -6,7 +6,7 @@ Definitions only: the machines in `data` take such rules as values, and each fam
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -93,6 +93,7 @@ class LatentRule:
         channels: the key of the VAE's configuration that holds the number of latent channels.
         per_frame: an image VAE, used frame by frame.
         decode: (vae, z) -> pixels in [-1, 1].
+        published: arguments of the published VAE where they are not its class's defaults; for counting.
     """
 
     vae: str
@@ -101,6 +102,7 @@ class LatentRule:
     channels: str = "latent_channels"
     per_frame: bool = False
     decode: Callable[[Any, Tensor], Tensor] = _decoded
+    published: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

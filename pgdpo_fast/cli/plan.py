@@ -15,6 +15,13 @@ class Plan:
 
     Says what a reference cache would save of this run and, in a table, as a function of how often a draw is used
     again: share * (1 - 1/R) of the compute, where share is the reference's part of a step.
+
+    Before anything is encoded, --pairs or --manifest stand for the store, whose latents are then those that the VAE of
+    model.path makes of clips of --frames, --height and --width.
+
+    Examples:
+        pgdpo-fast plan wan.yaml
+        pgdpo-fast plan wan.yaml --manifest pairs.jsonl --frames 49
     """
 
     config: tyro.conf.Positional[Path]
@@ -23,6 +30,16 @@ class Plan:
         tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]], tyro.conf.arg(metavar="KEY=VALUE [KEY=VALUE ...]")
     ] = ()
     """Settings laid over the file, as for `train`."""
+    manifest: Annotated[Path | None, tyro.conf.arg(aliases=["-m"])] = None
+    """Count the pairs of this manifest, without a store."""
+    pairs: int = 0
+    """Count this many pairs, without a store."""
+    frames: int = 0
+    """Of the clips, with --pairs or --manifest; by default what the family was trained on, as for height and width."""
+    height: int = 0
+    """Of the clips."""
+    width: int = 0
+    """Of the clips."""
     json: bool = False
     """Print the counts as one JSON object instead."""
 
@@ -33,13 +50,37 @@ class Plan:
         from pgdpo_fast.training.config import load_config
         from pgdpo_fast.training.plan import make_plan
 
-        config = load_config(self.config, [override for group in self.set for override in group])
-        plan = make_plan(config)
+        coming = self._is_coming()
+        overrides = [override for group in self.set for override in group]
+        config = load_config(self.config, overrides, needed=() if coming else ("data.store",))
+        plan = make_plan(config, self._coming_store(config) if coming else None)
         if self.json:
             print(dumps({**asdict(plan), "reuse": plan.reuse, "verdict": plan.verdict()}, indent=2))
         else:
             _show(plan, config)
         return 0
+
+    def _is_coming(self) -> bool:
+        """Whether the flags describe a store that is yet to be made."""
+        from pgdpo_fast.errors import ConfigError
+
+        sizes = {"--frames": self.frames, "--height": self.height, "--width": self.width}
+        for flag, value in {"--pairs": self.pairs, **sizes}.items():
+            if value < 0:
+                raise ConfigError(f"{flag} {value}: expected a number above 0")
+        if self.pairs and self.manifest:
+            raise ConfigError("--pairs and --manifest both say how many pairs there are; give one of them")
+        coming = bool(self.pairs or self.manifest)
+        if given := [flag for flag, value in sizes.items() if value and not coming]:
+            raise ConfigError(f"{given[0]}: the clips of a store have their size; give --pairs or --manifest too")
+        return coming
+
+    def _coming_store(self, config):
+        from pgdpo_fast.data.manifest import read_manifest
+        from pgdpo_fast.training.plan import ComingStore
+
+        ids = [pair.id for pair in read_manifest(self.manifest).pairs] if self.manifest else range(self.pairs)
+        return ComingStore.of(config, list(map(str, ids)), self.frames, self.height, self.width)
 
 
 def _show(plan, config) -> None:

@@ -21,7 +21,7 @@ from pgdpo_fast.errors import ConfigError, DataError
 from pgdpo_fast.families import Geometry, LatentRule
 from pgdpo_fast.storage import weights_digest
 
-__all__ = ["Codec", "DiffusersVAECodec", "PixelUnshuffleCodec"]
+__all__ = ["Codec", "DiffusersVAECodec", "PixelUnshuffleCodec", "planned_shape"]
 
 
 class Codec(Protocol):
@@ -35,6 +35,31 @@ class Codec(Protocol):
     def encode(self, video: torch.Tensor) -> torch.Tensor: ...
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor: ...
+
+
+def planned_shape(
+    path: str | None, rule: LatentRule, frames: int, height: int, width: int, revision: str | None = None
+) -> tuple[int, int, int, int]:
+    """(C, F, H, W) of the latents that the VAE of the model at `path` will make of such clips, without its weights.
+
+    Without a path, as for networks of random weights, that of the VAE the family was published with.
+
+    Raises:
+        ConfigError: the VAE takes no such clips. DataError: there is no VAE at `path`.
+    """
+    import diffusers
+
+    network = getattr(diffusers, rule.vae)
+    try:
+        given = network.load_config(path, subfolder="vae", revision=revision) if path else rule.published or {}
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path}: no {rule.vae} in its folder vae ({str(error).splitlines()[0]}); give a diffusers model folder or "
+            "hub id, or encode first"
+        ) from error
+    with torch.device("meta"):
+        vae = network.from_config(dict(given))
+    return vae.config[rule.channels], *rule.geometry(vae).check(frames, height, width)
 
 
 def _to_unit(video: torch.Tensor) -> torch.Tensor:

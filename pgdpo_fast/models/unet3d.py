@@ -26,7 +26,16 @@ class UNet3D(ModelAdapter):
     family = "unet3d"
     subfolder = "unet"
     lora_prefix = "unet"
-    latents = LatentRule("AutoencoderKL", _geometry, per_frame=True)
+    latents = LatentRule(
+        "AutoencoderKL",
+        _geometry,
+        per_frame=True,
+        published={
+            "block_out_channels": (128, 256, 512, 512),
+            "down_block_types": ("DownEncoderBlock2D",) * 4,
+            "up_block_types": ("UpDecoderBlock2D",) * 4,
+        },
+    )
     text = (TextRule("CLIPTextModel", 77, kept=True),)
     clip = ClipSize(frames=16, height=320, width=512, fps=8.0)
     default_process = {"name": "ddpm"}

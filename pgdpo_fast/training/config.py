@@ -29,6 +29,8 @@ from pgdpo_fast.training.callbacks import CALLBACKS, Callback
 LONGEST_FILE, MOST_VALUES, DEEPEST = 4 << 20, 100_000, 50
 # Entries at the top of a file that hold nothing but what "<<: *name" brings elsewhere begin so.
 ANCHORS = "x-"
+# What a run cannot do without.
+NEEDED = ("data.store", "output.dir")
 # Settings that are paths: a leading ~ is the home folder.
 PATHS = ("data.store", "data.reference_cache", "model.path", "output.dir")
 
@@ -208,8 +210,8 @@ class TrainConfig:
             return "cached"
         return "adapter-off" if self.model.train == "lora" else "copy"
 
-    def check(self) -> list[str]:
-        """Every contradiction between values; empty when there is none."""
+    def check(self, needed: Sequence[str] = NEEDED) -> list[str]:
+        """Every contradiction between values, and those of `needed` that are empty; an empty list when all is well."""
         training, problems = self.training, []
         if self.reference_mode == "cached" and not self.data.reference_cache:
             problems.append(
@@ -220,9 +222,7 @@ class TrainConfig:
                 f"data.reference_cache is not read with model.reference={self.model.reference!r}; set that "
                 "to auto or cached, or data.reference_cache to ''"
             )
-        for key, value in (("data.store", self.data.store), ("output.dir", self.output.dir)):
-            if not value:
-                problems.append(f"{key}: required, e.g. --set {key}=FOLDER")
+        problems += [f"{key}: required, e.g. --set {key}=FOLDER" for key in needed if not self.flat()[key]]
         if not all(0 <= beta < 1 for beta in training.betas):
             problems.append(str(wrong("training.betas", list(training.betas), "two numbers in [0, 1)")))
         if training.pairs_per_step % training.accumulation:
@@ -251,11 +251,16 @@ class TrainConfig:
         return problems
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> TrainConfig:
+def load_config(
+    path: str | Path | None = None, overrides: Sequence[str] = (), needed: Sequence[str] = NEEDED
+) -> TrainConfig:
     """Defaults, under a YAML file, under `key=value` overrides such as `objective.beta=500` in any order.
 
     Where an override names another objective or process than the file, the file's settings of the first do not apply,
     but for an objective's beta, which means the same in all.
+
+    Args:
+        needed: settings that must be given.
 
     Raises:
         ConfigError: one message with every unknown key, wrong type, impossible value and override given twice.
@@ -273,7 +278,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
             value = {part: value}
         _join(given, value, "", problems)
     layers.append((given, "command line"))
-    return _resolve(layers, str(path) if path is not None else "command line", problems)
+    return _resolve(layers, str(path) if path is not None else "command line", problems, needed)
 
 
 def describe_settings() -> str:
@@ -398,7 +403,9 @@ def _check_plain(value: Any, where: str, sizes: dict[int, int | None], depth: in
 # -- checking
 
 
-def _resolve(layers: Sequence[tuple[Mapping, str]], where: str, problems: Sequence[str] = ()) -> TrainConfig:
+def _resolve(
+    layers: Sequence[tuple[Mapping, str]], where: str, problems: Sequence[str] = (), needed: Sequence[str] = NEEDED
+) -> TrainConfig:
     problems, origins, merged = list(problems), {}, {}
     for values, origin in layers:
         _merge(merged, values, "", origin, origins, _implied_names([values for values, _ in layers]))
@@ -406,11 +413,12 @@ def _resolve(layers: Sequence[tuple[Mapping, str]], where: str, problems: Sequen
     usual = adapter_class(config.model.family).default_process  # its settings are another process's no more
     process = config.process if "name" in config.process else {**usual, **config.process}
     config = dataclasses.replace(config, process=process, objective={"name": "pgdpo", **config.objective})
-    problems += config.check()
+    problems += config.check(needed)
     if len(problems) == 1:
         raise ConfigError(f"{where}: {problems[0]}")
     if problems:
-        raise ConfigError(f"{where}: {len(problems)} problems" + "".join(f"\n  {problem}" for problem in problems))
+        said = "; ".join(f"({number}) {problem}" for number, problem in enumerate(problems, 1))
+        raise ConfigError(f"{where}: {len(problems)} problems: {said}")
     config = dataclasses.replace(
         config,
         process=_with_defaults(config.process, config.build_process()),

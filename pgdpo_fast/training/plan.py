@@ -6,17 +6,19 @@ and hold where the network dwarfs everything else, as a video transformer does.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pgdpo_fast.data.codec import planned_shape
 from pgdpo_fast.data.latent_store import LatentStore
-from pgdpo_fast.models import adapter_from_config
+from pgdpo_fast.models import adapter_class, adapter_from_config
 from pgdpo_fast.reference.cache import Layout
 from pgdpo_fast.reference.rows import FORMATS
 from pgdpo_fast.storage import describe_bytes
 from pgdpo_fast.training.config import TrainConfig
 from pgdpo_fast.training.reference_pass import choose_format, reference_visits
 
-__all__ = ["Plan", "make_plan", "reference_share", "saved_share"]
+__all__ = ["ComingStore", "Plan", "make_plan", "reference_share", "saved_share"]
 
 
 def reference_share(train: str, checkpointing: bool) -> tuple[float, float]:
@@ -104,13 +106,44 @@ class Plan:
         )
 
 
-def make_plan(config: TrainConfig) -> Plan:
+@dataclass(frozen=True)
+class ComingStore:
+    """What a plan asks of a store that is yet to be encoded: ids of its pairs, and (C, F, H, W) of its latents."""
+
+    ids: Sequence[str]
+    shape: tuple[int, int, int, int]
+
+    @property
+    def kin(self) -> dict[str, str]:
+        """As `LatentStore.kin`: every pair has a prompt and clips of its own, as far as is known."""
+        return {pair: pair for pair in self.ids}
+
+    @classmethod
+    def of(cls, config: TrainConfig, ids: Sequence[str], frames: int = 0, height: int = 0, width: int = 0):
+        """The store `encode` will make with the VAE of `model.path`; a size of 0 is the one the family was trained on.
+
+        Raises:
+            ConfigError, DataError: the VAE is not there or takes no such clips.
+        """
+        adapter, model = adapter_class(config.model.family), config.model
+        size = (frames or adapter.clip.frames, height or adapter.clip.height, width or adapter.clip.width)
+        return cls(ids, planned_shape(model.path, adapter.latents, *size, revision=model.revision))
+
+
+def make_plan(config: TrainConfig, store: LatentStore | ComingStore | None = None) -> Plan:
     """Count everything `config` needs; reads the store's index and the network's configuration, no weights.
+
+    Args:
+        store: in place of that of `data.store`.
 
     Raises:
         ConfigError, DataError: as training would.
     """
-    store, adapter, options = LatentStore(config.data.store), adapter_from_config(config.model), config.training
+    store, adapter, options = (
+        store or LatentStore(config.data.store),
+        adapter_from_config(config.model),
+        config.training,
+    )
     model = adapter.sketch()
     blocks = reference_visits(config, store.ids)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
