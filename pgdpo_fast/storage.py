@@ -144,7 +144,7 @@ def sha256_file(path: str | os.PathLike) -> str:
 def weights_digest(model: torch.nn.Module) -> str:
     """sha256 over name, dtype, shape and bytes of every entry of the state dict, in name order.
 
-    Reads every weight once (1.8 GB/s a core, all cores at work), moving device weights to the host one at a time.
+    Reads every weight once (1.8 GB/s per core, all cores at work), moving device weights to the host one at a time.
     """
     state = sorted(model.state_dict().items())
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:

@@ -149,4 +149,4 @@ def test_a_store_of_another_model_is_named(folder):
     assert problems == ["latent channels 4, expected 8", "text width 12, expected 16"]
     fitting = (8, 2, 2, 2), {"text": (-1, 16)}
     assert ours.check_store(ours.load(), *fitting, fps=24.0) == ours.check_store(ours.load(), *fitting) == []
-    assert ours.check_store(ours.load(), *fitting, fps=8.0) == ["clips at 8 frames a second, model.fps=24"]
+    assert ours.check_store(ours.load(), *fitting, fps=8.0) == ["clips at 8 frames per second, model.fps=24"]

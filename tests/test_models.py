@@ -146,7 +146,7 @@ def test_lora_trains_fp32_adapters_of_the_named_layers_and_nothing_else():
     layers = {name.split(".lora_")[0] for name in trained}
     assert layers == {f"blocks.{b}.{x}" for b in (0, 1) for x in ("attn1.to_q", "attn1.to_out.0", "attn2.to_out.0")}
     assert {p.dtype for p in trained.values()} == {torch.float32}
-    plan = adapter.dtype_plan(policy)
+    plan = adapter.count_dtypes(policy)
     assert plan["fp32 trained"] == sum(p.numel() for p in trained.values()) and plan["bf16 frozen"] > 0
 
 

@@ -269,7 +269,7 @@ def test_fewer_draws_leave_a_larger_cache_as_it_is(tmp_path):
 
 
 def test_more_draws_than_the_cache_holds_are_refused(tmp_path):
-    with pytest.raises(DataError, match="holds 3 draws a pair, this run visits 4"):
+    with pytest.raises(DataError, match="holds 3 draws per pair, this run visits 4"):
         make(tmp_path / "cache").require(FINGERPRINT, 4)
 
 

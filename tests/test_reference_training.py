@@ -115,7 +115,7 @@ def test_a_cached_run_is_the_online_run_bit_for_bit_through_the_command_line(tin
     quiet, cache = ("--display", "none"), tmp_path / "cache"
     assert cli("train", config, *quiet) == 0
     assert cli("cache-reference", config, "--output", cache) == 0
-    assert ReferenceCache(cache).blocks[0].draws == 2  # 4.5 visits a pair: the cache has fewer rows than the run visits
+    assert ReferenceCache(cache).blocks[0].draws == 2  # 4.5 visits per pair: fewer rows than the run visits
     changes = f"output.dir={tmp_path / 'cached'}", f"data.reference_cache={cache}"
     assert cli("train", config, *quiet, "--set", *changes) == 0
     assert_same_run(tmp_path / "cached", tmp_path / "online")
@@ -289,12 +289,12 @@ def test_the_cache_of_a_lora_run_serves_full_training_of_the_same_network(tiny_c
 
 
 def test_a_shorter_run_uses_the_cache_of_a_longer_one_and_a_longer_run_does_not(tiny_config, tmp_path):
-    options = {"steps": 9}  # 2.25 visits a pair
+    options = {"steps": 9}  # 2.25 visits per pair
     cache = cache_reference(tiny_config("unused", training=options), tmp_path / "cache")
     assert cache.blocks[0].draws == 3
     data = {"reference_cache": str(cache.path)}
     train(tiny_config("shorter", data=data, training={"steps": 5}), display="none")
-    with pytest.raises(DataError, match="holds 3 draws a pair, this run visits 4"):
+    with pytest.raises(DataError, match="holds 3 draws per pair, this run visits 4"):
         train(tiny_config("longer", data=data, training={"steps": 13}), display="none")
 
 

@@ -46,7 +46,7 @@ def reference_forwards(monkeypatch):
         return forward(self, model, batch)
 
     def counted_online(self, batch):
-        forwards.append(len(batch.draws))
+        forwards.append(len(batch.visits))
         return predict(self, batch)
 
     monkeypatch.setattr(Wan, "predict", counted)
@@ -60,7 +60,7 @@ def sweep(settings, *grid, flags=()):
 
 def test_only_the_first_run_of_a_sweep_pays_a_reference_pass(settings, reference_forwards, tmp_path, capsys):
     assert sweep(settings, "objective.beta=100,500", "objective.k1=1,2") == 0
-    # 8 training pairs x 1 visit and 2 held-out pairs x 2 draws, two pairs a forward, for four runs together
+    # 8 training pairs x 1 visit and 2 held-out pairs x 2 draws, two pairs per forward, for four runs together
     assert reference_forwards == [2] * (4 + 2)
     assert sweep(settings, "objective.beta=100,500,1000", "objective.k1=1,2") == 0
     assert len(reference_forwards) == 6
@@ -91,7 +91,7 @@ def test_settings_that_change_the_questions_get_a_pass_of_their_own(settings, re
 
 def test_runs_of_different_length_share_the_longest_pass(settings, reference_forwards):
     assert sweep(settings, "training.steps=2,6") == 0
-    assert reference_forwards == [2] * (8 + 2)  # 2 visits a pair
+    assert reference_forwards == [2] * (8 + 2)  # 2 visits per pair
 
 
 def test_a_run_that_diverges_is_reported_and_the_others_finish(settings, tmp_path, monkeypatch, capsys):

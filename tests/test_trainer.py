@@ -17,7 +17,7 @@ from pgdpo_fast.analysis.runs import read_runs
 from pgdpo_fast.errors import ConfigError, NonFiniteError, OutOfMemoryError, Preempted
 from pgdpo_fast.storage import sha256_file
 from pgdpo_fast.training import measure
-from pgdpo_fast.training.batches import PairOrder, Stage, hold_out
+from pgdpo_fast.training.batches import PairLoader, PairOrder, hold_out
 from pgdpo_fast.training.config import load_config
 from pgdpo_fast.training.telemetry import PreferenceHealth
 from pgdpo_fast.training.trainer import train
@@ -243,7 +243,7 @@ def test_a_row_holds_the_step_and_every_pair(tiny_config):
 
 def test_a_pair_that_is_not_finite_is_named_and_no_weight_changes(tiny_config, monkeypatch):
     config = tiny_config(training={"steps": 5, "checkpoint_every": 1})
-    noise, seen = Stage.noise, []
+    noise, seen = PairLoader.noise, []
 
     def poisoned(self, draws, tensors):
         batch = noise(self, draws, tensors)
@@ -253,7 +253,7 @@ def test_a_pair_that_is_not_finite_is_named_and_no_weight_changes(tiny_config, m
         return batch
 
     with monkeypatch.context() as patched, pytest.raises(NonFiniteError) as caught:
-        patched.setattr(Stage, "noise", poisoned)
+        patched.setattr(PairLoader, "noise", poisoned)
         train(config, display="none")
     guilty = seen[3].ids[1]
     run_dir = tiny_config().output.dir

@@ -30,7 +30,7 @@ FILE = "displacement.jsonl"  # of a run directory, one row per probed step
 
 @dataclass(frozen=True)
 class OneStepAdvantage:
-    """Result of `one_step_advantage`, in nats an element, means over the batch.
+    """Result of `one_step_advantage`, in nats per element, means over the batch.
 
     Attributes:
         first_order: -lr grad log p_w . (grad L - grad L_baseline).

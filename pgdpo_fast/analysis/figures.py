@@ -355,7 +355,7 @@ def _advantage(runs, colours):
         if len(probed) > 1:
             axes.legend(frameon=False, ncols=len(probed), loc="upper right", fontsize=9)
         scale = " · logarithmic scale" if skewed else ""
-        _labels(axes, "optimizer step", " ".join(["Γ", *filter(None, [unit(exponent)]), f"(nats an element){scale}"]))
+        _labels(axes, "optimizer step", " ".join(["Γ", *filter(None, [unit(exponent)]), f"(nats per element){scale}"]))
 
     shares = join_words(
         [

@@ -31,7 +31,7 @@ class RunRecord:
     Attributes:
         label: what figures call it; unique among the runs read together.
         config: nested settings of config.yaml.
-        metrics: one row a step. evaluations: rows on held-out pairs, possibly none.
+        metrics: one row per step. evaluations: rows on held-out pairs, possibly none.
         advantages: rows of `AdvantageProbe`, possibly none.
         environment: python, device, thread count and package versions; may be empty.
     """

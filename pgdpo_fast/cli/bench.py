@@ -34,7 +34,7 @@ class Bench:
     shapes: tuple[Shape, ...] = ("videocrafter2", "cogvideox-480p", "wan2.1-480p", "wan2.1-720p", "hunyuanvideo-720p")
     """Video shapes to time."""
     batch: tuple[int, ...] = (1, 4, 16)
-    """Pairs a batch."""
+    """Pairs per batch."""
     granularity: tuple[Literal["sample", "frame", "element"], ...] = ("sample", "element")
     """What one reward covers."""
     reference_form: tuple[Literal["errors", "predictions", "bf16", "fp8"], ...] = ("predictions", "errors")

@@ -31,8 +31,8 @@ class CacheReference:
     """Distinct draws of a pair, short for --set training.draws_per_pair=N. Unset and 0 in the configuration: one for
     every visit."""
     format: Literal["auto", "errors", "predictions", "bf16", "fp8"] = "auto"
-    """errors: two numbers a row, exact. predictions: for rewards per element and objectives that look at the
-    reference's prediction, in the network's dtype, exact. bf16, fp8: predictions rounded to 2 or 1 bytes an element.
+    """errors: two numbers per row, exact. predictions: for rewards per element and objectives that look at the
+    reference's prediction, in the network's dtype, exact. bf16, fp8: predictions rounded to 2 or 1 bytes per element.
     auto: errors where they are enough, else predictions."""
     granularity: Literal["sample", "frame", "element"] | None = None
     """Short for --set training.granularity=..."""
@@ -54,7 +54,7 @@ class CacheReference:
         from pgdpo_fast.training.config import load_config
         from pgdpo_fast.training.reference_pass import cache_reference
 
-        overrides = [override for group in self.set for override in group]
+        overrides = [override for given in self.set for override in given]
         overrides += [] if self.draws is None else [f"training.draws_per_pair={self.draws}"]
         overrides += [] if self.granularity is None else [f"training.granularity={self.granularity}"]
         config = load_config(self.config, overrides)

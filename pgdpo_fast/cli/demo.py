@@ -35,16 +35,16 @@ class Demo:
     """delete what an earlier demo left in the folder"""
 
     def run(self) -> int:
-        from pgdpo_fast.cli.demo_stages import Plan, discard, run_demo
+        from pgdpo_fast.cli.demo_stages import DemoSettings, discard, run_demo
 
-        plan = Plan.fast(self.seed) if self.fast else Plan(seed=self.seed)
+        settings = DemoSettings.fast(self.seed) if self.fast else DemoSettings(seed=self.seed)
         given = {"steps": self.steps, "pretraining_steps": self.pretraining_steps}
-        plan = replace(plan, **{key: value for key, value in given.items() if value is not None})
+        settings = replace(settings, **{key: value for key, value in given.items() if value is not None})
         if self.fresh:
             discard(self.out)
         started = time.monotonic()
         with _progress() as stage:
-            report = run_demo(plan, self.out, stage)
+            report = run_demo(settings, self.out, stage)
         _print_table(report)
         print(f"\nreport   {report.html}\nsummary  {report.summary}\ntime     {time.monotonic() - started:.0f} s")
         return 0
@@ -52,7 +52,7 @@ class Demo:
 
 @contextmanager
 def _progress():
-    """One line for the whole demo on a terminal, else a line a stage; yields what `run_demo` takes as `stage`."""
+    """One line for the whole demo on a terminal, else a line per stage; yields what `run_demo` takes as `stage`."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 

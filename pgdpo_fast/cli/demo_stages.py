@@ -34,12 +34,12 @@ from pgdpo_fast.metrics import CHOSEN, MARGINS
 from pgdpo_fast.models import ModelConfig, adapter_from_config
 from pgdpo_fast.reference.cache import ReferenceCache
 from pgdpo_fast.storage import describe_bytes, read_json, write_json
-from pgdpo_fast.training.batches import PairOrder, Stage, hold_out
+from pgdpo_fast.training.batches import PairLoader, PairOrder, hold_out
 from pgdpo_fast.training.config import TrainConfig
 from pgdpo_fast.training.reference_pass import cache_reference
 from pgdpo_fast.training.trainer import train
 
-__all__ = ["METHODS", "Plan", "discard", "run_demo"]
+__all__ = ["METHODS", "DemoSettings", "discard", "run_demo"]
 
 Update = Callable[[float, str], None]  # share of the stage that is done, and what it says about itself
 
@@ -51,7 +51,7 @@ PROCESS = {"name": "flow-matching", "shift": 0.5}
 
 
 @dataclass(frozen=True)
-class Plan:
+class DemoSettings:
     """What decides the result of a demo."""
 
     seed: int = 0
@@ -73,7 +73,7 @@ class Plan:
     sampler_steps: int = 32
 
     @classmethod
-    def fast(cls, seed: int = 0) -> Plan:
+    def fast(cls, seed: int = 0) -> DemoSettings:
         """Seconds instead of minutes: the same way with so little training that clips show nothing yet."""
         return cls(
             seed=seed,
@@ -96,7 +96,7 @@ class Plan:
     @property
     def too_short(self) -> bool:
         """Whether less than a third of the default's training is left, where no method shows anything yet."""
-        return 3 * self.steps < Plan.steps or 3 * self.pretraining_steps < Plan.pretraining_steps
+        return 3 * self.steps < DemoSettings.steps or 3 * self.pretraining_steps < DemoSettings.pretraining_steps
 
     @property
     def codec(self) -> PixelUnshuffleCodec:
@@ -125,7 +125,7 @@ class Plan:
         }
 
 
-def run_demo(plan: Plan, out: Path, stage: Callable[[str, float], Update]) -> Report:
+def run_demo(demo: DemoSettings, out: Path, stage: Callable[[str, float], Update]) -> Report:
     """Go through all stages into `out`.
 
     Args:
@@ -133,29 +133,29 @@ def run_demo(plan: Plan, out: Path, stage: Callable[[str, float], Update]) -> Re
             weights of all stages add up to 1.
 
     Raises:
-        ConfigError: `out` holds a demo with another plan. DataError: it holds something else, or is damaged.
+        ConfigError: `out` holds a demo with other settings. DataError: it holds something else, or is damaged.
     """
-    _claim(out, plan)
+    _claim(out, demo)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # steps this small lose more to waiting threads than they gain, on a busy machine tenfold
     try:
-        return _run_stages(plan, out, stage)
+        return _run_stages(demo, out, stage)
     finally:
         torch.set_num_threads(threads)
 
 
-def _run_stages(plan: Plan, out: Path, stage: Callable[[str, float], Update]) -> Report:
-    clips = _render(plan, out / "clips", stage("Rendering clips", 0.04))
-    store = _encode(plan, clips, out / "store", stage("Encoding them", 0.02))
-    base = _pretrain(plan, store, out / "base", stage("Training a video model from scratch", 0.55))
-    configs = {label: _config(plan, store, base, out, objective) for label, objective in METHODS.items()}
+def _run_stages(demo: DemoSettings, out: Path, stage: Callable[[str, float], Update]) -> Report:
+    clips = _render(demo, out / "clips", stage("Rendering clips", 0.04))
+    store = _encode(demo, clips, out / "store", stage("Encoding them", 0.02))
+    base = _pretrain(demo, store, out / "base", stage("Training a video model from scratch", 0.55))
+    configs = {label: _config(demo, store, base, out, objective) for label, objective in METHODS.items()}
     cache = _ask_reference(configs["DPO"], stage("Running the reference, once for both", 0.04))
     checkpoints = {
         label: _fine_tune(config, stage(f"Fine-tuning with {label}", 0.15)) for label, config in configs.items()
     }
-    rows = _sample(plan, store, {"base model": base, **checkpoints}, clips, stage("Sampling clips", 0.03))
+    rows = _sample(demo, store, {"base model": base, **checkpoints}, clips, stage("Sampling clips", 0.03))
     update = stage("Writing the report", 0.02)
-    report = _report(plan, store, cache, out, rows)
+    report = _report(demo, store, cache, out, rows)
     update(1.0, "")
     return report
 
@@ -168,9 +168,9 @@ def discard(out: Path) -> None:
         shutil.rmtree(out)
 
 
-def _claim(out: Path, plan: Plan) -> None:
-    """Make `out` this plan's folder, or see that it already is."""
-    wanted, path = json.loads(json.dumps(vars(plan))), out / "demo.json"
+def _claim(out: Path, demo: DemoSettings) -> None:
+    """Make `out` this demo's folder, or see that it already is."""
+    wanted, path = json.loads(json.dumps(vars(demo))), out / "demo.json"
     if path.exists():
         if different := [key for key, value in read_json(path).items() if wanted.get(key) != value]:
             raise ConfigError(
@@ -211,15 +211,15 @@ def _scene(draw: random.Random) -> Scene:
     )
 
 
-def _render(plan: Plan, folder: Path, update: Update) -> Path:
+def _render(demo: DemoSettings, folder: Path, update: Update) -> Path:
     def make(scratch: Path) -> None:
         render_pairs(
             scratch,
-            plan.pairs,
-            plan.seed,
-            frames=plan.frames,
-            height=plan.rendered_side,
-            width=plan.rendered_side,
+            demo.pairs,
+            demo.seed,
+            frames=demo.frames,
+            height=demo.rendered_side,
+            width=demo.rendered_side,
             fps=FPS,
             distance="far",
             scene_of=_scene,
@@ -230,15 +230,15 @@ def _render(plan: Plan, folder: Path, update: Update) -> Path:
     return folder
 
 
-def _encode(plan: Plan, clips: Path, folder: Path, update: Update) -> LatentStore:
+def _encode(demo: DemoSettings, clips: Path, folder: Path, update: Update) -> LatentStore:
     return encode_manifest(
         clips / "manifest.jsonl",
         folder,
-        codec=plan.codec,
+        codec=demo.codec,
         text=HashTextEncoder(TEXT_DIM),
-        frames=plan.frames,
-        height=plan.side,
-        width=plan.side,
+        frames=demo.frames,
+        height=demo.side,
+        width=demo.side,
         fps=FPS,
         progress=lambda done, total: update(done / total, f"{done}/{total} pairs"),
     )
@@ -252,23 +252,23 @@ def _model(path: Path, subfolder: str = "") -> dict[str, Any]:
     return {"path": str(path), "subfolder": subfolder, "dtype": "fp32", "train": "full", "text_tokens": TEXT_TOKENS}
 
 
-def _pretrain(plan: Plan, store: LatentStore, folder: Path, update: Update) -> Path:
+def _pretrain(demo: DemoSettings, store: LatentStore, folder: Path, update: Update) -> Path:
     """Plain flow matching on both clips of every training pair: a model of the data as it is, good and bad."""
 
     def make(scratch: Path) -> None:
         adapter = adapter_from_config(
             ModelConfig(
-                architecture=plan.architecture(),
-                init_seed=plan.seed,
+                architecture=demo.architecture(),
+                init_seed=demo.seed,
                 dtype="fp32",
                 train="full",
                 text_tokens=TEXT_TOKENS,
             )
         )
         model = adapter.make_trainable(_align(adapter.load()))
-        ids, _ = hold_out(store.ids, plan.held_out, plan.seed)
-        order = PairOrder(ids, plan.pretraining_pairs, plan.seed)
-        batches = Stage(store, plan.process, adapter.collate, plan.seed, torch.device("cpu"))
+        ids, _ = hold_out(store.ids, demo.held_out, demo.seed)
+        order = PairOrder(ids, demo.pretraining_pairs, demo.seed)
+        batches = PairLoader(store, demo.process, adapter.collate, demo.seed, torch.device("cpu"))
         matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("blocks.")]
         others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
         # Muon reaches AdamW's loss in three quarters of the steps here; embeddings, norms and both ends get AdamW.
@@ -277,14 +277,14 @@ def _pretrain(plan: Plan, store: LatentStore, folder: Path, update: Update) -> P
             torch.optim.AdamW(others, lr=4e-3, betas=(0.9, 0.99), weight_decay=0.0),
         )
         peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-        for step in range(plan.pretraining_steps):
-            share = step / plan.pretraining_steps
+        for step in range(demo.pretraining_steps):
+            share = step / demo.pretraining_steps
             for optimizer, peak in zip(optimizers, peaks, strict=True):
                 optimizer.param_groups[0]["lr"] = (
                     peak * min(1, (step + 1) / 30) * (0.525 + 0.475 * math.cos(math.pi * share))
                 )
-            draws = order.visits(step)
-            batch = batches.noise(draws, batches.read(draws))
+            visits = order.visits(step)
+            batch = batches.noise(visits, batches.read(visits))
             prediction = adapter.predict(model, batch)
             errors = paired_errors(prediction, batch.target)
             loss = (errors.policy_chosen + errors.policy_rejected).mean() / 2
@@ -295,8 +295,8 @@ def _pretrain(plan: Plan, store: LatentStore, folder: Path, update: Update) -> P
                 optimizer.zero_grad()
             if step % 10 == 9:
                 update(
-                    (step + 1) / plan.pretraining_steps,
-                    f"step {step + 1}/{plan.pretraining_steps}  loss {loss.item():.3f}",
+                    (step + 1) / demo.pretraining_steps,
+                    f"step {step + 1}/{demo.pretraining_steps}  loss {loss.item():.3f}",
                 )
         adapter.export(model, scratch / "transformer")
 
@@ -334,27 +334,27 @@ class _Display:
         pass
 
 
-def _config(plan: Plan, store: LatentStore, base: Path, out: Path, objective: dict) -> TrainConfig:
+def _config(demo: DemoSettings, store: LatentStore, base: Path, out: Path, objective: dict) -> TrainConfig:
     return TrainConfig.from_mapping(
         {
             "model": _model(base),
             "data": {
                 "store": str(store.path),
-                "evaluation_pairs": plan.held_out,
+                "evaluation_pairs": demo.held_out,
                 "reference_cache": str(out / "reference"),
             },
             "process": PROCESS,
             "objective": objective,
             "callbacks": [] if objective["name"] == "dpo" else [{"name": "advantage"}],
             "training": {
-                "steps": plan.steps,
-                "pairs_per_step": plan.pairs_per_step,
-                "learning_rate": plan.learning_rate,
-                "seed": plan.seed,
-                "checkpoint_every": max(1, plan.steps // 2),
+                "steps": demo.steps,
+                "pairs_per_step": demo.pairs_per_step,
+                "learning_rate": demo.learning_rate,
+                "seed": demo.seed,
+                "checkpoint_every": max(1, demo.steps // 2),
                 "checkpoint_keep": 1,
-                "evaluation_every": max(1, plan.steps // plan.evaluations),
-                "evaluation_draws": plan.evaluation_draws,
+                "evaluation_every": max(1, demo.steps // demo.evaluations),
+                "evaluation_draws": demo.evaluation_draws,
                 "device": "cpu",
             },
             "output": {"dir": str(out / "runs" / objective["name"]), "tensorboard": False},
@@ -381,11 +381,13 @@ def _fine_tune(config: TrainConfig, update: Update) -> Path:
 # -- clips and report
 
 
-def _sample(plan: Plan, store: LatentStore, models: Mapping[str, Path], clips: Path, update: Update) -> list[ClipRow]:
+def _sample(
+    demo: DemoSettings, store: LatentStore, models: Mapping[str, Path], clips: Path, update: Update
+) -> list[ClipRow]:
     """Held-out prompts, each model from the same noise."""
-    _, held_out = hold_out(store.ids, plan.held_out, plan.seed)
+    _, held_out = hold_out(store.ids, demo.held_out, demo.seed)
     examples = {example.prompt: example for example in map(store.get, held_out)}  # no prompt twice
-    examples = list(examples.values())[: plan.clip_rows]
+    examples = list(examples.values())[: demo.clip_rows]
     columns = [
         ("data: chosen", [example.chosen for example in examples]),
         ("data: rejected", [example.rejected for example in examples]),
@@ -400,44 +402,44 @@ def _sample(plan: Plan, store: LatentStore, models: Mapping[str, Path], clips: P
         latents = sample(
             adapter,
             adapter.load(),
-            plan.process,
+            demo.process,
             [example.conditioning for example in examples],
             store.shape,
-            seed=plan.seed,
+            seed=demo.seed,
             ids=[f"sample {example.id}" for example in examples],
-            steps=plan.sampler_steps,
+            steps=demo.sampler_steps,
         )
         columns.append((label, latents))
         update(number / len(models), label)
     return [
-        ClipRow(example.prompt, [Clip(label, plan.codec.decode(latents[row])) for label, latents in columns])
+        ClipRow(example.prompt, [Clip(label, demo.codec.decode(latents[row])) for label, latents in columns])
         for row, example in enumerate(examples)
     ]
 
 
-def _report(plan: Plan, store: LatentStore, cache: ReferenceCache, out: Path, rows: list[ClipRow]) -> Report:
-    online = len(METHODS) * (plan.steps * plan.pairs_per_step + plan.held_out * plan.evaluation_draws)
+def _report(demo: DemoSettings, store: LatentStore, cache: ReferenceCache, out: Path, rows: list[ClipRow]) -> Report:
+    online = len(METHODS) * (demo.steps * demo.pairs_per_step + demo.held_out * demo.evaluation_draws)
     weights = sum(math.prod(shape) for shape in _shapes(out / "base"))
     introduction = (
         f"A Wan video transformer of {weights:,} weights was trained from scratch on pairs of small clips, good ones "
         "and broken ones alike. From that one starting point it was fine-tuned to prefer the good ones, "
-        f"{plan.steps} steps with each of {' and '.join(METHODS)}: same pairs, same order, same noise, same learning "
+        f"{demo.steps} steps with each of {' and '.join(METHODS)}: same pairs, same order, same noise, same learning "
         "rate. Only the loss differs."
     )
     note = (
         "Prompts of held-out pairs. All models start from the same noise; the data clips are shown as the model sees "
-        f"them, {plan.side} by {plan.side} pixels."
+        f"them, {demo.side} by {demo.side} pixels."
     )
     facts = {
-        "clips": f"{plan.pairs} pairs of H.264 files, {plan.rendered_side}×{plan.rendered_side}, {plan.frames} frames "
-        f"at {FPS} frames a second; {plan.held_out} pairs held out",
+        "clips": f"{demo.pairs} pairs of H.264 files, {demo.rendered_side}×{demo.rendered_side}, {demo.frames} frames "
+        f"at {FPS} frames per second; {demo.held_out} pairs held out",
         "latents": f"{'×'.join(map(str, store.shape))} (channels, frames, height, width), pixel-unshuffle",
-        "pre-training": f"{plan.pretraining_steps} steps of {plan.pretraining_pairs} pairs, both clips, flow matching",
-        "fine-tuning": f"{plan.steps} steps of {plan.pairs_per_step} pairs, learning rate {plan.learning_rate:g}",
+        "pre-training": f"{demo.pretraining_steps} steps of {demo.pretraining_pairs} pairs, both clips, flow matching",
+        "fine-tuning": f"{demo.steps} steps of {demo.pairs_per_step} pairs, learning rate {demo.learning_rate:g}",
         "reference": f"ran on {len(cache)} (pair, draw) rows once, not {online} times in {len(METHODS)} runs; kept in "
         f"{describe_bytes(cache.bytes)}, and neither run loaded it",
         "weights": weights,
-        "sampler": f"{plan.sampler_steps} Euler steps",
+        "sampler": f"{demo.sampler_steps} Euler steps",
     }
     return render_report(
         [out / "runs" / objective["name"] for objective in METHODS.values()],
@@ -449,8 +451,8 @@ def _report(plan: Plan, store: LatentStore, cache: ReferenceCache, out: Path, ro
         fps=FPS,
         facts=facts,
         inconclusive=(
-            f"{plan.steps} steps from a model trained for {plan.pretraining_steps} are too few to show anything"
-            if plan.too_short
+            f"{demo.steps} steps from a model trained for {demo.pretraining_steps} are too few to show anything"
+            if demo.too_short
             else ""
         ),
     )

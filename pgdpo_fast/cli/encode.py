@@ -137,7 +137,7 @@ class Encode:
             tell(f"note: {note}")
         if any(pair.first_frame for pair in manifest.pairs):
             tell("note: first_frame is recorded in the index and not encoded")
-        rate = f"{clip.fps:g} frames a second" if clip.fps else "the source's frame rate"
+        rate = f"{clip.fps:g} frames per second" if clip.fps else "the source's frame rate"
         tell(f"note: clips of {clip.frames} frames, {clip.height}x{clip.width}, at {rate}")
         codec, text = self._codec(chosen), self._text(text_name, chosen)
         with rows_progress(console, "encoding pairs") as progress:

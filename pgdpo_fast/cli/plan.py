@@ -51,7 +51,7 @@ class Plan:
         from pgdpo_fast.training.plan import make_plan
 
         coming = self._is_coming()
-        overrides = [override for group in self.set for override in group]
+        overrides = [override for given in self.set for override in given]
         config = load_config(self.config, overrides, needed=() if coming else ("data.store",))
         plan = make_plan(config, self._coming_store(config) if coming else None)
         if self.json:
@@ -93,7 +93,7 @@ def _show(plan, config) -> None:
     console.print(
         f"{config.model.family}, {config.model.train}: trains {plan.trained:,} of {plan.total:,} weights; "
         f"{plan.pairs} pairs, {plan.held_out} held out; {options.steps} steps of {options.pairs_per_step} "
-        f"pairs, {plan.visits:.1f} visits a pair with {plan.draws} draws",
+        f"pairs, {plan.visits:.1f} visits per pair with {plan.draws} draws",
         soft_wrap=True,
     )
 

@@ -35,8 +35,9 @@ class Sweep:
     ] = ()
     """Settings laid over the file for all runs, as for `train`."""
     devices: Annotated[tuple[str, ...], tyro.conf.arg(metavar="DEVICE [DEVICE ...]")] = ()
-    """Spread the runs over these, such as cuda:0 cuda:1, a process a run and one run a device at a time; a device named
-    twice runs two at once. The reference runs on the first. By default one run after the other on training.device."""
+    """Spread the runs over these, such as cuda:0 cuda:1, a process per run and one run per device at a time; a device
+    named twice runs two at once. The reference runs on the first. By default one run after the other on
+    training.device."""
     display: Literal["auto", "live", "plain", "none"] = "auto"
     """As for `train`; with --devices only the begin and end of each run are printed."""
 
@@ -52,7 +53,7 @@ class Sweep:
         from pgdpo_fast.training.config import load_config
         from pgdpo_fast.training.sweep import expand, sweep
 
-        overrides = [override for group in self.set for override in group]
+        overrides = [override for given in self.set for override in given]
         output = self.output or Path(load_config(self.config, overrides).output.dir)
         configs = expand(self.config, overrides, self.grid, output)
         keys = [axis.partition("=")[0].strip() for axis in self.grid]

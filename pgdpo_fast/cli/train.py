@@ -15,7 +15,7 @@ class Train:
 
     The settings come from a YAML file, `--set` overrides them one by one; `--list-settings` shows them all with
     their defaults. The run directory then holds config.yaml (every value and where it came from), metrics.jsonl
-    (one line a step, with every pair's rewards, alpha and gamma), evaluation.jsonl (held-out pairs at fixed draws),
+    (one line per step, with every pair's rewards, alpha and gamma), evaluation.jsonl (held-out pairs at fixed draws),
     checkpoints/step_*/weights (what diffusers loads) and log.txt.
 
     Stopping is safe at any moment: SIGTERM, Ctrl-C and a closed terminal save, exit with code 75 and print the command
@@ -49,7 +49,7 @@ class Train:
         if self.list_settings:
             print(describe_settings())
             return
-        config = load_config(self.config, [override for group in self.set for override in group])
+        config = load_config(self.config, [override for given in self.set for override in given])
         from pgdpo_fast.training.trainer import train
 
         train(config, resume=self.resume, display=self.display)

@@ -268,7 +268,7 @@ class _Job:
     found: dict[int, Shard] = field(default_factory=dict)  # whole shards that lack a row: a dropped one, or for a fault
 
     @property
-    def identity(self) -> str:
+    def mark(self) -> str:
         """What a shard carries, so that one of another store is never taken for this one's."""
         return sha256_bytes(canonical_json(self.state["settings"]).encode())
 
@@ -349,12 +349,12 @@ class _Job:
             if path.name in listed or not re.fullmatch(SHARD_NAME, path.name):
                 continue
             number, found = int(path.name.split("-")[1].partition(".")[0]), hashed_shard(path)
-            if found and found[1] != self.identity and not known:
+            if found and found[1] != self.mark and not known:
                 raise DataError(
                     f"{path}: belongs to a store of other settings, whose store.json is lost; set them back, or choose "
                     "another output folder"
                 )
-            if not found or found[1] != self.identity or number in numbers or not self.indices(number):
+            if not found or found[1] != self.mark or number in numbers or not self.indices(number):
                 path.unlink()
             elif len(_rows(path)) == len(self.indices(number)):
                 whole.append({"number": number, "pairs": len(self.indices(number)), "file": found[0].to_dict()})
@@ -384,7 +384,7 @@ class _Job:
         for index in sorted(staged):
             tensors.update({f"{index:08d}.{name}": tensor for name, tensor in _load(staged[index]).items()})
         path = self.output / f"shard-{number:05d}.safetensors"
-        whole = write_shard(path, tensors, self.identity, hashed=True) if tensors else None
+        whole = write_shard(path, tensors, self.mark, hashed=True) if tensors else None
         if file and file != whole:
             real_path(self.output, file.name).unlink()
         self.state["groups"] = sorted(

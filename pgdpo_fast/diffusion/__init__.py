@@ -3,7 +3,7 @@
 Needs torch alone. Everything is a frozen dataclass or a pure function: there is no random-number state anywhere.
 """
 
-from pgdpo_fast.diffusion.draw import draw_noise, draw_uniform
+from pgdpo_fast.diffusion.draw import Visit, draw_noise, draw_uniform
 from pgdpo_fast.diffusion.process import DDPM, PROCESSES, DiffusionProcess, FlowMatching, process_from_name
 from pgdpo_fast.diffusion.timesteps import (
     SAMPLERS,
@@ -24,6 +24,7 @@ __all__ = [
     "Shifted",
     "TimestepSampler",
     "Uniform",
+    "Visit",
     "draw_noise",
     "draw_uniform",
     "process_from_name",

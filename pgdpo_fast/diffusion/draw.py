@@ -7,6 +7,7 @@ of seed and pair id. There is no generator state to save; batch, order, device a
 import hashlib
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -14,7 +15,7 @@ from pgdpo_fast.diffusion.timesteps import stratify
 from pgdpo_fast.errors import ConfigError
 from pgdpo_fast.options import integer
 
-__all__ = ["draw_key", "draw_noise", "draw_uniform", "philox4x32"]
+__all__ = ["Visit", "draw_key", "draw_noise", "draw_uniform", "philox4x32"]
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
@@ -26,6 +27,13 @@ _NOISE, _TIMESTEP, _ROTATION = 0, 1, 2
 # Counter blocks worked on at once, each with about 100 bytes of temporaries. On one CPU core 2.1 M normals take 78 ms
 # in chunks of 2^12 blocks, 35 ms of 2^15 and 46 ms of 2^20; an accelerator needs more to fill it.
 _BLOCKS_CPU, _BLOCKS_ACCELERATOR = 1 << 15, 1 << 20
+
+
+class Visit(NamedTuple):
+    """One use of one pair: its id, and the index of the draw it is noised with."""
+
+    id: str
+    draw: int
 
 
 def philox4x32(counter, key):
@@ -107,13 +115,13 @@ def draw_uniform(seed, pair_ids, draws, strata=1):
 def _keys_and_draws(seed, pair_ids, draws, device):
     """Two key words and the draw indices, each int64 [B] on `device`."""
     if isinstance(pair_ids, (str, bytes)) or not isinstance(pair_ids, Sequence):
-        raise ConfigError(f"pair_ids={pair_ids!r}: expected a list of ids, one a pair")
+        raise ConfigError(f"pair_ids={pair_ids!r}: expected a list of ids, one per pair")
     if isinstance(draws, torch.Tensor):
         draws = draws.tolist()
     if isinstance(draws, int):
         draws = [draws] * len(pair_ids)
     if len(draws) != len(pair_ids):
-        raise ConfigError(f"{len(draws)} draws for {len(pair_ids)} pair ids: expected one draw index a pair")
+        raise ConfigError(f"{len(draws)} draws for {len(pair_ids)} pair ids: expected one draw index per pair")
     for draw in draws:
         if isinstance(draw, bool) or not isinstance(draw, int) or not 0 <= draw <= _MASK:
             raise ConfigError(f"draw {draw!r}: expected an integer from 0 to {_MASK}")

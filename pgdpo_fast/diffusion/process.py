@@ -35,7 +35,7 @@ class DiffusionProcess:
     """
 
     def timestep(self, u):
-        """Process time [B], on u's device, of uniforms `u`: float32 or float64 [B] in (0, 1), one time a uniform."""
+        """Process time [B], on u's device, of uniforms `u`: float32 or float64 [B] in (0, 1), one time per uniform."""
         raise NotImplementedError
 
     def model_timestep(self, t):
@@ -43,7 +43,7 @@ class DiffusionProcess:
         raise NotImplementedError
 
     def posterior_scale(self, t):
-        """c_t, float32 [B]: a denoising step loses c_t nats a dimension per unit of mean squared prediction error."""
+        """c_t, float32 [B]: a denoising step loses c_t nats per dimension per unit of mean squared prediction error."""
         raise NotImplementedError
 
     def _coefficients(self, t):

@@ -162,7 +162,7 @@ class ModelAdapter:
         self.check_dtypes(model)
         return model
 
-    def sketch(self) -> nn.Module:
+    def on_meta_device(self) -> nn.Module:
         """The policy without its weights, on the meta device: for counting. Raises ConfigError like `load`."""
         with torch.device("meta"):
             model = self._from_path(weights=False) if self.config.path else self._from_architecture()
@@ -245,7 +245,7 @@ class ModelAdapter:
                     f"load the weights through this adapter and do not cast the network afterwards"
                 )
 
-    def dtype_plan(self, model: nn.Module) -> dict[str, int]:
+    def count_dtypes(self, model: nn.Module) -> dict[str, int]:
         """Number of weights by role and dtype, for the banner."""
         plan: dict[str, int] = {}
         for parameter in model.parameters():

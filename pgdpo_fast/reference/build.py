@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from pgdpo_fast import __version__
+from pgdpo_fast.diffusion import Visit
 from pgdpo_fast.errors import BusyError, DamagedError, DataError
 from pgdpo_fast.preemption import Stopping, stoppable
 from pgdpo_fast.reference.cache import (
@@ -65,7 +66,7 @@ def build_cache(
     fingerprint: Mapping[str, Any],
     blocks: Sequence[Block],
     layout: Layout,
-    compute: Callable[[Sequence[tuple[str, int]]], Rows],
+    compute: Callable[[Sequence[Visit]], Rows],
     provenance: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
     tell: Callable[[str], None] = lambda text: None,
@@ -80,7 +81,7 @@ def build_cache(
             kept. A finished cache of the same pairs with more draws is returned as it is.
         fingerprint: flat mapping of plain values, everything the rows depend on.
         blocks: pairs and their draws; ids must not repeat.
-        compute: rows `[B, ...]` of up to `layout.pairs_per_forward` (pair id, draw).
+        compute: rows `[B, ...]` of up to `layout.pairs_per_forward` visits.
         provenance: recorded (where weights came from, versions), decides nothing.
         progress: called with (rows finished, rows in all) after every forward and shard.
         tell: called with lines a person should read.
@@ -99,7 +100,7 @@ def build_cache(
 
     def stopped(name: str) -> str:
         return (
-            f"stopped by {name} with {job.rows_finished()} of {len(job.keys)} rows in {path}; "
+            f"stopped by {name} with {job.rows_finished()} of {len(job.visits)} rows in {path}; "
             f"resume with: {resume_command}"
         )
 
@@ -139,18 +140,18 @@ class _Job:
     fingerprint: dict[str, Any]
     blocks: list[Block]
     layout: Layout
-    compute: Callable[[Sequence[tuple[str, int]]], Rows]
+    compute: Callable[[Sequence[Visit]], Rows]
     progress: Callable[[int, int], None] | None
     tell: Callable[[str], None]
     stopping: Stopping = field(default_factory=Stopping)
 
     def __post_init__(self):
         self.ranges = self.layout.shards(self.blocks)
-        self.keys = [(id, draw) for block in self.blocks for draw in range(block.draws) for id in block.ids]
+        self.visits = [Visit(id, draw) for block in self.blocks for draw in range(block.draws) for id in block.ids]
         self.index = {"blocks": [{"ids": list(block.ids), "draws": block.draws} for block in self.blocks]}
-        identity = [self.fingerprint, layout_mapping(self.layout), self.index]
+        depends = [self.fingerprint, layout_mapping(self.layout), self.index]
         # every shard carries it, so that one from another cache is never taken for this one's
-        self.identity = sha256_bytes(canonical_json(identity).encode())
+        self.mark = sha256_bytes(canonical_json(depends).encode())
         self.finished: dict[int, Shard] = {}
         self.lost = False  # whether what cache.json said is unknown because it is damaged
         self.current = 0  # rows finished of the shard being worked on
@@ -166,7 +167,7 @@ class _Job:
             if self._find(number):
                 shutil.rmtree(self._staging(number), ignore_errors=True)
         self.report()
-        missing = len(self.keys) - self.rows_finished()
+        missing = len(self.visits) - self.rows_finished()
         if missing:
             check_disk(
                 self.path,
@@ -230,7 +231,7 @@ class _Job:
             return True
         for file in sorted(self.path.glob(f"shard-{number:05d}-*.safetensors")):
             found = hashed_shard(file)
-            if found and found[1] == self.identity:
+            if found and found[1] == self.mark:
                 self.finished[number] = found[0]
                 return True
             if found and self.lost:
@@ -288,20 +289,20 @@ class _Job:
         """Compute the forwards of a shard that are not in staging yet, and join all of them."""
         staging, rows, size = self._staging(number), self.ranges[number], self.layout.pairs_per_forward
         starts = range(rows.start, rows.stop, size)
-        staged = _staged(staging, starts, self.identity)
+        staged = _staged(staging, starts, self.mark)
         for start in starts:
             if start not in staged:
                 self.stopping.check()
-                keys = self.keys[start : min(start + size, rows.stop)]
-                values = self.compute(keys)
-                check_finite(values, keys)
+                visits = self.visits[start : min(start + size, rows.stop)]
+                values = self.compute(visits)
+                check_finite(values, visits)
                 target = staging / f"{start:010d}.safetensors"
-                staged[start] = staging / write_shard(target, values, self.identity, False, hashed=True).name
+                staged[start] = staging / write_shard(target, values, self.mark, False, hashed=True).name
             self.current = min(start + size, rows.stop) - rows.start
             self.report()
         parts = [_load(staged[start]) for start in starts]
         joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        shard = write_shard(staging / "joined.safetensors", joined, self.identity)
+        shard = write_shard(staging / "joined.safetensors", joined, self.mark)
         name = f"shard-{number:05d}-{shard.sha256}.safetensors"
         os.replace(staging / shard.name, self.path / name)
         return Shard(name, shard.bytes, shard.sha256)
@@ -323,20 +324,20 @@ class _Job:
 
     def report(self) -> None:
         if self.progress:
-            self.progress(self.rows_finished(), len(self.keys))
+            self.progress(self.rows_finished(), len(self.visits))
 
 
 def _ours(name: str) -> bool:
     return bool(re.fullmatch(rf"{STAGING}|{INDEX_FILE}|\.lock|\..+\.tmp|{CACHE_FILE}\.damaged.*|{SHARD_NAME}", name))
 
 
-def _staged(staging: Path, starts: Sequence[int], identity: str) -> dict[int, Path]:
+def _staged(staging: Path, starts: Sequence[int], mark: str) -> dict[int, Path]:
     """Forwards that an earlier process finished, by first row; half-written and foreign files are removed."""
     staged = {}
     for file in sorted(staging.iterdir()):
         start = file.name.partition("-")[0]
         found = hashed_shard(file) if start.isdigit() and int(start) in starts else None
-        if found and found[1] == identity:
+        if found and found[1] == mark:
             staged[int(start)] = file
         elif file.name != ".lock" and (file.is_symlink() or not file.is_dir()):
             file.unlink()

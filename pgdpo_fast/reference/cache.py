@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from pgdpo_fast.diffusion import Visit
 from pgdpo_fast.errors import DataError
 from pgdpo_fast.reference.fingerprint import check_equal
 from pgdpo_fast.reference.rows import DTYPES, FORMATS, Rows, as_reference, gather, row_tensors
@@ -71,8 +72,8 @@ class Layout:
         pairs_per_forward: int,
         shard_bytes: int = 64 << 20,
     ) -> Layout:
-        """At most `shard_bytes` and 64 forwards a shard: a shard is hashed in whole before its first row is used (40 ms
-        for 64 MiB), and is the unit that processes share the work by."""
+        """At most `shard_bytes` and 64 forwards per shard: a shard is hashed in whole before its first row is used (40
+        ms for 64 MiB), and is the unit that processes share the work by."""
         granularity = granularity if format == "errors" else "any"
         one = cls(format, granularity, tuple(shape), dtype, pairs_per_forward, pairs_per_forward)
         forwards = max(1, min(64, shard_bytes // (one.row_bytes * pairs_per_forward)))
@@ -141,9 +142,9 @@ class ReferenceCache:
     def __len__(self) -> int:
         return sum(block.rows for block in self.blocks)
 
-    def __contains__(self, key: tuple[str, int]) -> bool:
-        place = self._positions.get(key[0])
-        return place is not None and 0 <= key[1] < place[2]
+    def __contains__(self, visit: Visit) -> bool:
+        place = self._positions.get(visit[0])
+        return place is not None and 0 <= visit[1] < place[2]
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_tables": {}}
@@ -160,21 +161,21 @@ class ReferenceCache:
         held = self.blocks[0].draws
         if draws > held:
             raise DataError(
-                f"{self.path}: holds {held} draws a pair, this run visits {draws}; make it for this many "
+                f"{self.path}: holds {held} draws per pair, this run visits {draws}; make it for this many "
                 "steps, or let draws repeat with training.draws_per_pair, in the cache and in training"
             )
 
-    def rows(self, keys: Sequence[tuple[str, int]], out: Rows | None = None) -> Rows:
+    def rows(self, visits: Sequence[Visit], out: Rows | None = None) -> Rows:
         """Rows of a batch on the host, `[B, ...]` each; into the buffers `out` when given (see `gather`)."""
-        places = [self._place(number) for number in self.numbers(keys)]
+        places = [self._place(number) for number in self.numbers(visits)]
         for shard, _ in places:
             if shard not in self._tables:
                 self._tables[shard] = self._read(shard)
         return gather(self._tables, places, out)
 
-    def get(self, keys: Sequence[tuple[str, int]], device: torch.device | str = "cpu"):
+    def get(self, visits: Sequence[Visit], device: torch.device | str = "cpu"):
         """What `preference_loss` takes as its reference for a batch, see `as_reference`."""
-        rows = {name: values.to(device) for name, values in self.rows(keys).items()}
+        rows = {name: values.to(device) for name, values in self.rows(visits).items()}
         return as_reference(rows, self.layout.format)
 
     def table(self) -> Rows:
@@ -182,10 +183,10 @@ class ReferenceCache:
         shards = [self._read(number) for number in range(len(self.shards))]
         return {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
 
-    def numbers(self, keys: Sequence[tuple[str, int]]) -> list[int]:
+    def numbers(self, visits: Sequence[Visit]) -> list[int]:
         """Row number of every (pair id, draw); DataError for one that the cache does not hold."""
         numbers = []
-        for id, draw in keys:
+        for id, draw in visits:
             first, stride, draws = self._positions.get(id, (0, 0, 0))
             if not 0 <= draw < draws:
                 raise DataError(f"{self.path}: holds no draw {draw} of pair {id!r} ({draws} draws of it); {REMAKE}")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pgdpo_fast.backends import native
 from pgdpo_fast.backends.operands import PACK_BLOCK
+from pgdpo_fast.diffusion import Visit
 from pgdpo_fast.errors import NonFiniteError
 from pgdpo_fast.loss import NoisedTarget, PackedReference, ReferenceErrors, reference_errors
 
@@ -69,7 +70,7 @@ def pack(
     return {name: rows for name, rows in vars(packed).items() if rows is not None}
 
 
-def check_finite(rows: Rows, keys: Sequence[tuple[str, int]]) -> None:
+def check_finite(rows: Rows, visits: Sequence[Visit]) -> None:
     """Raise NonFiniteError naming the (pair, draw) of rows made from NaN or infinite predictions. Waits for the device.
 
     float8 has no infinity to look for, but a block's scale is its largest residual and is not finite either.
@@ -87,7 +88,7 @@ def check_finite(rows: Rows, keys: Sequence[tuple[str, int]]) -> None:
                 .tolist()
             )
     if bad:
-        names = ", ".join(f"{keys[i][0]} (draw {keys[i][1]})" for i in sorted(bad))
+        names = ", ".join(f"{visits[i].id} (draw {visits[i].draw})" for i in sorted(bad))
         raise NonFiniteError(
             f"the reference's prediction is NaN or infinite for pair {names}; look at these clips' "
             f"latents, or set model.dtype=fp32"

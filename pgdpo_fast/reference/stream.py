@@ -17,13 +17,14 @@ from dataclasses import dataclass
 
 import torch
 
+from pgdpo_fast.diffusion import Visit
 from pgdpo_fast.loss import PackedReference, ReferenceErrors
 from pgdpo_fast.reference.cache import ReferenceCache
 from pgdpo_fast.reference.rows import Rows, as_reference, bring, gather
 
 __all__ = ["RowStream"]
 
-Keys = Sequence[tuple[str, int]]
+Visits = Sequence[Visit]
 
 
 @dataclass
@@ -59,25 +60,25 @@ class RowStream:
                 }
                 self._slots.put(_Slot(rows, torch.cuda.Event()))
 
-    def prefetch(self, keys: Keys) -> None:
+    def prefetch(self, visits: Visits) -> None:
         """Start bringing the rows of a coming batch. With `depth` batches ahead nothing happens: `take` will read."""
         with self._lock:
-            if self._pool is not None and tuple(keys) not in self._ahead and len(self._ahead) < self.depth:
-                self._ahead[tuple(keys)] = self._pool.submit(self._fetch, list(keys))
+            if self._pool is not None and tuple(visits) not in self._ahead and len(self._ahead) < self.depth:
+                self._ahead[tuple(visits)] = self._pool.submit(self._fetch, list(visits))
 
-    def take(self, keys: Keys) -> ReferenceErrors | tuple[torch.Tensor, torch.Tensor] | PackedReference:
+    def take(self, visits: Visits) -> ReferenceErrors | tuple[torch.Tensor, torch.Tensor] | PackedReference:
         """The reference of a batch on the device, ready for the current stream.
 
         Raises:
             DataError: the cache does not hold one of the rows, or its file is damaged.
         """
         if self._table is not None:
-            numbers = self.cache.numbers(keys)
+            numbers = self.cache.numbers(visits)
             if self.device.type == "cuda":
                 return as_reference(bring(self._table, numbers, self.device), "errors")
             return as_reference(gather([self._table], [(0, number) for number in numbers]), "errors")
         with self._lock:
-            future = self._ahead.pop(tuple(keys), None) or self._pool.submit(self._fetch, list(keys))
+            future = self._ahead.pop(tuple(visits), None) or self._pool.submit(self._fetch, list(visits))
         began = time.perf_counter()
         rows, arrived = future.result()
         self.waited += time.perf_counter() - began
@@ -93,15 +94,15 @@ class RowStream:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def _fetch(self, keys: Keys) -> tuple[Rows, torch.cuda.Event | None]:
+    def _fetch(self, visits: Visits) -> tuple[Rows, torch.cuda.Event | None]:
         if self.device.type != "cuda":
-            return {name: rows.to(self.device) for name, rows in self.cache.rows(keys).items()}, None
+            return {name: rows.to(self.device) for name, rows in self.cache.rows(visits).items()}, None
         slot = self._slots.get()
         try:
             slot.taken.synchronize()
-            host = self.cache.rows(keys, out=slot.rows)
+            host = self.cache.rows(visits, out=slot.rows)
             with torch.cuda.stream(self._side):
-                rows = bring(host, range(len(keys)), self.device)
+                rows = bring(host, range(len(visits)), self.device)
                 slot.taken = torch.cuda.Event()  # a new one: the batch keeps waiting on this copy, not on a later one
                 slot.taken.record(self._side)
             return rows, slot.taken

@@ -16,20 +16,12 @@ import torch
 from torch import Tensor
 
 from pgdpo_fast.data.latent_store import LatentStore
-from pgdpo_fast.diffusion import DiffusionProcess, draw_noise, draw_uniform
+from pgdpo_fast.diffusion import DiffusionProcess, Visit, draw_noise, draw_uniform
 from pgdpo_fast.errors import ConfigError
 from pgdpo_fast.loss import NoisedTarget
 from pgdpo_fast.models import NoisedBatch
 
-__all__ = ["Batch", "Draw", "HostBatch", "PairOrder", "Stage", "hold_out"]
-
-
-@dataclass(frozen=True)
-class Draw:
-    """One visit to one pair: its id and the index of the draw."""
-
-    id: str
-    draw: int
+__all__ = ["Batch", "HostBatch", "PairLoader", "PairOrder", "Visit", "hold_out"]
 
 
 class HostBatch(NamedTuple):
@@ -51,20 +43,20 @@ class Batch(NoisedBatch):
     """What one forward and its loss need, B pairs; the network's input has 2B rows, the chosen half first.
 
     Attributes:
-        draws: the B visits.
+        visits: what the B rows are of.
         weight: `[B]` fp32, the pairs' weights.
         timestep: `[B]`, process time.
         target: what the network should output, built inside the loss from clean latents and noise.
     """
 
-    draws: tuple[Draw, ...]
+    visits: tuple[Visit, ...]
     weight: Tensor
     timestep: Tensor
     target: NoisedTarget
 
     @property
     def ids(self) -> list[str]:
-        return [draw.id for draw in self.draws]
+        return [visit.id for visit in self.visits]
 
 
 def _rank(seed: int, purpose: str, pair_id: str) -> bytes:
@@ -106,17 +98,17 @@ class PairOrder:
     def _shuffled(self, epoch: int) -> list[str]:
         return sorted(self.ids, key=lambda pair_id: _rank(self.seed, f"epoch {epoch}", pair_id))
 
-    def visits(self, step: int) -> list[Draw]:
+    def visits(self, step: int) -> list[Visit]:
         """The visits of step `step` (from 0), in slot order."""
         visits = []
         for position in range(step * self.pairs_per_step, (step + 1) * self.pairs_per_step):
             epoch, place = divmod(position, len(self.ids))
             draw = epoch % self.draws_per_pair if self.draws_per_pair else epoch
-            visits.append(Draw(self._epoch(epoch)[place], draw))
+            visits.append(Visit(self._epoch(epoch)[place], draw))
         return visits
 
 
-class Stage:
+class PairLoader:
     """Turns visits into batches: reads the store on the host, draws and noises on the device.
 
     Args:
@@ -136,9 +128,9 @@ class Stage:
         self.store, self.process, self.collate, self.seed, self.device = store, process, collate, seed, device
         self.strata = strata
 
-    def read(self, draws: Sequence[Draw]) -> HostBatch:
+    def read(self, visits: Sequence[Visit]) -> HostBatch:
         """The pairs of the visits, from the store."""
-        examples = [self.store.get(draw.id) for draw in draws]
+        examples = [self.store.get(visit.id) for visit in visits]
         clean = torch.stack([example.chosen for example in examples] + [example.rejected for example in examples])
         conditioning = self.collate([example.conditioning for example in examples])
         weight = torch.tensor([example.weight for example in examples], dtype=torch.float32)
@@ -147,17 +139,17 @@ class Stage:
             clean, weight = clean.pin_memory(), weight.pin_memory()
         return HostBatch(clean, conditioning, weight)
 
-    def noise(self, draws: Sequence[Draw], host: HostBatch) -> Batch:
+    def noise(self, visits: Sequence[Visit], host: HostBatch) -> Batch:
         """Noise what `read` returned; chosen and rejected of a pair share timestep, noise and conditioning."""
         clean, weight = (tensor.to(self.device, non_blocking=True) for tensor in (host.clean, host.weight))
         conditioning = {name: tensor.to(self.device, non_blocking=True) for name, tensor in host.conditioning.items()}
-        ids, indices = [draw.id for draw in draws], [draw.draw for draw in draws]
+        ids, indices = [visit.id for visit in visits], [visit.draw for visit in visits]
         timestep = self.process.timestep(draw_uniform(self.seed, ids, indices, self.strata))
         timestep = timestep.to(self.device, non_blocking=True)
         noise = draw_noise(self.seed, ids, indices, tuple(clean.shape[1:]), self.device)
         both = torch.cat([timestep, timestep])
         return Batch(
-            draws=tuple(draws),
+            visits=tuple(visits),
             weight=weight,
             timestep=timestep,
             model_timestep=self.process.model_timestep(both),

@@ -15,7 +15,7 @@ from pgdpo_fast.models import ModelAdapter
 from pgdpo_fast.reference.cache import ReferenceCache
 from pgdpo_fast.reference.stream import RowStream
 from pgdpo_fast.storage import describe_bytes
-from pgdpo_fast.training.batches import Batch, Draw
+from pgdpo_fast.training.batches import Batch, Visit
 from pgdpo_fast.training.config import TrainConfig
 from pgdpo_fast.training.reference import needs_predictions
 from pgdpo_fast.training.reference_pass import reference_fingerprint, reference_visits
@@ -60,14 +60,14 @@ class CachedReference:
         return cls(cache, RowStream(cache, device, pairs=size, depth=2 * options.accumulation), size)
 
     def __call__(self, batch: Batch) -> ReferenceErrors | tuple[Tensor, Tensor] | PackedReference:
-        return self.stream.take(_keys(batch.draws))
+        return self.stream.take(batch.visits)
 
     @property
     def networks(self) -> tuple[nn.Module, ...]:
         return ()
 
-    def prefetch(self, draws: Sequence[Draw]) -> None:
-        self.stream.prefetch(_keys(draws))
+    def prefetch(self, visits: Sequence[Visit]) -> None:
+        self.stream.prefetch(visits)
 
     def cost(self) -> str:
         layout = self.cache.layout
@@ -80,15 +80,9 @@ class CachedReference:
         other = (
             ""
             if layout.pairs_per_forward == self.pairs
-            else (
-                f"; made {layout.pairs_per_forward} pairs a forward, this run takes {self.pairs}: equal up to rounding"
-            )
+            else (f"; made {layout.pairs_per_forward} pairs per forward, this run {self.pairs}: equal up to rounding")
         )
         return (
             f"cached: no forward and no weights; {len(self.cache)} rows of {kind}, "
             f"{describe_bytes(self.cache.bytes)} in {self.cache.path}{other}"
         )
-
-
-def _keys(draws: Sequence[Draw]) -> list[tuple[str, int]]:
-    return [(draw.id, draw.draw) for draw in draws]

@@ -64,8 +64,8 @@ class AdvantageProbe(Callback):
     )
 
     def __call__(self, step: int, run: Run) -> None:
-        draws, tensors = run.read(step)[0]
-        batch = run.stage.noise(draws, tensors)
+        visits, tensors = run.read(step)[0]
+        batch = run.loader.noise(visits, tensors)
         reference = run.reference(batch)
         trained = [parameter for parameter in run.policy.parameters() if parameter.requires_grad]
         baseline = DPO(beta=self.baseline_beta or getattr(run.objective, "beta", 100.0))
@@ -90,7 +90,7 @@ class AdvantageProbe(Callback):
         rows.append(
             {
                 "step": step,
-                "ids": [draw.id for draw in draws],
+                "ids": [visit.id for visit in visits],
                 "learning_rate": rate,
                 "baseline_beta": baseline.beta,
                 "advantage": found.first_order if found.exact is None else found.exact,
@@ -126,8 +126,8 @@ class SampleClips(Callback):
             )
 
     def __call__(self, step: int, run: Run) -> None:
-        store = run.stage.store
-        ids = list(dict.fromkeys(draw.id for draw in run.held_out)) or run.order.ids
+        store = run.loader.store
+        ids = list(dict.fromkeys(visit.id for visit in run.held_out)) or run.order.ids
         examples = list({store.row(id)["prompt"]: id for id in reversed(ids)}.values())[::-1][: self.clips]
         folder = run.root / "samples" / f"step_{step:08d}"
         waiting = [n for n in range(len(examples)) if not (folder / f"{n:02d}.mp4").exists()]
@@ -145,7 +145,7 @@ class SampleClips(Callback):
             latents = sample(
                 run.adapter,
                 run.policy,
-                run.stage.process,
+                run.loader.process,
                 [example.conditioning],
                 store.shape,
                 seed=run.config.training.seed,
@@ -157,7 +157,7 @@ class SampleClips(Callback):
         run.note(f"sampled {len(waiting)} clips at step {step} into {folder}")
 
     def _codec_settings(self, run: Run) -> dict:
-        return run.stage.store.settings["codec"]
+        return run.loader.store.settings["codec"]
 
     def _vae(self, run: Run) -> str:
         return self.vae or run.config.model.path or ""

@@ -16,19 +16,19 @@ from pgdpo_fast.errors import NonFiniteError
 from pgdpo_fast.loss import PreferenceLossOutput
 from pgdpo_fast.metrics import ACCURACIES, MEANS, PAIR_QUANTITIES
 from pgdpo_fast.storage import atomic_file
-from pgdpo_fast.training.batches import Batch, Draw
+from pgdpo_fast.training.batches import Batch, Visit
 
 __all__ = ["Measured", "check_finite", "on_device", "to_row"]
 
-Measured = tuple[tuple[Draw, ...], Tensor, Tensor]
+Measured = tuple[tuple[Visit, ...], Tensor, Tensor]
 
 
 def on_device(batch: Batch, out: PreferenceLossOutput) -> Measured:
     """The visits of one forward, its loss, its quantities per pair `[len(PAIR_QUANTITIES) + 1, B]`; nothing waits."""
     fields = [getattr(out, name).detach() for name in PAIR_QUANTITIES.values()]
     fields = [field.mean(-1) if field.ndim == 2 else field for field in fields]  # frame granularity: mean over frames
-    timestep = batch.model_timestep[: len(batch.draws)].to(fields[0].dtype)
-    return batch.draws, out.loss.detach(), torch.stack([*fields, timestep])
+    timestep = batch.model_timestep[: len(batch.visits)].to(fields[0].dtype)
+    return batch.visits, out.loss.detach(), torch.stack([*fields, timestep])
 
 
 def to_row(measured: Sequence[Measured], norm: Tensor | None = None) -> dict[str, Any]:
@@ -39,12 +39,12 @@ def to_row(measured: Sequence[Measured], norm: Tensor | None = None) -> dict[str
     count = len(measured)
     pairs: dict[str, list] = {"id": [], "draw": [], **{name: [] for name in (*PAIR_QUANTITIES, "timestep")}}
     place = count + 1
-    for draws, _, _ in measured:
-        pairs["id"] += [draw.id for draw in draws]
-        pairs["draw"] += [draw.draw for draw in draws]
+    for visits, _, _ in measured:
+        pairs["id"] += [visit.id for visit in visits]
+        pairs["draw"] += [visit.draw for visit in visits]
         for name in (*PAIR_QUANTITIES, "timestep"):
-            pairs[name] += flat[place : place + len(draws)]
-            place += len(draws)
+            pairs[name] += flat[place : place + len(visits)]
+            place += len(visits)
     row = {"loss": math.fsum(flat[:count]) if all(map(math.isfinite, flat[:count])) else math.nan}
     row |= {metric: statistics.fmean(pairs[name]) for metric, name in MEANS.items()}
     row[ACCURACIES] = statistics.fmean(margin > 0 for margin in pairs["margin"])

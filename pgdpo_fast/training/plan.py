@@ -34,7 +34,7 @@ def reference_share(train: str, checkpointing: bool) -> tuple[float, float]:
 def saved_share(share: float, reuse: float) -> float:
     """Share of a run's compute a cache saves when every draw is used `reuse` times: share * (1 - 1 / reuse).
 
-    The pass that fills it costs one forward a draw. Negative when draws are made that are never visited.
+    The pass that fills it costs one forward per draw. Negative when draws are made that are never visited.
     """
     return share * (1 - 1 / reuse)
 
@@ -46,7 +46,7 @@ class Plan:
     Attributes:
         pairs, held_out: of the store.
         visits: of a pair in the whole run.
-        draws: distinct draws of a pair; every one is one row of the cache.
+        draws: distinct draws per pair; every one is one row of the cache.
         evaluation_rows: rows of held-out pairs.
         total, trained: weights.
         parameters, gradients, optimizer: memory; the optimizer's is fp32 masters (where the network is bf16) and
@@ -144,7 +144,7 @@ def make_plan(config: TrainConfig, store: LatentStore | ComingStore | None = Non
         adapter_from_config(config.model),
         config.training,
     )
-    model = adapter.sketch()
+    model = adapter.on_meta_device()
     blocks = reference_visits(config, store.ids)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     count = sum(parameter.numel() for parameter in trained)

@@ -1,7 +1,7 @@
 """Where the reference's half of the loss comes from: the policy without its adapters, or a frozen copy.
 
 A provider is called with a batch before the policy's forward and returns what `pf.preference_loss` takes as its
-reference: its two errors a group where the objective needs no more, predictions otherwise. A provider that reads
+reference: its two errors per group where the objective needs no more, predictions otherwise. A provider that reads
 stored values by (pair id, draw) has the same interface.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pgdpo_fast.loss import PackedReference, ReferenceErrors, reference_errors
 from pgdpo_fast.models import ModelAdapter, adapters_off
 from pgdpo_fast.objectives import Objective
-from pgdpo_fast.training.batches import Batch, Draw
+from pgdpo_fast.training.batches import Batch, Visit
 
 __all__ = ["AdapterOffReference", "CopyReference", "ReferenceProvider", "needs_predictions"]
 
@@ -29,7 +29,7 @@ class ReferenceProvider(Protocol):
         """What `preference_loss` takes as its reference, without gradient: errors (`[B]`, or `[B, F]` per frame) or
         predictions, packed or not."""
 
-    def prefetch(self, draws: Sequence[Draw]) -> None:
+    def prefetch(self, visits: Sequence[Visit]) -> None:
         """Begin to bring what a coming batch needs; called from another thread."""
 
     def cost(self) -> str:
@@ -39,7 +39,7 @@ class ReferenceProvider(Protocol):
 
 
 def needs_predictions(objective: Objective, granularity: str) -> bool:
-    """Whether the loss needs the reference's predictions, not just its two errors a group."""
+    """Whether the loss needs the reference's predictions, not just its two errors per group."""
     return granularity == "element" or objective.needs_anchor
 
 
@@ -53,7 +53,7 @@ class _NetworkReference:
     def networks(self) -> tuple[nn.Module, ...]:
         return (self.model,)
 
-    def prefetch(self, draws: Sequence[Draw]) -> None:
+    def prefetch(self, visits: Sequence[Visit]) -> None:
         """A network has nothing to read ahead."""
 
     @torch.no_grad()
@@ -66,14 +66,14 @@ class _NetworkReference:
 
 
 class AdapterOffReference(_NetworkReference):
-    """The policy's own network with its LoRA adapters switched off: no memory, one more forward a step."""
+    """The policy's own network with its LoRA adapters switched off: no memory, one more forward per step."""
 
     def _predict(self, batch):
         with adapters_off(self.model):
             return super()._predict(batch)
 
     def cost(self) -> str:
-        return "adapter-off: one extra forward a step, no extra memory"
+        return "adapter-off: one extra forward per step, no extra memory"
 
 
 class CopyReference(_NetworkReference):
@@ -85,4 +85,4 @@ class CopyReference(_NetworkReference):
 
     def cost(self) -> str:
         size = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
-        return f"copy: one extra forward a step, {size / 2**30:.2f} GiB of weights"
+        return f"copy: one extra forward per step, {size / 2**30:.2f} GiB of weights"

@@ -23,7 +23,7 @@ from pgdpo_fast.reference.cache import Block, Layout, ReferenceCache
 from pgdpo_fast.reference.fingerprint import architecture_digest
 from pgdpo_fast.reference.rows import FORMATS, Rows, pack
 from pgdpo_fast.storage import weights_digest
-from pgdpo_fast.training.batches import Draw, Stage, hold_out
+from pgdpo_fast.training.batches import PairLoader, Visit, hold_out
 from pgdpo_fast.training.config import TrainConfig
 from pgdpo_fast.training.network import open_network
 from pgdpo_fast.training.reference import needs_predictions
@@ -81,7 +81,7 @@ def cache_layout(config: TrainConfig, format: str, shape: Sequence[int]) -> Layo
 
 
 def choose_format(config: TrainConfig, format: str = "auto") -> str:
-    """The format asked for, or the smallest that is exact: errors where two numbers a group do, else predictions.
+    """The format asked for, or the smallest that is exact: errors where two numbers per group do, else predictions.
 
     Raises:
         ConfigError: the format cannot serve the configuration's objective.
@@ -132,22 +132,21 @@ def cache_reference(
         adapter.compile(network)
     blocks, size = reference_visits(config, store.ids), options.pairs_per_step // options.accumulation
     held_out = frozenset(blocks[1].ids) if len(blocks) > 1 else frozenset()
-    stage, evaluation_stage = (
-        Stage(store, config.build_process(), adapter.collate, options.seed, device, strata)
+    loader, evaluation_loader = (
+        PairLoader(store, config.build_process(), adapter.collate, options.seed, device, strata)
         for strata in (max(1, options.draws_per_pair), options.evaluation_draws)
     )
 
     @torch.inference_mode()
-    def compute(keys: Sequence[tuple[str, int]]) -> Rows:
-        draws = [Draw(*key) for key in keys]
-        if draws[0].id in held_out:  # evaluation runs its last, smaller batch as it is
-            batch = evaluation_stage.noise(draws, evaluation_stage.read(draws))
+    def compute(visits: Sequence[Visit]) -> Rows:
+        if visits[0].id in held_out:  # evaluation runs its last, smaller batch as it is
+            batch = evaluation_loader.noise(visits, evaluation_loader.read(visits))
         else:  # training has none: its batches are always full
-            draws = list(islice(cycle(draws), size))
-            batch = stage.noise(draws, stage.read(draws))
+            full = list(islice(cycle(visits), size))
+            batch = loader.noise(full, loader.read(full))
         prediction = adapter.predict(network, batch)
         rows = pack(prediction, batch.target, format, options.granularity, options.backend)
-        return {name: values[: len(keys)] for name, values in rows.items()}
+        return {name: values[: len(visits)] for name, values in rows.items()}
 
     provenance = {
         "model.path": config.model.path,

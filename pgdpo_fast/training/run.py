@@ -27,7 +27,7 @@ from pgdpo_fast.objectives import REGISTRY, Objective
 from pgdpo_fast.preemption import Stopping
 from pgdpo_fast.storage import atomic_file
 from pgdpo_fast.training import checkpoint
-from pgdpo_fast.training.batches import Batch, Draw, HostBatch, PairOrder, Stage, hold_out
+from pgdpo_fast.training.batches import Batch, HostBatch, PairLoader, PairOrder, Visit, hold_out
 from pgdpo_fast.training.cached_reference import CachedReference
 from pgdpo_fast.training.callbacks import CALLBACKS
 from pgdpo_fast.training.config import TrainConfig
@@ -66,9 +66,9 @@ class Run:
     objective: Objective
     optimizer: MasterAdamW
     order: PairOrder
-    stage: Stage
-    held_out: list[Draw]
-    evaluation_stage: Stage
+    loader: PairLoader
+    held_out: list[Visit]
+    evaluation_loader: PairLoader
     identity: dict[str, Any]
     health: PreferenceHealth
     metrics: MetricsFile
@@ -78,7 +78,7 @@ class Run:
     stopping: Stopping = field(default_factory=Stopping)
     resumed_from: Path | None = None
     last_evaluation: Mapping[str, Any] | None = None
-    reference_cache: dict[int, ReferenceErrors] = field(default_factory=dict)
+    evaluation_reference: dict[int, ReferenceErrors] = field(default_factory=dict)
 
     @classmethod
     def assemble(cls, config: TrainConfig, note: Callable[[str], None]) -> Run:
@@ -111,7 +111,8 @@ class Run:
             warmup_steps=options.warmup_steps,
         )
         training, held_out = hold_out(store.ids, config.data.evaluation_pairs, options.seed)
-        root, stage = Path(config.output.dir), partial(Stage, store, process, adapter.collate, options.seed, device)
+        root = Path(config.output.dir)
+        loader = partial(PairLoader, store, process, adapter.collate, options.seed, device)
         # what decides nothing may change between the parts of a run
         identity = config.deciding("numbers", "reference", without=["store"])
         identity["store.fingerprint"] = store.fingerprint
@@ -126,9 +127,9 @@ class Run:
             objective=objective,
             optimizer=optimizer,
             order=PairOrder(training, options.pairs_per_step, options.seed, options.draws_per_pair),
-            stage=stage(strata=max(1, options.draws_per_pair)),
-            evaluation_stage=stage(strata=options.evaluation_draws),
-            held_out=[Draw(pair, draw) for draw in range(options.evaluation_draws) for pair in held_out],
+            loader=loader(strata=max(1, options.draws_per_pair)),
+            evaluation_loader=loader(strata=options.evaluation_draws),
+            held_out=[Visit(pair, draw) for draw in range(options.evaluation_draws) for pair in held_out],
             identity=json.loads(json.dumps(identity)),
             health=PreferenceHealth(getattr(objective, "beta", None)),
             metrics=MetricsFile(root / "metrics.jsonl", PreferenceHealth.NUMBERS, PreferenceHealth.PAIR_NUMBERS),
@@ -192,7 +193,7 @@ class Run:
         model, options = self.config.model, self.config.training
         trained = sum(parameter.numel() for parameter in self.optimizer.parameters.values())
         total = sum(parameter.numel() for parameter in self.policy.parameters())
-        plan = ", ".join(f"{count:,} {kind}" for kind, count in self.adapter.dtype_plan(self.policy).items())
+        weights = ", ".join(f"{count:,} {kind}" for kind, count in self.adapter.count_dtypes(self.policy).items())
         pairs, held = len(self.order.ids), len(self.held_out) // options.evaluation_draws
         chosen = [
             key
@@ -204,12 +205,12 @@ class Run:
         lines = [
             f"run        {self.root} on {_device_name(self.device)}",
             f"model      {model.family} {model.path or 'with random weights'}, {model.train}: "
-            f"trains {trained:,} of {total:,} weights ({plan})",
+            f"trains {trained:,} of {total:,} weights ({weights})",
             f"reference  {self.reference.cost()}",
             f"objective  {self.config.objective['name']} ({objective}), {options.granularity} granularity",
-            f"data       {pairs} pairs of latents {'x'.join(map(str, self.stage.store.shape))}, {held} held out; "
+            f"data       {pairs} pairs of latents {'x'.join(map(str, self.loader.store.shape))}, {held} held out; "
             f"{options.steps} steps of {options.pairs_per_step} pairs in {options.accumulation} forward(s), "
-            f"{visits:.1f} visits a pair",
+            f"{visits:.1f} visits per pair",
             f"state      continues {self.resumed_from} at step {step}" if step else "state      starts at step 0",
         ]
         if model.compile:
@@ -219,18 +220,18 @@ class Run:
 
     # -- the parts of a step
 
-    def read(self, step: int) -> list[tuple[list[Draw], HostBatch]]:
-        """The visits of a step and their tensors on the host, one entry a forward."""
+    def read(self, step: int) -> list[tuple[list[Visit], HostBatch]]:
+        """The visits of a step and their tensors on the host, one entry per forward."""
         visits, count = self.order.visits(step), self.config.training.accumulation
         size = len(visits) // count
         parts = [visits[i * size : (i + 1) * size] for i in range(count)]
         for part in parts:
             self.reference.prefetch(part)
-        return [(part, self.stage.read(part)) for part in parts]
+        return [(part, self.loader.read(part)) for part in parts]
 
     def loss_options(self, batch: Batch) -> dict[str, Any]:
         """Arguments of `preference_loss` that stay the same from step to step, and the timestep's posterior scale."""
-        scale = self.stage.process.posterior_scale(batch.timestep) if self.objective.needs_posterior_scale else None
+        scale = self.loader.process.posterior_scale(batch.timestep) if self.objective.needs_posterior_scale else None
         return {
             "objective": self.objective,
             "granularity": self.config.training.granularity,

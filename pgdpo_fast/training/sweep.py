@@ -280,7 +280,7 @@ def _in_turn(jobs: Sequence[_Job], display: str, note: Callable[[str], None]) ->
 
 
 def _spread(jobs: Sequence[_Job], devices: Sequence[str], note: Callable[[str], None]) -> Iterator[Outcome]:
-    """Outcomes as they come, of one process a run and one run a device at a time.
+    """Outcomes as they come, of one process per run and one run per device at a time.
 
     A process that dies without a word (killed for host memory, or by a bug) is a failure of its run alone. A signal, an
     error that concerns the whole sweep, and the end of the iteration stop all processes; each saves its state first.

@@ -25,7 +25,7 @@ WINDOW = 40  # steps the health looks back on; its two halves are compared
 
 
 class MetricsFile:
-    """A file of one JSON object a line, ordered by `step`, on which a resumed run continues exactly where it stood."""
+    """One JSON object per line, ordered by `step`, on which a resumed run continues exactly where it stood."""
 
     def __init__(self, path: Path, numbers: Sequence[str] = (), pair_numbers: Sequence[str] = ()):
         """`numbers` and `pair_numbers` name what every row and the pairs of every row must hold."""

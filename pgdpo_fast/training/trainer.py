@@ -128,8 +128,8 @@ def _loop(run: Run, start: int, display: Display) -> RunResult:
                 began = time.perf_counter()
                 run.optimizer.zero_grad()
                 measured = []
-                for draws, tensors in micro_batches:
-                    batch = run.stage.noise(draws, tensors)
+                for visits, tensors in micro_batches:
+                    batch = run.loader.noise(visits, tensors)
                     reference = run.reference(batch)  # before the policy's forward: see `adapters_off`
                     prediction = run.adapter.predict(run.policy, batch)
                     # a forward's share of the step is a pair weight: fp32, before gradients are rounded
@@ -195,13 +195,13 @@ def _evaluate(run: Run, step: int) -> bool:
     measured = []
     for place in range(0, len(run.held_out), size):
         run.stopping.check()
-        draws = run.held_out[place : place + size]
-        batch = run.evaluation_stage.noise(draws, run.evaluation_stage.read(draws))
-        reference = run.reference_cache.get(place)
+        visits = run.held_out[place : place + size]
+        batch = run.evaluation_loader.noise(visits, run.evaluation_loader.read(visits))
+        reference = run.evaluation_reference.get(place)
         if reference is None:
             reference = run.reference(batch)
             if isinstance(reference, ReferenceErrors):  # fixed draws: a few numbers save every later pass
-                run.reference_cache[place] = reference
+                run.evaluation_reference[place] = reference
         prediction = run.adapter.predict(run.policy, batch)
         out = preference_loss(prediction, batch.target, reference, **run.loss_options(batch))
         measured.append(measure.on_device(batch, out))
