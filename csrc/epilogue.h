@@ -42,8 +42,10 @@ enum Flag : int {
   FLAG_RATIO_SHIFT = 4,
   FLAG_SAFEGUARD = 64,
   FLAG_IMPORTANCE = 128,
+  FLAG_IPR_BETA = 256,
+  FLAG_INSIDE = 512,
   // Not in objectives.py: callers that know k1 == k2 add it, and one sigmoid serves alpha and 1 - gamma.
-  FLAG_ONE_SIGMOID = 256,
+  FLAG_ONE_SIGMOID = 65536,
 };
 enum Ratio : int {
   RATIO_LOGIT = 0,
@@ -70,6 +72,14 @@ enum Parameter : int {
   PARAMETER_MU = 13,
   PARAMETERS = 14,
 };
+
+// Multiplies beta by `scale` wherever it stands.
+template <class S>
+PGDPO_HD void scale_beta(int flags, S scale, S* parameters) {
+  parameters[PARAMETER_HALF_BETA] *= scale;
+  parameters[PARAMETER_TARGET] /= scale;
+  if (flags & FLAG_IPR_BETA) parameters[PARAMETER_IPR_SCALE] *= scale;
+}
 
 template <class T>
 struct ScalarOf {
@@ -273,15 +283,24 @@ PGDPO_HD void pgdpo_weights(int flags, const scalar_of<T>* parameters, const Err
   }
 }
 
+// The weight of importance-weighted objectives.
+template <class T>
+PGDPO_HD T importance_of(const scalar_of<T>* parameters, const Errors<T>& errors) {
+  const T raw = exponential(T(-0.5) * errors.posterior_scale * (errors.policy_chosen + errors.policy_rejected));
+  const T clip = T(parameters[PARAMETER_CLIP]);
+  return select(raw < T(parameters[PARAMETER_THRESHOLD]), T(0), clamp(raw, T(1) - clip, T(1) + clip));
+}
+
 // The logits z of the objectives whose loss is made of log sigmoid(z); alpha is PG-DPO's.
 template <class T>
-PGDPO_HD T preference_logits(int kind, const scalar_of<T>* parameters, const Errors<T>& errors, T alpha) {
+PGDPO_HD T preference_logits(int kind, int flags, const scalar_of<T>* parameters, const Errors<T>& errors, T alpha) {
   const T d_w = errors.gap_chosen, d_l = errors.gap_rejected;
   T margin = d_l - d_w;
   if (kind == KIND_PGDPO) margin = alpha * d_l - d_w;
   if (kind == KIND_DPO_SHIFT) margin = T(parameters[PARAMETER_SHIFT]) * d_l - d_w;
   if (kind == KIND_DPOP) margin = margin - T(parameters[PARAMETER_PENALTY]) * select(d_w < T(0), T(0), d_w);
-  return T(parameters[PARAMETER_HALF_BETA]) * margin;
+  const T logits = T(parameters[PARAMETER_HALF_BETA]) * margin;
+  return flags & FLAG_INSIDE ? importance_of<T>(parameters, errors) * logits : logits;
 }
 
 // Those objectives halfway: PG-DPO's weights, z and exp(-|z|).
@@ -324,7 +343,7 @@ PGDPO_HD Terms<T> objective(int kind, int flags, const scalar_of<T>* parameters,
       start = *halfway;
     } else {
       if (kind == KIND_PGDPO) pgdpo_weights<T>(flags, parameters, errors, start.weights);
-      start.logits = preference_logits<T>(kind, parameters, errors, start.weights.alpha);
+      start.logits = preference_logits<T>(kind, flags, parameters, errors, start.weights.alpha);
       start.decay = exp_minus_absolute(start.logits);
     }
     const Logistic<T> preferred(start.logits, start.decay);
@@ -376,10 +395,8 @@ PGDPO_HD Terms<T> objective(int kind, int flags, const scalar_of<T>* parameters,
         slope = half_beta * ((one - smoothing) * preferred.down - smoothing * preferred.up);
       }
       if (flags & FLAG_IMPORTANCE) {
-        const T raw = exponential(T(-0.5) * errors.posterior_scale * (errors.policy_chosen + errors.policy_rejected));
-        const T clip = T(parameters[PARAMETER_CLIP]);
-        out.importance = select(raw < T(parameters[PARAMETER_THRESHOLD]), zero, clamp(raw, one - clip, one + clip));
-        out.loss = out.importance * out.loss;
+        out.importance = importance_of<T>(parameters, errors);
+        if (!(flags & FLAG_INSIDE)) out.loss = out.importance * out.loss;
         slope = out.importance * slope;
       }
       out.by_chosen = slope;

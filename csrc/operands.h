@@ -71,7 +71,7 @@ Out rows_of(const Tensor& x, const char* name, const Tensor& like, int64_t pairs
 
 // The bundles of pgdpo_fast/backends/operands.py and objectives.py that operators take besides the operands.
 struct PairNumbers {
-  const MaybeTensor &weight, &posterior_scale;
+  const MaybeTensor &weight, &posterior_scale, &beta_scale;
 };
 struct Plan {
   int64_t reference_form, groups, length;
@@ -247,10 +247,10 @@ inline std::vector<RowCopy> row_copies(const std::vector<Tensor>& tables, const 
       const MaybeTensor &target_scale, const MaybeTensor &q_w, const MaybeTensor &q_l, const MaybeTensor &s_w,    \
       const MaybeTensor &s_l
 #define PGDPO_PASS_OPERANDS p_w, p_l, y_w, y_l, noise, target_scale, q_w, q_l, s_w, s_l
-#define PGDPO_NUMBERS const MaybeTensor &weight, const MaybeTensor &posterior_scale
-#define PGDPO_PASS_NUMBERS  \
-  PairNumbers {             \
-    weight, posterior_scale \
+#define PGDPO_NUMBERS const MaybeTensor &weight, const MaybeTensor &posterior_scale, const MaybeTensor &beta_scale
+#define PGDPO_PASS_NUMBERS              \
+  PairNumbers {                         \
+    weight, posterior_scale, beta_scale \
   }
 #define PGDPO_PLAN int64_t reference_form, int64_t groups, int64_t length, bool anchor, bool cross
 #define PGDPO_PASS_PLAN                           \

@@ -93,6 +93,7 @@ struct Elements {
   double parameters[PARAMETERS] = {};
   const double* scale = nullptr;            // [pairs], of the gradients, or null: write none
   const double* posterior_scale = nullptr;  // [pairs] or null
+  const double* beta_scale = nullptr;       // [pairs] or null
   const double* means = nullptr;            // [ELEMENT_MEANS, pairs], for gradients with `outer`
   double* sums = nullptr;                   // [ELEMENT_SUMS, pairs * segments], or null: sum nothing
   MutableRows gradient[2];

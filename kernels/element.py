@@ -12,11 +12,11 @@ from pgdpo_fast.kernels.epilogue import (
     FLAG_IMPORTANCE,
     FLAG_IPR_ANCHOR,
     KIND_SFT,
-    PARAMETER_IPR_SCALE,
     objective,
     pgdpo_slopes,
     pgdpo_terms,
     safeguarded,
+    scaled_ipr,
 )
 from pgdpo_fast.kernels.pair import (
     REFERENCE_NONE,
@@ -59,6 +59,7 @@ def element_block(
     x,
     params_ptr,
     posterior_scale,
+    beta_scale,
     scale,
     mean_gamma,
     mean_preference,
@@ -69,6 +70,7 @@ def element_block(
     KIND: tl.constexpr,
     FLAGS: tl.constexpr,
     OUTER: tl.constexpr,
+    BETA_SCALED: tl.constexpr,
     WITH_SUMS: tl.constexpr,
     GRADS: tl.constexpr,
     REFERENCE: tl.constexpr,
@@ -103,10 +105,10 @@ def element_block(
     anchor = minus_w * minus_w
     if OUTER:
         logits, loss, factor, implicit, alpha, gamma, complement, ratio, by_chosen, by_rejected = pgdpo_terms(
-            e_w, d_w, d_l, anchor, params_ptr, FLAGS, COMPUTE
+            e_w, d_w, d_l, anchor, beta_scale, params_ptr, FLAGS, BETA_SCALED, COMPUTE
         )
         importance = tl.zeros_like(u_w) + 1.0
-        ipr_scale = tl.load(params_ptr + PARAMETER_IPR_SCALE)
+        ipr_scale = scaled_ipr(params_ptr, beta_scale, FLAGS, BETA_SCALED)
         g_w, g_l, g_anchor = pgdpo_slopes(
             d_l,
             factor,
@@ -119,13 +121,27 @@ def element_block(
             mean_gamma,
             ipr_scale * mean_complement,
             mean_preference - ipr_scale * mean_implicit,
+            beta_scale,
             params_ptr,
             FLAGS,
+            BETA_SCALED,
         )
         g_l = safeguarded(g_l, e_w, u_w * u_l, params_ptr, FLAGS)
     else:
         loss, logits, alpha, gamma, importance, g_w, g_l, g_anchor = objective(
-            e_w, e_l, d_w, d_l, anchor, u_w * u_l, posterior_scale, params_ptr, KIND, FLAGS, COMPUTE
+            e_w,
+            e_l,
+            d_w,
+            d_l,
+            anchor,
+            u_w * u_l,
+            posterior_scale,
+            beta_scale,
+            params_ptr,
+            KIND,
+            FLAGS,
+            BETA_SCALED,
+            COMPUTE,
         )
     if GRADS:
         slope_w = g_w * u_w
@@ -179,6 +195,7 @@ def pair_elements_kernel(
     operands,  # Operands
     weight_ptr,  # [B] COMPUTE, with WEIGHTED
     posterior_scale_ptr,  # [B] COMPUTE, with FLAG_IMPORTANCE
+    beta_scale_ptr,  # [B] COMPUTE, with BETA_SCALED
     params_ptr,  # [PARAMETERS] COMPUTE
     mean_ptr,  # [MEANS, B] COMPUTE, with OUTER and GRADS
     incoming_ptr,  # [] fp32 or fp64, with INCOMING
@@ -197,6 +214,7 @@ def pair_elements_kernel(
     INCOMING: tl.constexpr,
     SPECULATIVE: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    BETA_SCALED: tl.constexpr,
     REFERENCE: tl.constexpr,
     SHARED_TARGET: tl.constexpr,
     TARGET_BUILT: tl.constexpr,
@@ -230,6 +248,9 @@ def pair_elements_kernel(
     posterior_scale = 0.0
     if FLAG_IMPORTANCE & FLAGS:
         posterior_scale = tl.load(posterior_scale_ptr + pair).to(COMPUTE)
+    beta_scale = 1.0
+    if BETA_SCALED:
+        beta_scale = tl.load(beta_scale_ptr + pair).to(COMPUTE)
     mean_gamma = 0.0
     mean_preference = 0.0
     mean_complement = 0.0
@@ -252,6 +273,7 @@ def pair_elements_kernel(
             x,
             params_ptr,
             posterior_scale,
+            beta_scale,
             scale,
             mean_gamma,
             mean_preference,
@@ -262,6 +284,7 @@ def pair_elements_kernel(
             KIND,
             FLAGS,
             OUTER,
+            BETA_SCALED,
             WITH_SUMS,
             GRADS,
             REFERENCE,
@@ -282,6 +305,7 @@ def pair_elements_kernel(
             x,
             params_ptr,
             posterior_scale,
+            beta_scale,
             scale,
             mean_gamma,
             mean_preference,
@@ -292,6 +316,7 @@ def pair_elements_kernel(
             KIND,
             FLAGS,
             OUTER,
+            BETA_SCALED,
             WITH_SUMS,
             GRADS,
             REFERENCE,
@@ -317,6 +342,7 @@ def pair_elements_kernel(
 def fold_elements_kernel(
     partial_ptr,  # [SUMS, B, segments] COMPUTE
     weight_ptr,  # [B] COMPUTE, with WEIGHTED
+    beta_scale_ptr,  # [B] COMPUTE, with BETA_SCALED
     params_ptr,  # [PARAMETERS] COMPUTE
     loss_ptr,  # [] COMPUTE, written
     telemetry_ptr,  # [TELEMETRY, B] COMPUTE, written
@@ -325,9 +351,11 @@ def fold_elements_kernel(
     pairs,  # B
     segments,  # of a video
     n,  # elements of a video
+    FLAGS: tl.constexpr,
     OUTER: tl.constexpr,
     GAPS: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    BETA_SCALED: tl.constexpr,
     COMPUTE: tl.constexpr,
     ROWS: tl.constexpr,
     FOLD: tl.constexpr,
@@ -348,7 +376,10 @@ def fold_elements_kernel(
     if OUTER:
         complement = sums[SUM_COMPLEMENT] * mean
         implicit = sums[SUM_IMPLICIT] * mean
-        loss = gamma * preference + tl.load(params_ptr + PARAMETER_IPR_SCALE) * complement * implicit
+        beta_scale = 1.0
+        if BETA_SCALED:
+            beta_scale = tl.load(beta_scale_ptr + row, mask=inside, other=1.0).to(COMPUTE)
+        loss = gamma * preference + scaled_ipr(params_ptr, beta_scale, FLAGS, BETA_SCALED) * complement * implicit
     tl.store(mean_ptr + MEAN_GAMMA * pairs + row, gamma, mask=inside)
     tl.store(mean_ptr + MEAN_PREFERENCE * pairs + row, preference, mask=inside)
     tl.store(mean_ptr + MEAN_COMPLEMENT * pairs + row, complement, mask=inside)

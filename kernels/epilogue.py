@@ -23,6 +23,8 @@ FLAG_IPR_ANCHOR = tl.constexpr(4)
 FLAG_ATTACHED = tl.constexpr(8)
 FLAG_SAFEGUARD = tl.constexpr(64)
 FLAG_IMPORTANCE = tl.constexpr(128)
+FLAG_IPR_BETA = tl.constexpr(256)
+FLAG_INSIDE = tl.constexpr(512)
 # Two bits of FLAGS say which ratio, an index into RATIOS there.
 FLAG_RATIO_SHIFT = tl.constexpr(4)
 FLAG_RATIO_MASK = tl.constexpr(3 << 4)
@@ -123,10 +125,39 @@ def ratio_and_slopes(chosen, rejected, half_beta, eps, RATIO: tl.constexpr):
 
 
 @triton.jit
-def pgdpo_terms(e_w, d_w, d_l, anchor, params_ptr, FLAGS: tl.constexpr, COMPUTE: tl.constexpr):
+def scaled_half_beta(params_ptr, beta_scale, BETA_SCALED: tl.constexpr):
+    """beta / 2, times the groups' `beta_scale` with BETA_SCALED."""
+    half_beta = tl.load(params_ptr + PARAMETER_HALF_BETA)
+    if BETA_SCALED:
+        half_beta = half_beta * beta_scale
+    return half_beta
+
+
+@triton.jit
+def scaled_ipr(params_ptr, beta_scale, FLAGS: tl.constexpr, BETA_SCALED: tl.constexpr):
+    """PG-DPO's weight of its regularizer; with kappa = beta / 2 it follows beta."""
+    ipr_scale = tl.load(params_ptr + PARAMETER_IPR_SCALE)
+    if BETA_SCALED:
+        if FLAG_IPR_BETA & FLAGS:
+            ipr_scale = ipr_scale * beta_scale
+    return ipr_scale
+
+
+@triton.jit
+def pgdpo_terms(
+    e_w,
+    d_w,
+    d_l,
+    anchor,
+    beta_scale,
+    params_ptr,
+    FLAGS: tl.constexpr,
+    BETA_SCALED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
     """PG-DPO's parts: logits, preference term P and its slope by -logits, regularizer I, alpha, gamma, 1 - gamma, the
     ratio and its slopes."""
-    half_beta = tl.load(params_ptr + PARAMETER_HALF_BETA)
+    half_beta = scaled_half_beta(params_ptr, beta_scale, BETA_SCALED)
     chosen = -d_w
     rejected = -d_l
     ratio, by_chosen, by_rejected = ratio_and_slopes(
@@ -162,11 +193,13 @@ def pgdpo_slopes(
     by_preference,
     by_implicit,
     by_gamma,
+    beta_scale,
     params_ptr,
     FLAGS: tl.constexpr,
+    BETA_SCALED: tl.constexpr,
 ):
     """Derivatives of the loss by the chosen error, the rejected error and the anchor, from those by P, I and gamma."""
-    half_beta = tl.load(params_ptr + PARAMETER_HALF_BETA)
+    half_beta = scaled_half_beta(params_ptr, beta_scale, BETA_SCALED)
     slope = by_preference * factor * half_beta
     g_w = slope
     g_l = -slope * alpha
@@ -207,9 +240,11 @@ def objective(
     anchor,
     cross,
     posterior_scale,
+    beta_scale,
     params_ptr,
     KIND: tl.constexpr,
     FLAGS: tl.constexpr,
+    BETA_SCALED: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
     """One block of groups through the objective.
@@ -217,7 +252,7 @@ def objective(
     Returns loss, logits, alpha, gamma, importance, and the derivatives of the loss by the chosen error, the rejected
     error and the anchor (a gap and its policy error have the same derivative by the prediction, so they are added).
     """
-    half_beta = tl.load(params_ptr + PARAMETER_HALF_BETA)
+    half_beta = scaled_half_beta(params_ptr, beta_scale, BETA_SCALED)
     zero = tl.zeros_like(e_w)
     one = zero + 1.0
     alpha = one
@@ -244,16 +279,19 @@ def objective(
         g_w = active + weight
         g_l = -active
     elif KIND == KIND_IPO:
-        off_target = 0.5 * (d_l - d_w) - tl.load(params_ptr + PARAMETER_TARGET)
+        target = tl.load(params_ptr + PARAMETER_TARGET)
+        if BETA_SCALED:
+            target = target / beta_scale
+        off_target = 0.5 * (d_l - d_w) - target
         logits = half_beta * (d_l - d_w)
         loss = off_target * off_target
         g_w = -off_target
         g_l = off_target
     elif KIND == KIND_PGDPO:
         logits, preference, factor, implicit, alpha, gamma, complement, ratio, by_chosen, by_rejected = pgdpo_terms(
-            e_w, d_w, d_l, anchor, params_ptr, FLAGS, COMPUTE
+            e_w, d_w, d_l, anchor, beta_scale, params_ptr, FLAGS, BETA_SCALED, COMPUTE
         )
-        ipr_scale = tl.load(params_ptr + PARAMETER_IPR_SCALE)
+        ipr_scale = scaled_ipr(params_ptr, beta_scale, FLAGS, BETA_SCALED)
         loss = gamma * preference
         if (FLAG_IPR_REWARD | FLAG_IPR_ANCHOR) & FLAGS:
             loss += complement * (ipr_scale * implicit)
@@ -269,8 +307,10 @@ def objective(
             gamma,
             complement * ipr_scale,
             preference - ipr_scale * implicit,
+            beta_scale,
             params_ptr,
             FLAGS,
+            BETA_SCALED,
         )
     elif KIND == KIND_DPOP:
         chosen = -d_w
@@ -291,17 +331,21 @@ def objective(
     else:
         smoothing = tl.load(params_ptr + PARAMETER_LABEL_SMOOTHING)
         logits = half_beta * (d_l - d_w)
-        # (1 - smoothing) softplus(-z) + smoothing softplus(z)
-        rounding, factor = rounding_and_slope(-logits, COMPUTE)
-        loss = (1.0 - smoothing) * tl.maximum(-logits, 0.0) + smoothing * tl.maximum(logits, 0.0) + rounding
-        slope = half_beta * (factor - smoothing)
         if FLAG_IMPORTANCE & FLAGS:
             raw = tl.exp(-0.5 * posterior_scale * (e_w + e_l))
             clip = tl.load(params_ptr + PARAMETER_CLIP)
             importance = tl.minimum(tl.maximum(raw, 1.0 - clip), 1.0 + clip)
             importance = tl.where(raw < tl.load(params_ptr + PARAMETER_THRESHOLD), 0.0, importance)
-            loss *= importance
+            if FLAG_INSIDE & FLAGS:
+                logits *= importance
+        # (1 - smoothing) softplus(-z) + smoothing softplus(z)
+        rounding, factor = rounding_and_slope(-logits, COMPUTE)
+        loss = (1.0 - smoothing) * tl.maximum(-logits, 0.0) + smoothing * tl.maximum(logits, 0.0) + rounding
+        slope = half_beta * (factor - smoothing)
+        if FLAG_IMPORTANCE & FLAGS:
             slope *= importance
+            if not FLAG_INSIDE & FLAGS:
+                loss *= importance
         g_w = slope
         g_l = -slope
     return loss, logits, alpha, gamma, importance, g_w, safeguarded(g_l, e_w, cross, params_ptr, FLAGS), g_anchor

@@ -375,6 +375,7 @@ def fold_groups(
     GAPS: tl.constexpr,
     REFERENCE_ERRORS: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    BETA_SCALED: tl.constexpr,
     COMPUTE: tl.constexpr,
     ROWS: tl.constexpr,
     FOLD: tl.constexpr,
@@ -396,8 +397,23 @@ def fold_groups(
     posterior_scale = tl.zeros_like(e_w)
     if FLAG_IMPORTANCE & FLAGS:
         posterior_scale = tl.load(numbers.posterior_scale_ptr + row // groups, mask=inside, other=0.0).to(COMPUTE)
+    beta_scale = 1.0
+    if BETA_SCALED:
+        beta_scale = tl.load(numbers.beta_scale_ptr + row, mask=inside, other=1.0).to(COMPUTE)
     loss, logits, alpha, gamma, importance, g_w, g_l, g_anchor = objective(
-        e_w, e_l, d_w, d_l, anchor, cross, posterior_scale, numbers.params_ptr, KIND, FLAGS, COMPUTE
+        e_w,
+        e_l,
+        d_w,
+        d_l,
+        anchor,
+        cross,
+        posterior_scale,
+        beta_scale,
+        numbers.params_ptr,
+        KIND,
+        FLAGS,
+        BETA_SCALED,
+        COMPUTE,
     )
     if not GAPS:
         d_w += float("nan")
@@ -452,6 +468,7 @@ class Numbers(NamedTuple):
     reference_error_ptr: Any  # [2, B, G] COMPUTE, chosen and rejected, with REFERENCE_ERRORS
     weight_ptr: Any  # [B, G] COMPUTE, with WEIGHTED
     posterior_scale_ptr: Any  # [B] COMPUTE, with FLAG_IMPORTANCE
+    beta_scale_ptr: Any  # [B, G] COMPUTE, with BETA_SCALED
     params_ptr: Any  # [PARAMETERS] COMPUTE
 
 
@@ -472,6 +489,7 @@ def fold_kernel(
     GAPS: tl.constexpr,
     REFERENCE_ERRORS: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    BETA_SCALED: tl.constexpr,
     COMPUTE: tl.constexpr,
     ROWS: tl.constexpr,
     FOLD: tl.constexpr,
@@ -495,6 +513,7 @@ def fold_kernel(
         GAPS,
         REFERENCE_ERRORS,
         WEIGHTED,
+        BETA_SCALED,
         COMPUTE,
         ROWS,
         FOLD,

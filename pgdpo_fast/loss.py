@@ -25,9 +25,9 @@ from pgdpo_fast.backends.operands import (
     pair_rows,
     segment_length,
 )
-from pgdpo_fast.errors import NonFiniteError
+from pgdpo_fast.errors import ConfigError, NonFiniteError
 from pgdpo_fast.metrics import METRICS
-from pgdpo_fast.objectives import GroupErrors, Objective
+from pgdpo_fast.objectives import GroupErrors, Objective, terms_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -308,6 +308,7 @@ def _check(
     frame_weight: Tensor | None = None,
     frame_label: Tensor | None = None,
     posterior_scale: Tensor | None = None,
+    beta_scale: Tensor | None = None,
     backend: str = "auto",
 ) -> Call:
     """The arguments of the public functions as a checked call; `objective` decides anchor and cross where given."""
@@ -340,6 +341,10 @@ def _check(
             return None
         _expect(x, name, ((pairs,),), device)
         return x.detach().to(compute).contiguous()[:, None]
+
+    def number_of_groups(x: Tensor, name: str) -> Tensor:
+        _expect(x, name, ((pairs,), (pairs, groups)) if granularity == "frame" else ((pairs,),), device)
+        return (x if x.ndim == 2 else x[:, None]).detach().to(compute).expand(-1, groups).contiguous()
 
     noise = target_scale = None
     if isinstance(target, NoisedTarget):
@@ -375,7 +380,7 @@ def _check(
         rows, rows_rejected = operand(reference, "reference")
 
     if objective is not None:
-        _check_objective(objective, form, reference, posterior_scale)
+        _check_objective(objective, form, reference, posterior_scale, beta_scale)
         anchor, cross = objective.needs_anchor, objective.needs_cross
     elif anchor and form == ReferenceForm.NONE:
         raise ValueError("anchor: needs the reference's predictions or a PackedReference")
@@ -423,7 +428,11 @@ def _check(
             reference_scale=row_scale,
             reference_scale_rejected=row_scale_rejected,
         ),
-        numbers=PairNumbers(weight=weight, posterior_scale=number(posterior_scale, "posterior_scale")),
+        numbers=PairNumbers(
+            weight=weight,
+            posterior_scale=number(posterior_scale, "posterior_scale"),
+            beta_scale=None if beta_scale is None else number_of_groups(beta_scale, "beta_scale"),
+        ),
         reference_errors=errors,
         plan=Plan(form, groups, segment_length(video, groups), anchor, cross),
         granularity=granularity,
@@ -432,7 +441,11 @@ def _check(
 
 
 def _check_objective(
-    objective: Objective, form: ReferenceForm, reference: Reference | None, posterior_scale: Tensor | None
+    objective: Objective,
+    form: ReferenceForm,
+    reference: Reference | None,
+    posterior_scale: Tensor | None,
+    beta_scale: Tensor | None,
 ) -> None:
     if not isinstance(objective, Objective):
         raise ValueError(f"objective: expected an instance such as pf.PGDPO(), got {objective!r}")
@@ -446,6 +459,11 @@ def _check_objective(
         )
     if objective.needs_posterior_scale and posterior_scale is None:
         raise ValueError(f"posterior_scale: {name} needs [B] values, see process.posterior_scale(timestep)")
+    if beta_scale is not None and not objective.takes_beta_scale:
+        raise ConfigError(
+            f"beta_scale: {name}.terms does not take it; add the argument beta_scale=None, [B, 1] or [B, G] where "
+            f"given, and multiply beta by it"
+        )
 
 
 def _frame_weights(
@@ -522,6 +540,7 @@ def preference_loss(
     frame_weight: Tensor | None = None,
     frame_label: Tensor | None = None,
     posterior_scale: Tensor | None = None,
+    beta_scale: Tensor | None = None,
     backend: str = "auto",
     process_group: ProcessGroup | None = None,
 ) -> PreferenceLossOutput:
@@ -541,6 +560,9 @@ def preference_loss(
             video is better here, -1 the rejected one is, 0 a tie that counts for nothing. "Chosen" in the output then
             means the video preferred at that frame.
         posterior_scale: `[B]`, c_t of `process.posterior_scale(timestep)`, for SDPO and DPOClipMask.
+        beta_scale: `[B]`, or `[B, F]` at frame granularity: beta times this wherever beta stands, for a beta that
+            depends on the timestep, the signal-to-noise ratio or the confidence in a label; no gradient. Expected
+            above zero, which is not checked, for that would wait for the device.
         backend: "auto", "triton", "native" or "eager". An explicit choice never falls back.
         process_group: latents are sharded over its ranks (context parallel): errors are averaged over them, every
             rank gets the whole loss and its own shard's gradient. All shards must be of one size; at frame granularity
@@ -563,6 +585,7 @@ def preference_loss(
         frame_weight=frame_weight,
         frame_label=frame_label,
         posterior_scale=posterior_scale,
+        beta_scale=beta_scale,
         backend=backend,
     )
     per_frame = granularity == "frame"
@@ -579,7 +602,7 @@ def preference_loss(
         errors = _all_reduce_mean(errors, granularity, process_group)
     if frame_label is not None:
         errors = _relabel(errors, frame_label)
-    terms = objective.terms(errors, call.numbers.posterior_scale)
+    terms = terms_of(objective, errors, call.numbers.posterior_scale, call.numbers.beta_scale)
     loss = (terms.loss if call.numbers.weight is None else call.numbers.weight * terms.loss).mean()
     nan = torch.full_like(terms.loss, float("nan"))
     with torch.no_grad():
@@ -677,6 +700,7 @@ class PreferenceLoss(nn.Module):
         frame_weight: Tensor | None = None,
         frame_label: Tensor | None = None,
         posterior_scale: Tensor | None = None,
+        beta_scale: Tensor | None = None,
     ) -> PreferenceLossOutput:
         return preference_loss(
             prediction,
@@ -688,6 +712,7 @@ class PreferenceLoss(nn.Module):
             frame_weight=frame_weight,
             frame_label=frame_label,
             posterior_scale=posterior_scale,
+            beta_scale=beta_scale,
             backend=self.backend,
             process_group=self.process_group,
         )

@@ -12,6 +12,7 @@ beta multiplies the mean over the group with the 1/2 of Diffusion-DPO: logits z 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -88,12 +89,18 @@ KIND_DPO, KIND_PGDPO, KIND_IPO, KIND_SLIC, KIND_SFT, KIND_DPOP, KIND_DPO_SHIFT, 
 FLAG_ARS, FLAG_IPR_REWARD, FLAG_IPR_ANCHOR, FLAG_ATTACHED = 1, 2, 4, 8
 FLAG_RATIO_SHIFT = 4  # two bits: index into RATIOS
 FLAG_SAFEGUARD, FLAG_IMPORTANCE = 64, 128
+FLAG_IPR_BETA = 256  # kappa is beta/2, so it follows beta_scale
+FLAG_INSIDE = 512  # the importance weight multiplies the logits
 RATIOS = ("logit", "symmetric", "abs", "signed")
 
 
 def _number(objective, name: str, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False) -> None:
     where = f"{type(objective).__name__}.{name}"
     number(where, getattr(objective, name), low, high, open_low=open_low, limit=MAX_NUMBER)
+
+
+def _half_beta(objective, beta_scale: Tensor | None) -> Any:
+    return 0.5 * objective.beta if beta_scale is None else 0.5 * objective.beta * beta_scale
 
 
 def _choice(objective, name: str, allowed: tuple) -> None:
@@ -107,6 +114,11 @@ class Objective:
     """Base of all objectives: subclass it, write `terms`, and the objective runs fused through `pf.preference_loss`."""
 
     needs_cross: ClassVar[bool] = False
+    _names_beta_scale: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls._names_beta_scale = "beta_scale" in inspect.signature(cls.terms).parameters
 
     @property
     def needs_reference(self) -> bool:
@@ -133,14 +145,23 @@ class Objective:
         """Settings that do not enter the formula as the others stand, such as `k1` where alpha is fixed."""
         return frozenset()
 
-    def terms(self, errors: GroupErrors, posterior_scale: Tensor | None = None) -> Terms:
+    def terms(
+        self, errors: GroupErrors, posterior_scale: Tensor | None = None, beta_scale: Tensor | None = None
+    ) -> Terms:
         """Loss and weights of every group.
 
         Args:
             errors: statistics, each `[B, G]`.
             posterior_scale: `[B, 1]`, c_t of the pair's timestep, for importance-weighted objectives.
+            beta_scale: `[B, 1]` or `[B, G]`, what multiplies beta wherever it stands. Passed by name and only when
+                the caller gave one; an objective may leave it out of its signature, and is then refused one.
         """
         raise NotImplementedError
+
+    @property
+    def takes_beta_scale(self) -> bool:
+        """Whether `terms` takes `beta_scale`."""
+        return self._names_beta_scale
 
     def epilogue(self) -> Epilogue | None:
         """The same formula for the kernels, or None: then `terms` runs in torch between two fused kernels."""
@@ -165,6 +186,15 @@ class Objective:
         )
 
 
+def terms_of(
+    objective: Objective, errors: GroupErrors, posterior_scale: Tensor | None, beta_scale: Tensor | None
+) -> Terms:
+    """`objective.terms`, which gets `beta_scale` only where there is one."""
+    if beta_scale is None:
+        return objective.terms(errors, posterior_scale)
+    return objective.terms(errors, posterior_scale, beta_scale=beta_scale)
+
+
 @dataclass(frozen=True)
 class DPO(Objective):
     """Diffusion-DPO (Wallace et al. 2024, Eq. 14): softplus(-z), z = beta/2 (r_w - r_l).
@@ -180,8 +210,8 @@ class DPO(Objective):
         _number(self, "beta", 0.0, open_low=True)
         _number(self, "label_smoothing", 0.0, 0.5)
 
-    def terms(self, errors, posterior_scale=None):
-        logits = 0.5 * self.beta * (errors.gap_rejected - errors.gap_chosen)
+    def terms(self, errors, posterior_scale=None, beta_scale=None):
+        logits = _half_beta(self, beta_scale) * (errors.gap_rejected - errors.gap_chosen)
         loss = -(1 - self.label_smoothing) * logsigmoid(logits) - self.label_smoothing * logsigmoid(-logits)
         return self.result(loss, logits)
 
@@ -291,9 +321,8 @@ class PGDPO(Objective):
     def outer(self) -> bool:
         return self.combine == "outer" and self.ipr != "none"
 
-    def _ratio(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+    def _ratio(self, chosen: Tensor, rejected: Tensor, half_beta: Any) -> Tensor:
         margin = chosen - rejected
-        half_beta = 0.5 * self.beta
         if self.ratio == "logit":
             ratio = half_beta * margin
         elif self.ratio == "symmetric":
@@ -307,10 +336,10 @@ class PGDPO(Objective):
             ratio = torch.where(at_pole, margin.sign() * RATIO_LIMIT, ratio)
         return ratio.clamp(-RATIO_LIMIT, RATIO_LIMIT)
 
-    def terms(self, errors, posterior_scale=None):
+    def terms(self, errors, posterior_scale=None, beta_scale=None):
         chosen, rejected = -errors.gap_chosen, -errors.gap_rejected
-        half_beta = 0.5 * self.beta
-        ratio = self._ratio(chosen, rejected)
+        half_beta = _half_beta(self, beta_scale)
+        ratio = self._ratio(chosen, rejected, half_beta)
         if self.detach_weights:
             ratio = ratio.detach()
         one = torch.ones_like(ratio)
@@ -322,6 +351,8 @@ class PGDPO(Objective):
         gamma, complement = torch.sigmoid(-self.k2 * ratio), torch.sigmoid(self.k2 * ratio)
         implicit = errors.anchor if self.ipr == "anchor" else -chosen
         scale = self.ipr_weight * (half_beta if self.ipr_scale == "beta" else 1.0)
+        if isinstance(scale, Tensor):
+            implicit, scale = scale * implicit, 1.0
         if self.outer:
             mean = [x.mean(-1, keepdim=True) for x in (gamma, preference, complement, implicit)]
             loss = (mean[0] * mean[1] + scale * mean[2] * mean[3]).expand_as(preference)
@@ -336,6 +367,7 @@ class PGDPO(Objective):
             | FLAG_IPR_REWARD * (self.ipr == "reward")
             | FLAG_IPR_ANCHOR * self.needs_anchor
             | FLAG_ATTACHED * (not self.detach_weights)
+            | FLAG_IPR_BETA * (self.ipr != "none" and self.ipr_scale == "beta")
             | RATIOS.index(self.ratio) << FLAG_RATIO_SHIFT
         )
         scale = self.ipr_weight * (half_beta if self.ipr_scale == "beta" else 1.0)
@@ -355,9 +387,10 @@ class IPO(Objective):
     def __post_init__(self) -> None:
         _number(self, "beta", 0.0, open_low=True)
 
-    def terms(self, errors, posterior_scale=None):
+    def terms(self, errors, posterior_scale=None, beta_scale=None):
         margin = errors.gap_rejected - errors.gap_chosen
-        return self.result((0.5 * margin - 0.5 / self.beta) ** 2, 0.5 * self.beta * margin)
+        half_beta = _half_beta(self, beta_scale)
+        return self.result((0.5 * margin - 0.25 / half_beta) ** 2, half_beta * margin)
 
     def epilogue(self) -> Epilogue:
         return Epilogue(KIND_IPO, 0, Parameters(half_beta=0.5 * self.beta, target=0.5 / self.beta))
@@ -389,9 +422,9 @@ class SLiC(Objective):
     def needs_reference(self) -> bool:
         return self.hinge
 
-    def terms(self, errors, posterior_scale=None):
+    def terms(self, errors, posterior_scale=None, beta_scale=None):
         if self.hinge:
-            logits = 0.5 * self.beta * (errors.gap_rejected - errors.gap_chosen)
+            logits = _half_beta(self, beta_scale) * (errors.gap_rejected - errors.gap_chosen)
         else:
             logits = 0.5 * (errors.policy_rejected - errors.policy_chosen)
         loss = (self.delta - logits).clamp(min=0.0) + 0.5 * self.weight * errors.policy_chosen
@@ -408,7 +441,7 @@ class SFT(Objective):
 
     needs_reference: ClassVar[bool] = False
 
-    def terms(self, errors, posterior_scale=None):
+    def terms(self, errors, posterior_scale=None, beta_scale=None):
         return self.result(errors.policy_chosen.clone(), torch.zeros_like(errors.policy_chosen))
 
     def epilogue(self) -> Epilogue:
@@ -426,9 +459,9 @@ class DPOP(Objective):
         _number(self, "beta", 0.0, open_low=True)
         _number(self, "penalty", 0.0)
 
-    def terms(self, errors, posterior_scale=None):
+    def terms(self, errors, posterior_scale=None, beta_scale=None):
         chosen, rejected = -errors.gap_chosen, -errors.gap_rejected
-        logits = 0.5 * self.beta * (chosen - rejected - self.penalty * (-chosen).clamp(min=0.0))
+        logits = _half_beta(self, beta_scale) * (chosen - rejected - self.penalty * (-chosen).clamp(min=0.0))
         return self.result(-logsigmoid(logits), logits)
 
     def epilogue(self) -> Epilogue:
@@ -446,8 +479,8 @@ class DPOShift(Objective):
         _number(self, "beta", 0.0, open_low=True)
         _number(self, "shift", 0.0, 1.0)
 
-    def terms(self, errors, posterior_scale=None):
-        logits = 0.5 * self.beta * (self.shift * errors.gap_rejected - errors.gap_chosen)
+    def terms(self, errors, posterior_scale=None, beta_scale=None):
+        logits = _half_beta(self, beta_scale) * (self.shift * errors.gap_rejected - errors.gap_chosen)
         return self.result(-logsigmoid(logits), logits, torch.full_like(logits, self.shift))
 
     def epilogue(self) -> Epilogue:
@@ -460,8 +493,14 @@ class SDPO(Objective):
 
     Assumed: equal Gaussian variances of policy and posterior, so E log w = -c_t e with e the mean squared prediction
     error; the weight of a pair is the geometric mean of its two videos', w = exp(-c_t (e_w + e_l)/2), detached and
-    clipped to [1 - clip, 1 + clip] (w never exceeds 1); it multiplies the DPO loss. A weight below `threshold` counts
-    as zero; the default masks none. c_t comes from `process.posterior_scale(timestep)`.
+    clipped to [1 - clip, 1 + clip] (w never exceeds 1). A weight below `threshold` counts as zero; the default masks
+    none. c_t comes from `process.posterior_scale(timestep)`.
+
+    Args:
+        placement: where w stands. "outside" multiplies the DPO loss, w softplus(-z). "inside" multiplies the logits,
+            softplus(-w z), as the paper's reviews have it ("clipped importance reweighting to the log-likelihood ratio
+            term"); a masked pair then counts a constant ln 2. Its paper leaves both readings open. `logits` in the
+            telemetry are what the sigmoid is taken of, w z when "inside".
     """
 
     needs_posterior_scale: ClassVar[bool] = True
@@ -469,21 +508,27 @@ class SDPO(Objective):
     beta: float = 5000.0
     clip: float = 0.1
     threshold: float = 0.0
+    placement: str = "outside"
 
     def __post_init__(self) -> None:
         _number(self, "beta", 0.0, open_low=True)
         _number(self, "clip", 0.0, 1.0)
         _number(self, "threshold", 0.0, 1.0)
+        _choice(self, "placement", ("outside", "inside"))
 
-    def terms(self, errors, posterior_scale=None):
+    def terms(self, errors, posterior_scale=None, beta_scale=None):
         raw = torch.exp(-0.5 * posterior_scale * (errors.policy_chosen + errors.policy_rejected)).detach()
         importance = torch.where(raw < self.threshold, torch.zeros_like(raw), raw.clamp(1 - self.clip, 1 + self.clip))
-        logits = 0.5 * self.beta * (errors.gap_rejected - errors.gap_chosen)
+        logits = _half_beta(self, beta_scale) * (errors.gap_rejected - errors.gap_chosen)
+        if self.placement == "inside":
+            logits = importance * logits
+            return self.result(-logsigmoid(logits), logits, importance=importance)
         return self.result(-importance * logsigmoid(logits), logits, importance=importance)
 
     def epilogue(self) -> Epilogue:
         parameters = Parameters(half_beta=0.5 * self.beta, threshold=self.threshold, clip=self.clip)
-        return Epilogue(KIND_DPO, FLAG_IMPORTANCE, parameters)
+        flags = FLAG_IMPORTANCE | FLAG_INSIDE * (self.placement == "inside")
+        return Epilogue(KIND_DPO, flags, parameters)
 
 
 @dataclass(frozen=True)
@@ -539,7 +584,11 @@ class Safeguarded(Objective):
     def outer(self) -> bool:
         return self.base.outer
 
-    def terms(self, errors, posterior_scale=None):
+    @property
+    def takes_beta_scale(self) -> bool:
+        return self.base.takes_beta_scale
+
+    def terms(self, errors, posterior_scale=None, beta_scale=None):
         conflict = errors.cross > 0
         bound = (1 - self.mu) * errors.policy_chosen / errors.cross.masked_fill(~conflict, 1.0)
         scale = torch.where(conflict, bound.clamp(0.0, 1.0), torch.ones_like(bound)).detach()
@@ -550,7 +599,7 @@ class Safeguarded(Objective):
         errors = errors._replace(
             policy_rejected=scaled(errors.policy_rejected), gap_rejected=scaled(errors.gap_rejected)
         )
-        return self.base.terms(errors, posterior_scale)
+        return terms_of(self.base, errors, posterior_scale, beta_scale)
 
     def epilogue(self) -> Epilogue | None:
         base = self.base.epilogue()

@@ -48,6 +48,8 @@ OBJECTIVES = {
     "dpo-shift": pf.DPOShift(B),
     "sdpo": pf.SDPO(B, clip=0.5),
     "dpo-clip-mask": pf.DPOClipMask(B, threshold=0.8),
+    "sdpo-inside": pf.SDPO(B, clip=0.5, placement="inside"),
+    "dpo-clip-mask-inside": pf.DPOClipMask(B, threshold=0.8, placement="inside"),
     "pgdpo": pf.PGDPO(),
     "equation": pf.PGDPO.equation(),
     "listing": pf.PGDPO.listing(k1=0.5, k2=0.5),
@@ -153,6 +155,8 @@ class Batch:
             self.reference, exact_reference = q.chunk(2) if reference == "tuple" else q, q.double()
         self.exact = (self.prediction.detach().double().requires_grad_(), exact_target, exact_reference)
         self.scale = (torch.rand(pairs, generator=generator) * 0.3).to(DEVICE)
+        frames = (shape[1],) if granularity == "frame" else ()
+        self.beta_scale = (torch.rand(pairs, *frames, generator=generator) + 0.5).to(DEVICE)
 
     def run(self, objective, backend, exact=False, **options):
         """(output, gradient); stacked predictions unless `tuple` in options."""
@@ -204,6 +208,8 @@ def test_every_objective_equals_eager_in_float64(small_chunks, backend, granular
     assert_parity(Batch(dtype=torch.float64, granularity=granularity), objective, backend, granularity, loosen=loosen)
     if not (loosen > 10 and not getattr(getattr(objective, "base", objective), "detach_weights", True)):
         assert_parity(Batch(seed=1, shape=(2, 3, 8, 16)), objective, backend, granularity, loosen=loosen)
+    scaled = Batch(dtype=torch.float64, granularity=granularity, pairs=3, shape=(2, 3, 3, 5), seed=4)
+    assert_parity(scaled, objective, backend, granularity, loosen=loosen, beta_scale=scaled.beta_scale)
 
 
 FORMS = itertools.product(TARGETS, REFERENCES, GRANULARITIES)
@@ -226,6 +232,7 @@ def test_every_form_of_input_equals_eager(small_chunks, backend, target, referen
     if dtype == torch.float64:
         loosen = 1e5 if target.startswith("built") or reference in ("fp8", "bf16") else 1.0
     assert_parity(batch, objective, backend, granularity, loosen=loosen)
+    assert_parity(batch, objective, backend, granularity, loosen=loosen, beta_scale=batch.beta_scale)
 
 
 @pytest.mark.parametrize("backend", FUSED)
@@ -368,6 +375,27 @@ def test_gradcheck_runs_on_the_fused_path_itself(backend, granularity, name):
     assert torch.autograd.gradcheck(loss, pair, fast_mode=name != "dpo", atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("name", ["ipo", "symmetric-attached", "outer-attached"])
+def test_gradcheck_with_a_beta_of_each_pair(backend, granularity, name):
+    batch = Batch(pairs=2, shape=(1, 2, 1, 2), dtype=torch.float64, granularity=granularity)
+
+    def loss(chosen, rejected):
+        return pf.preference_loss(
+            (chosen, rejected),
+            batch.target,
+            batch.reference,
+            objective=OBJECTIVES[name],
+            granularity=granularity,
+            beta_scale=batch.beta_scale,
+            backend=backend,
+        ).loss
+
+    pair = tuple(t.detach().clone().requires_grad_() for t in batch.prediction.chunk(2))
+    assert torch.autograd.gradcheck(loss, pair, fast_mode=True, atol=1e-4, rtol=1e-3)
+
+
 class Median(pf.Objective):
     """An objective with no kernel form: the mean of the largest frame losses of each pair."""
 
@@ -438,6 +466,7 @@ def operator_calls(backend):
                     backend=backend,
                     granularity=granularity,
                     posterior_scale=batch.scale,
+                    beta_scale=batch.beta_scale if isinstance(objective, pf.DPO) else None,
                 )
                 (2 * out.loss).backward()
         errors = pf.paired_errors(pair, batch.target, batch.reference, cross=True, backend=backend)
@@ -538,7 +567,14 @@ def test_compiles_as_one_graph_for_every_batch_size(backend, granularity):
 
     def step(p, y, q, weight):
         out = pf.preference_loss(
-            2.0 * p, y, q, objective=objective, granularity=granularity, pair_weight=weight, backend=backend
+            2.0 * p,
+            y,
+            q,
+            objective=objective,
+            granularity=granularity,
+            pair_weight=weight,
+            beta_scale=weight + 0.5,
+            backend=backend,
         )
         return out.loss, out.metrics(), out.alpha
 

@@ -1,6 +1,7 @@
 """The public loss: any layout and stride of the same numbers gives the same loss, and every wrong argument is named."""
 
 import copy
+import functools
 import itertools
 import math
 import pickle
@@ -668,6 +669,51 @@ def test_importance_objectives_take_the_posterior_scale(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_beta_scale_gives_every_pair_a_beta_of_its_own(backend):
+    """One scale for all is another beta, one a pair holds for all its frames, and no gradient flows to it."""
+    x = Batch(dtype=torch.float64)
+    inputs = x.prediction, x.target, x.reference
+    scale = torch.tensor([0.5, 1.0, 3.0], device=DEVICE, requires_grad=True)
+    for granularity in ("sample", "frame", "element"):
+        options = dict(granularity=granularity, backend=backend)
+        same = call(*inputs, pf.PGDPO(beta=20.0), beta_scale=torch.full((3,), 2.5, device=DEVICE), **options)
+        same_result(same, call(*inputs, pf.PGDPO(beta=50.0), **options), 1e-12)
+        own, _ = call(*inputs, pf.DPO(beta=20.0), beta_scale=scale, **options)
+        for i, beta in enumerate((10.0, 20.0, 60.0)):
+            plain, _ = call(*inputs, pf.DPO(beta=beta), **options)
+            torch.testing.assert_close(own.per_pair_loss[i], plain.per_pair_loss[i], rtol=1e-12, atol=0)
+    assert scale.grad is None
+    options = dict(granularity="frame", backend=backend)
+    per_frame = call(*inputs, pf.DPO(20.0), beta_scale=scale.detach()[:, None].expand(3, 3), **options)
+    same_result(per_frame, call(*inputs, pf.DPO(20.0), beta_scale=scale, **options))
+
+
+class WithoutBetaScale(pf.Objective):
+    def terms(self, errors, posterior_scale=None):
+        return self.result(errors.policy_chosen, errors.gap_rejected - errors.gap_chosen)
+
+
+class WithBetaScale(pf.Objective):
+    def terms(self, errors, posterior_scale=None, *, beta_scale=None):
+        logits = 5.0 * (1.0 if beta_scale is None else beta_scale) * (errors.gap_rejected - errors.gap_chosen)
+        return self.result(-torch.nn.functional.logsigmoid(logits), logits)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_objective_that_takes_no_beta_scale_says_how_to_add_it(backend):
+    x = Batch(dtype=torch.float64)
+    inputs, scale = (x.prediction, x.target, x.reference), torch.full((3,), 2.0, device=DEVICE)
+    call(*inputs, WithoutBetaScale(), backend=backend)
+    for objective in (WithoutBetaScale(), pf.Safeguarded(WithoutBetaScale())):
+        with pytest.raises(
+            ConfigError, match=r"beta_scale: \w+.terms does not take it; add the argument beta_scale=None"
+        ):
+            call(*inputs, objective, beta_scale=scale, backend=backend)
+    own = call(*inputs, WithBetaScale(), beta_scale=scale, backend=backend)
+    same_result(own, call(*inputs, pf.DPO(20.0), backend=backend), 1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_frame_weights_make_a_weighted_mean_over_frames(backend):
     x = Batch(dtype=torch.float64)
     weight = torch.tensor([[1.0, 0.0, 3.0], [2.0, 2.0, 2.0], [0.0, 0.0, 0.0]], device=DEVICE)
@@ -803,6 +849,15 @@ def test_the_module_is_the_function(backend):
         assert torch.equal(twin(x.prediction, x.target, x.reference).loss, out.loss) and repr(twin) == repr(module)
     assert "beta=7.0" in repr(module) and "'frame'" in repr(module)
     assert not list(module.parameters()) and not module.state_dict()
+    scale = torch.rand(3, device=DEVICE) + 0.5
+    scaled, plain = (
+        f(x.prediction, x.target, x.reference, beta_scale=scale)
+        for f in (
+            module,
+            functools.partial(pf.preference_loss, objective=module.objective, granularity="frame", backend=backend),
+        )
+    )
+    assert torch.equal(scaled.loss, plain.loss) and not torch.equal(scaled.loss, out.loss)
     weight = torch.rand(3, 3, device=DEVICE)
     assert torch.equal(
         module(x.prediction, x.target, x.reference, frame_weight=weight).loss,
@@ -881,6 +936,13 @@ BAD = {
     "weight list": (dict(pair_weight=[1.0, 1.0, 1.0]), r"pair_weight: expected shape \(3,\).*list"),
     "weight device": (dict(pair_weight=ones(3, device="meta")), "pair_weight: expected a tensor on"),
     "scale shape": (dict(posterior_scale=ones(3, 1)), r"posterior_scale: expected shape \(3,\)"),
+    "beta scale shape": (dict(beta_scale=ones(3, 1)), r"beta_scale: expected shape \(3,\)"),
+    "beta scale number": (dict(beta_scale=2.0), r"beta_scale: expected shape \(3,\).*float"),
+    "beta scale device": (dict(beta_scale=ones(3, device="meta")), "beta_scale: expected a tensor on"),
+    "frame beta scale": (
+        dict(beta_scale=ones(3, 2), granularity="frame"),
+        r"beta_scale: expected shape \(3,\) or \(3, 3\)",
+    ),
     "scale missing": (dict(objective=pf.SDPO()), "posterior_scale: SDPO needs"),
     "safeguarded scale": (dict(objective=pf.Safeguarded(pf.SDPO())), "posterior_scale: .* needs"),
     "error shape": (dict(reference=pf.ReferenceErrors(ones(4), ones(4))), "reference.chosen: expected shape"),

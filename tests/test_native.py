@@ -36,6 +36,7 @@ OBJECTIVES = {
     "shift": pf.DPOShift(100.0),
     "sdpo": pf.SDPO(100.0, clip=0.5),
     "clip-mask": pf.DPOClipMask(100.0, threshold=0.8),
+    "sdpo-inside": pf.SDPO(100.0, clip=0.5, placement="inside"),
     "safeguarded": pf.Safeguarded(pf.DPO(100.0)),
     "pgdpo": pf.PGDPO(),
     "pgdpo-k": pf.PGDPO(k1=2.0, k2=0.5),
@@ -98,6 +99,7 @@ def test_videos_of_several_real_chunks_equal_eager(name, granularity):
     """2 * 5 * 30 * 35 elements: three chunks of 4096, the last odd, blocks of 128 and a masked vector at the end."""
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         assert_parity(pair((2, 5, 30, 35), dtypes=(dtype,) * 3), OBJECTIVES[name], granularity)
+    assert_parity(pair((2, 5, 30, 35)), OBJECTIVES[name], granularity, beta_scale=torch.tensor([0.5, 1.75]))
 
 
 @needs_native
@@ -146,7 +148,7 @@ def test_any_strides(dtype, granularity):
 
 @needs_native
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("weights", ["pair_weight", "posterior_scale"])
+@pytest.mark.parametrize("weights", ["pair_weight", "posterior_scale", "beta_scale"])
 def test_numbers_of_any_strides(weights, granularity):
     tensors, spaced = pair((2, 2, 5, 5), pairs=3), torch.rand(6)[::2]
     results = []
@@ -167,6 +169,7 @@ EXTREME = [
     pf.DPOP(1e4, 100.0),
     pf.DPOShift(1e4),
     pf.SDPO(1e4),
+    pf.SDPO(1e4, placement="inside"),
     *(
         pf.PGDPO(1e4, 100.0, 100.0, ratio=ratio, detach_weights=detach, ipr=ipr, combine=combine)
         for ratio in ("logit", "symmetric", "abs", "signed")

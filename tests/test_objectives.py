@@ -95,12 +95,12 @@ def dpo_shift(free, held, c, beta, shift):
     return softplus(-z), z, shift, 1, 1
 
 
-def importance_dpo(free, held, c, beta, clip, threshold):
+def importance_dpo(free, held, c, beta, clip, threshold, inside=False):
     raw = mp.sqrt(mp.exp(-c * held["e_w"]) * mp.exp(-c * held["e_l"]))
     w = 0 if raw < threshold else min(max(raw, 1 - clip), 1 + clip)
     r_w, r_l = rewards(free)
     z = beta / 2 * (r_w - r_l)
-    return w * softplus(-z), z, 1, 1, w
+    return (softplus(-w * z), w * z, 1, 1, w) if inside else (w * softplus(-z), z, 1, 1, w)
 
 
 def m(x):
@@ -136,6 +136,16 @@ CASES = {
     "dpo-shift": (pf.DPOShift(beta=50.0, shift=0.75), dpo_shift, (m(50), m(0.75))),
     "sdpo": (pf.SDPO(beta=50.0, clip=0.25), importance_dpo, (m(50), m(0.25), m(0))),
     "dpo-clip-mask": (pf.DPOClipMask(beta=50.0, clip=0.0625), importance_dpo, (m(50), m(0.0625), m(0.9))),
+    "sdpo-inside": (
+        pf.SDPO(beta=50.0, clip=0.25, placement="inside"),
+        importance_dpo,
+        (m(50), m(0.25), m(0), True),
+    ),
+    "dpo-clip-mask-inside": (
+        pf.DPOClipMask(beta=50.0, clip=0.0625, placement="inside"),
+        importance_dpo,
+        (m(50), m(0.0625), m(0.9), True),
+    ),
     "equation": (
         pf.PGDPO.equation(),
         pgdpo,
@@ -217,6 +227,30 @@ def test_an_objective_is_its_formula(case):
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_a_beta_scale_is_another_beta_for_each_group(case):
+    """Kappa = beta/2, the symmetric ratio's 2/beta and IPO's target 1/beta included; what has no beta is unmoved."""
+    objective, _, _ = CASES[case]
+    rows = statistics(5, count=6)
+    scales = torch.tensor([0.25, 1.0, 3.0, 0.5, 2.0, 7.0], dtype=torch.float64)
+    for beta_scale, shape in ((scales[:, None], (6, 1)), (scales.view(3, 2), (3, 2))):
+        errors = [x.detach().view(shape).requires_grad_() for x in group_errors(rows)]
+        posterior = torch.full((shape[0], 1), 0.3, dtype=torch.float64)
+        terms = objective.terms(GroupErrors(*errors), posterior, beta_scale=beta_scale)
+        if objective.outer and shape[1] > 1:
+            continue  # means over the groups are compared in test_fused.py
+        grads = torch.autograd.grad(terms.loss.sum(), errors, allow_unused=True, materialize_grads=True)
+        for i, (row, scale) in enumerate(zip(rows, scales.tolist(), strict=True)):
+            beta = {"beta": objective.beta * scale} if hasattr(objective, "beta") else {}
+            expected, expected_grads = evaluate(dataclasses.replace(objective, **beta), [row])
+            for name in ("loss", "logits", "alpha", "gamma", "importance"):
+                torch.testing.assert_close(
+                    getattr(terms, name).flatten()[i], getattr(expected, name)[0, 0], rtol=1e-9, atol=0
+                )
+            for found, one in zip(grads, expected_grads, strict=True):
+                torch.testing.assert_close(found.flatten()[i], one[0, 0], rtol=1e-9, atol=1e-300)
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_weights_carry_no_gradient_of_their_own(case):
     objective, _, _ = CASES[case]
     terms = objective.terms(group_errors(statistics(0), grad=True), torch.full((24, 1), 0.3, dtype=torch.float64))
@@ -259,6 +293,7 @@ def test_every_objective_is_finite_at_the_extremes(dtype, beta):
         pf.DPOP(beta, 50.0),
         pf.DPOShift(beta, 0.5),
         pf.SDPO(beta),
+        pf.SDPO(beta, placement="inside"),
         pf.DPOClipMask(beta),
         pf.Safeguarded(pf.DPO(beta)),
     ]
@@ -586,6 +621,8 @@ CHOICES = [
     (pf.PGDPO, "ars", False),
     (pf.PGDPO, "detach_weights", False),
     (pf.SLiC, "hinge", True),
+    (pf.SDPO, "placement", "inside"),
+    (pf.DPOClipMask, "placement", "inside"),
 ]
 
 

@@ -127,8 +127,10 @@ std::tuple<Tensor, Tensor, Tensor> pair_objective(PGDPO_OPERANDS, const MaybeTen
   const std::vector<double> reference = numbers(reference_errors, "reference_errors", 2 * rows);
   const std::vector<double> weights = numbers(weight, "weight", rows);
   const std::vector<double> posterior = numbers(posterior_scale, "posterior_scale", pairs);
-  double formula_numbers[PARAMETERS];
-  read_parameters(parameters, formula_numbers);
+  const std::vector<double> beta_scales = numbers(beta_scale, "beta_scale", rows);
+  double unscaled[PARAMETERS], formula_numbers[PARAMETERS];
+  read_parameters(parameters, unscaled);
+  memcpy(formula_numbers, unscaled, sizeof(unscaled));
   STD_TORCH_CHECK(!(flags & FLAG_IMPORTANCE) || posterior_scale, "posterior_scale: the objective needs it");
   const std::vector<double> sums = errors(x, anchor, cross);
   const bool gaps = x.pair.reference_form != REFERENCE_NONE || reference_errors;
@@ -148,6 +150,10 @@ std::tuple<Tensor, Tensor, Tensor> pair_objective(PGDPO_OPERANDS, const MaybeTen
       // Cached reference errors were rounded like these: a policy that equals the reference has gaps of exactly zero.
       e.gap_chosen = telemetry_out.rounded(e.policy_chosen) - reference[row];
       e.gap_rejected = telemetry_out.rounded(e.policy_rejected) - reference[rows + row];
+    }
+    if (!beta_scales.empty()) {
+      memcpy(formula_numbers, unscaled, sizeof(unscaled));
+      scale_beta(int(flags), beta_scales[row], formula_numbers);
     }
     const Terms<double> t = pgdpo::objective<double>(int(kind), int(flags), formula_numbers, e);
     const double w = weights.empty() ? 1.0 : weights[row], scale = w * 2.0 / (double(count) * double(rows));
@@ -185,11 +191,12 @@ std::tuple<Tensor, Tensor> pair_gradient(PGDPO_OPERANDS, const Tensor& coefficie
 }
 
 struct ElementCall : Elements {
-  std::vector<double> row_scale, posterior, row_means;
+  std::vector<double> row_scale, posterior, beta_scales, row_means;
 
   ElementCall(const Operands& x, const PairNumbers& per_pair, const Epilogue& epilogue, bool outer_)
       : row_scale(numbers(per_pair.weight, "weight", x.pair.pairs)),
-        posterior(numbers(per_pair.posterior_scale, "posterior_scale", x.pair.pairs)) {
+        posterior(numbers(per_pair.posterior_scale, "posterior_scale", x.pair.pairs)),
+        beta_scales(numbers(per_pair.beta_scale, "beta_scale", x.pair.pairs)) {
     kind = int(epilogue.kind);
     flags = int(epilogue.flags);
     outer = outer_;
@@ -198,6 +205,7 @@ struct ElementCall : Elements {
     STD_TORCH_CHECK(!outer || (kind == KIND_PGDPO && (flags & (FLAG_IPR_REWARD | FLAG_IPR_ANCHOR))),
                     "outer: is PG-DPO's, with a regularizer");
     posterior_scale = posterior.empty() ? nullptr : posterior.data();
+    beta_scale = beta_scales.empty() ? nullptr : beta_scales.data();
     if (row_scale.empty()) row_scale.assign(x.pair.pairs, 1.0);
   }
 
@@ -239,9 +247,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pair_elements(PGDPO_OPERANDS,
     means_out.set(MEAN_PREFERENCE * pairs + pair, loss_of_pair);
     means_out.set(MEAN_COMPLEMENT * pairs + pair, mean[SUM_COMPLEMENT]);
     means_out.set(MEAN_IMPLICIT * pairs + pair, mean[SUM_IMPLICIT]);
-    if (outer)
+    if (outer) {
+      double scaled[PARAMETERS];
+      memcpy(scaled, call.parameters, sizeof(scaled));
+      if (call.beta_scale != nullptr) scale_beta(call.flags, call.beta_scale[pair], scaled);
       loss_of_pair = mean[TELEMETRY_GAMMA] * loss_of_pair +
-                     call.parameters[PARAMETER_IPR_SCALE] * mean[SUM_COMPLEMENT] * mean[SUM_IMPLICIT];
+                     scaled[PARAMETER_IPR_SCALE] * mean[SUM_COMPLEMENT] * mean[SUM_IMPLICIT];
+    }
     if (reference_form == REFERENCE_NONE)
       mean[TELEMETRY_CHOSEN_GAP] = mean[TELEMETRY_REJECTED_GAP] = std::numeric_limits<double>::quiet_NaN();
     for (int k = 0; k < TELEMETRY; ++k) telemetry_out.set(k * pairs + pair, mean[k]);

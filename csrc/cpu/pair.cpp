@@ -427,7 +427,7 @@ void run_objective(const Stage<S>& stage, Block<S>& block, int count, Vec<S> (&s
     }
   if (cut)
     for (int i = 0; i < count; i += V::width) {
-      const V logits = preference_logits<V>(kind, stage.parameters, errors_at(i), V::at(block.alpha + i));
+      const V logits = preference_logits<V>(kind, flags, stage.parameters, errors_at(i), V::at(block.alpha + i));
       logits.to(block.logits + i);
       exp_minus_absolute(logits).to(block.decay + i);
     }
@@ -516,18 +516,26 @@ void elements(const Pair& x, const Elements& call, int64_t begin, int64_t end) {
   using V = Vec<S>;
   const bool with_gradients = call.scale != nullptr;
   const bool one_sigmoid = call.kind == KIND_PGDPO && call.parameters[PARAMETER_K1] == call.parameters[PARAMETER_K2];
-  const int flags = call.flags | (one_sigmoid ? FLAG_ONE_SIGMOID : 0);
+  // Which numbers follow beta is no business of the formulas, whose versions know nothing of FLAG_IPR_BETA.
+  const int flags = (call.flags & ~FLAG_IPR_BETA) | (one_sigmoid ? FLAG_ONE_SIGMOID : 0);
   const RunObjective<S> run =
       call.outer ? outer_objective<S>(flags, with_gradients) : pointwise_objective<S>(call.kind, flags);
   const bool anchor = call.kind == KIND_PGDPO && (call.flags & FLAG_IPR_ANCHOR);
   const int dtype = D == MIXED ? call.gradient[0].dtype : D;
   Stage<S> stage{call.kind, flags, {}, S(0), S(0), {}};
-  for (int k = 0; k < PARAMETERS; ++k) stage.parameters[k] = S(call.parameters[k]);
+  const auto set_parameters = [&](double beta_scale) {
+    double scaled[PARAMETERS];
+    memcpy(scaled, call.parameters, sizeof(scaled));
+    if (beta_scale != 1.0) scale_beta(call.flags, beta_scale, scaled);
+    for (int k = 0; k < PARAMETERS; ++k) stage.parameters[k] = S(scaled[k]);
+  };
+  set_parameters(1.0);
   Block<S> block{};
   for (int64_t c = begin; c < end; ++c) {
     const Chunk at(x, c);
     const Reader<S, D> reader(x, at, true);
     if (with_gradients) stage.scale = S(call.scale[at.pair]);
+    if (call.beta_scale != nullptr) set_parameters(call.beta_scale[at.pair]);
     if (call.posterior_scale != nullptr) stage.posterior_scale = S(call.posterior_scale[at.pair]);
     if (call.means != nullptr)
       for (int k = 0; k < ELEMENT_MEANS; ++k) stage.means[k] = S(call.means[k * x.pairs + at.pair]);

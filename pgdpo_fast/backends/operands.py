@@ -52,6 +52,7 @@ class PairNumbers(NamedTuple):
 
     weight: Tensor | None = None  # [B, G], multiplies the losses
     posterior_scale: Tensor | None = None  # [B, 1], c_t of importance-weighted objectives
+    beta_scale: Tensor | None = None  # [B, G], multiplies beta wherever it stands
 
 
 class Plan(NamedTuple):
