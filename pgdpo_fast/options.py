@@ -213,6 +213,11 @@ def _as(value: Any, kind: Any) -> Any:
     raise TypeError
 
 
+def as_typed(value: Any) -> str:
+    """A setting's value as a person would type it: 500 for the 500.0 that a number becomes."""
+    return repr(int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else value)
+
+
 def type_name(kind: Any) -> str:
     """A type for people: "a whole number", "one of lora, full"."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)

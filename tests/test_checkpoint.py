@@ -5,10 +5,12 @@ import json
 import os
 import resource
 import shutil
+from pathlib import Path
 
 import pytest
+import torch
 
-from pgdpo_fast.errors import ConfigError, DataError
+from pgdpo_fast.errors import ConfigError, DataError, NonFiniteError
 from pgdpo_fast.training import checkpoint
 from pgdpo_fast.training.trainer import train
 
@@ -243,6 +245,26 @@ def test_settings_that_decide_the_numbers_cannot_change_half_way(finished, tiny_
     message = str(caught.value)
     assert "objective.beta was 100, is 500" in message and "training.seed was 0, is 1" in message
     assert "checkpoint_every" not in message
+
+
+@pytest.mark.parametrize("poison", ["loaded", "trained"])
+def test_weights_that_are_nan_are_told_as_such_and_not_as_a_failing_disk(tiny_config, monkeypatch, poison):
+    from pgdpo_fast.models import ModelAdapter
+    from pgdpo_fast.training.optimizer import MasterAdamW
+
+    method = {"loaded": ModelAdapter.load, "trained": MasterAdamW.step}[poison]
+
+    def poisoned(self, argument):
+        result = method(self, argument)
+        weights = result.parameters() if poison == "loaded" else self.parameters.values()
+        next(iter(weights)).detach().view(-1)[0] = torch.nan
+        return result
+
+    monkeypatch.setattr(*{"loaded": (ModelAdapter, "load"), "trained": (MasterAdamW, "step")}[poison], poisoned)
+    config = tiny_config()
+    with pytest.raises(NonFiniteError, match="NaN or infinite numbers .*first: "):
+        train(config, display="none")
+    assert not list(Path(config.output.dir).glob("checkpoints/step_*"))
 
 
 def test_another_store_under_the_same_name_is_refused(finished, monkeypatch):

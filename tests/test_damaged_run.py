@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import stat
 
 import pytest
 
+from pgdpo_fast.cli import main
 from pgdpo_fast.errors import DataError
 from pgdpo_fast.storage import read_json, write_json
 from pgdpo_fast.training.telemetry import MetricsFile
@@ -129,6 +131,19 @@ def test_a_file_named_like_a_checkpoint_is_an_error_before_the_first_step(half):
         train(half, display="none")
     with pytest.raises(DataError, match="step_00000004"):
         train(half, display="none", resume=folder_of(half) / "checkpoints/step_00000004")
+
+
+@pytest.mark.parametrize("command", ["train", "cache-reference"])
+def test_a_text_longer_than_the_network_takes_is_told_before_the_first_step(tiny_config, tmp_path, capfd, command):
+    config = tiny_config(model={"text_tokens": 5})
+    (tmp_path / "settings.yaml").write_text(config.to_yaml())
+    flags = ["--output", str(tmp_path / "cache")] if command == "cache-reference" else []
+    assert main([command, str(tmp_path / "settings.yaml"), *flags]) == 2
+    said = capfd.readouterr().err
+    assert re.search(r"the texts of \d+ of 10 pairs are longer than model.text_tokens=5", said)
+    longest = re.search(r"set model.text_tokens=(\d+)", said).group(1)
+    assert not (folder_of(config) / "metrics.jsonl").exists()
+    assert main([command, str(tmp_path / "settings.yaml"), *flags, "--set", f"model.text_tokens={longest}"]) == 0
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o002])

@@ -141,6 +141,11 @@ class Encode:
         tell(f"note: clips of {clip.frames} frames, {clip.height}x{clip.width}, at {rate}")
         codec, text = self._codec(chosen), self._text(text_name, chosen)
         with rows_progress(console, "encoding pairs") as progress:
+
+            def told(line: str) -> None:
+                progress.dropped += line.startswith("dropped: ")
+                tell(line)
+
             store = encode_manifest(
                 manifest,
                 self.output.expanduser(),
@@ -156,7 +161,7 @@ class Encode:
                 strict=self.strict,
                 max_dropped=self.max_dropped,
                 limits=VideoLimits(self.max_pixels, self.max_clip_frames, self.max_clip_seconds, self.patience),
-                tell=tell,
+                tell=told,
                 provenance={"model": self.model, "revision": self.revision},
                 progress=progress,
                 resume_command=shlex.join(["pgdpo-fast", *sys.argv[1:]]),

@@ -146,7 +146,7 @@ class LatentStore:
         return sum(shard.bytes for shard in filter(None, self._shards)) + self._index.bytes
 
     def row(self, id: str) -> dict:
-        """What the index knows of a pair, without touching tensors: prompt, weight, scores, file names, text_rows."""
+        """What the index knows of a pair, without touching tensors: prompt, weight, scores, file names."""
         try:
             return self._rows[id]
         except KeyError:
@@ -154,6 +154,26 @@ class LatentStore:
                 f"{self.path}: holds no pair {id!r}; it has {len(self)} pairs, the first is "
                 f"{next(iter(self._rows), None)!r}"
             ) from None
+
+    def text_rows(self) -> dict[str, int]:
+        """Rows of every pair's text embedding, from the shards' headers alone. Raises DataError on a damaged one."""
+        from safetensors import SafetensorError, safe_open
+
+        places: dict[int, list[dict]] = {}
+        for row in self._rows.values():
+            places.setdefault(row["shard"], []).append(row)
+        counts = {}
+        for number, rows in places.items():
+            shard = self._shards[number]
+            try:
+                with safe_open(check_size(self.path, shard), "pt") as file:
+                    for row in rows:
+                        counts[row["id"]] = file.get_slice(f"{row['row']:08d}.text").get_shape()[0]
+            except (OSError, SafetensorError, IndexError):
+                verified(self.path, shard)
+                with laid_out(self.path / shard.name):
+                    raise
+        return counts
 
     def get(self, id: str) -> Example:
         """One pair. Raises DataError for an unknown id or a damaged shard."""

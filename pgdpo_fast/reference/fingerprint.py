@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pgdpo_fast.errors import DataError
+from pgdpo_fast.options import as_typed
 from pgdpo_fast.storage import canonical_json, sha256_bytes
 
 __all__ = ["architecture_digest", "check_equal"]
@@ -32,5 +33,5 @@ def check_equal(where: object, cached: Mapping, wanted: Mapping, remedy: str) ->
 
 
 def _short(value: object) -> str:
-    text = repr(value)
+    text = as_typed(value)
     return f"{text[:13]}...'" if isinstance(value, str) and len(value) == 64 else text

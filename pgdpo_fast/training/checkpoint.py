@@ -20,6 +20,7 @@ from torch import nn
 
 from pgdpo_fast.errors import ConfigError, DataError
 from pgdpo_fast.models import ModelAdapter
+from pgdpo_fast.options import as_typed
 from pgdpo_fast.storage import (
     Shard,
     check_disk,
@@ -33,6 +34,7 @@ from pgdpo_fast.storage import (
     write_json,
     write_shard,
 )
+from pgdpo_fast.training.measure import check_weights
 from pgdpo_fast.training.optimizer import MasterAdamW
 
 __all__ = ["check_checkpoint", "check_space", "find_checkpoint", "load_checkpoint", "rehearse", "save_checkpoint"]
@@ -55,7 +57,9 @@ def save_checkpoint(
 
     Raises:
         DataError: the disk is full or changes what is written.
+        NonFiniteError: a trained weight is NaN or infinite; the older checkpoints stay.
     """
+    check_weights(optimizer.parameters.items(), f"after step {step}")
     final = root / f"step_{step:08d}"
     with _disk_errors(root):
         staging = _fresh(root / f".writing_{final.name}")
@@ -91,7 +95,9 @@ def load_checkpoint(
     saved = manifest["identity"]
     different = [key for key in sorted(saved.keys() | identity.keys()) if saved.get(key) != identity.get(key)]
     if different:
-        changes = "; ".join(f"{key} was {saved.get(key)!r}, is {identity.get(key)!r}" for key in different)
+        changes = "; ".join(
+            f"{key} was {as_typed(saved.get(key))}, is {as_typed(identity.get(key))}" for key in different
+        )
         raise ConfigError(
             f"{path} cannot be continued with other settings: {changes}. Set them back or choose another output.dir"
         )
@@ -160,6 +166,7 @@ def rehearse(
     LoRA runs rehearse all of it; where every weight is trained, the network and its state are cut to `REHEARSED_BYTES`.
     Returns one line for the log.
     """
+    check_weights(optimizer.parameters.items(), f"after step {step}")
     state, size = {}, 0
     for key, value in optimizer.state().items():
         size += value.nbytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from pgdpo_fast.metrics import ACCURACIES, MEANS, PAIR_QUANTITIES
 from pgdpo_fast.storage import atomic_file
 from pgdpo_fast.training.batches import Batch, Visit
 
-__all__ = ["Measured", "check_finite", "on_device", "to_row"]
+__all__ = ["Measured", "check_finite", "check_weights", "on_device", "to_row"]
 
 Measured = tuple[tuple[Visit, ...], Tensor, Tensor]
 
@@ -49,6 +49,16 @@ def to_row(measured: Sequence[Measured], norm: Tensor | None = None) -> dict[str
     row |= {metric: statistics.fmean(pairs[name]) for metric, name in MEANS.items()}
     row[ACCURACIES] = statistics.fmean(margin > 0 for margin in pairs["margin"])
     return row | {"grad_norm": flat[count], "pairs": pairs}
+
+
+def check_weights(parameters: Iterable[tuple[str, Tensor]], when: str) -> None:
+    """Raise NonFiniteError naming the first of the weights (name, tensor) that holds a NaN or an infinity. Syncs."""
+    bad = [name for name, values in parameters if not bool(torch.isfinite(values).all())]
+    if bad:
+        raise NonFiniteError(
+            f"{len(bad)} of the network's weights hold NaN or infinite numbers {when}, first: {bad[0]}; restore the "
+            "file they came from, or lower training.learning_rate and go on from an older checkpoint"
+        )
 
 
 def check_finite(row: Mapping[str, Any], step: int, seed: int, folder: Path) -> None:

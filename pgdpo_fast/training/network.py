@@ -9,6 +9,7 @@ from pgdpo_fast.data.latent_store import LatentStore
 from pgdpo_fast.errors import ConfigError
 from pgdpo_fast.models import ModelAdapter, adapter_from_config
 from pgdpo_fast.training.config import TrainConfig
+from pgdpo_fast.training.measure import check_weights
 
 __all__ = ["open_network"]
 
@@ -18,9 +19,21 @@ def open_network(config: TrainConfig, store: LatentStore, device: torch.device) 
 
     Raises:
         ConfigError: weights and settings do not fit each other or the store; all misfits with the store in one message.
+        DataError: a shard of the store is damaged.
+        NonFiniteError: a weight is NaN or infinite.
     """
     adapter = adapter_from_config(config.model)
     network = adapter.load(device)
-    if problems := adapter.check_store(network, store.shape, store.conditioning, store.fps):
+    check_weights(network.named_parameters(), "as loaded")
+    problems = adapter.check_store(network, store.shape, store.conditioning, store.fps)
+    counts = store.text_rows()
+    if long := [id for id, count in counts.items() if count > adapter.text_tokens]:
+        longest = max(long, key=counts.__getitem__)
+        problems.append(
+            f"the texts of {len(long)} of {len(counts)} pairs are longer than model.text_tokens={adapter.text_tokens} "
+            f"(the longest {counts[longest]} rows, pair {longest!r}), set model.text_tokens={counts[longest]} or "
+            f"encode the prompts with --text {adapter.family}"
+        )
+    if problems:
         raise ConfigError(f"data.store={config.data.store!r} does not fit the network: {'; '.join(problems)}")
     return adapter, network

@@ -24,6 +24,7 @@ from pgdpo_fast.loss import ReferenceErrors
 from pgdpo_fast.metrics import CHOSEN, MARGINS
 from pgdpo_fast.models import ModelAdapter
 from pgdpo_fast.objectives import REGISTRY, Objective
+from pgdpo_fast.options import as_typed
 from pgdpo_fast.preemption import Stopping
 from pgdpo_fast.storage import atomic_file
 from pgdpo_fast.training import checkpoint
@@ -200,7 +201,7 @@ class Run:
             for key in self.config.objective
             if key == "beta" or (key != "name" and self.config.origins[f"objective.{key}"] != "default")
         ]
-        objective = ", ".join(f"{key}={self.config.objective[key]}" for key in chosen)
+        objective = ", ".join(f"{key}={as_typed(self.config.objective[key])}" for key in chosen)
         visits = options.steps * options.pairs_per_step / pairs
         lines = [
             f"run        {self.root} on {_device_name(self.device)}",
