@@ -10,12 +10,15 @@ PINS := $(VENV)/constraints.txt
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu tests/*.cpp)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-torch-2.11 gradcheck bench gpu lint clean
+.PHONY: demo test test-all test-torch-2.11 gradcheck bench gpu lint clean
 
 demo: $(READY)  ## render clips, encode, train, fine-tune with DPO and PG-DPO, write out/demo/report.html
 	$(BIN)/pgdpo-fast demo
 
-test: $(READY)  ## the whole suite, two workers
+test: $(READY)  ## the whole suite, two workers; of the sweeps over hostile inputs a few of every kind
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q -m 'not sweep'
+
+test-all: $(READY)  ## the whole suite and all of the sweeps
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 test-torch-2.11:  ## opt-in: all compiled code built, loaded and checked with the oldest torch, a CUDA build (5 GB); needs nvcc, no GPU

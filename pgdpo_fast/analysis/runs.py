@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from pgdpo_fast.errors import DataError
-from pgdpo_fast.metrics import CHOSEN, REJECTED
+from pgdpo_fast.metrics import ACCURACIES, CHOSEN, MARGINS, REJECTED
 from pgdpo_fast.objectives import label as objective_label
 from pgdpo_fast.printable import printable
 
 __all__ = ["RunRecord", "finite", "identical_curves", "read_rows", "read_runs", "running_mean"]
 
 Row = dict[str, Any]
+METRICS_SHOWN = (CHOSEN, REJECTED, MARGINS, ACCURACIES)
 
 
 @dataclass(frozen=True)
@@ -126,20 +127,22 @@ def read_runs(paths: Sequence[str | os.PathLike]) -> list[RunRecord]:
 
 
 def _read_run(folder: Path, label: str, config: Row) -> RunRecord:
-    metrics = read_rows(folder / "metrics.jsonl", ("step", "loss", "step_seconds", CHOSEN, "pairs"))
+    metrics = read_rows(folder / "metrics.jsonl", ("step", "loss", "step_seconds", *METRICS_SHOWN, "pairs"))
     if not metrics:
         raise DataError(f"{folder / 'metrics.jsonl'}: no finished step yet; report again once the run has made one")
     evaluations, advantages = (
         read_rows(folder / f"{name}.jsonl", needed) if (folder / f"{name}.jsonl").exists() else []
         for name, needed in (
-            ("evaluation", ("step", CHOSEN, "pairs")),
+            ("evaluation", ("step", *METRICS_SHOWN, "pairs")),
             ("displacement", ("step", "advantage")),
         )
     )
     environment = folder / "environment.json"
     try:
         machine = json.loads(environment.read_text(encoding="utf-8")) if environment.exists() else {}
-    except (OSError, ValueError) as error:
+        if not isinstance(machine, dict) or not isinstance(machine.get("packages", {}), dict):
+            raise ValueError("not the versions a run was made with")
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{environment}: not valid JSON ({error}); delete it, the report can do without") from None
     return RunRecord(folder, label, config, metrics, evaluations, advantages, machine)
 
@@ -154,8 +157,12 @@ def _read_config(folder: Path) -> Row:
         )
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        config["objective"]["name"]
-    except (yaml.YAMLError, TypeError, KeyError, UnicodeDecodeError) as error:
+        config["training"]["seed"]
+        json.dumps(config, default=str)  # nothing that contains itself
+        if not isinstance(config["objective"]["name"], str):
+            raise TypeError
+        objective_label(config["objective"])
+    except (yaml.YAMLError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise DataError(
             f"{path}: damaged or without an objective ({type(error).__name__}); restore it, or start the run "
             "again with the same settings: it continues where it stood"
@@ -179,15 +186,25 @@ def read_rows(path: Path, needed: Sequence[str] = ("step",)) -> list[Row]:
     for number, line in enumerate(lines[:-1], 1):  # a whole line ends in a newline
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
-        if not isinstance(row, dict) or not all(key in row for key in needed):
+        if not isinstance(row, dict) or not all(key in row and _fits(key, row[key]) for key in needed):
             raise DataError(
                 f"{path}, line {number}: expected a JSON object with {', '.join(needed)}; delete the lines from "
                 "there on, or train again: a resumed run rewrites them"
             )
         rows.append(row)
     return rows
+
+
+def _fits(key: str, value: Any) -> bool:
+    """Whether an entry is as the trainer writes it: a step, lists of one length in "pairs", else a number or null."""
+    if key == "step":
+        return type(value) is int and value >= 0
+    if key == "pairs":
+        columns = list(value.values()) if isinstance(value, dict) else []
+        return bool(columns) and all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns)
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
 
 
 def identical_curves(runs: Sequence[RunRecord]) -> list[str]:

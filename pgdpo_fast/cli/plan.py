@@ -8,6 +8,8 @@ from typing import Annotated
 
 import tyro
 
+MOST = 10_000_000  # pairs, frames or pixels
+
 
 @dataclass
 class Plan:
@@ -66,8 +68,8 @@ class Plan:
 
         sizes = {"--frames": self.frames, "--height": self.height, "--width": self.width}
         for flag, value in {"--pairs": self.pairs, **sizes}.items():
-            if value < 0:
-                raise ConfigError(f"{flag} {value}: expected a number above 0")
+            if not 0 <= value <= MOST:
+                raise ConfigError(f"{flag} {value}: expected a number from 1 to {MOST:,}")
         if self.pairs and self.manifest:
             raise ConfigError("--pairs and --manifest both say how many pairs there are; give one of them")
         coming = bool(self.pairs or self.manifest)

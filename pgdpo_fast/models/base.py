@@ -198,8 +198,9 @@ class ModelAdapter:
             torch.manual_seed(self.config.init_seed)
             try:
                 model = network(**self.config.architecture)
-            except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
-                raise ConfigError(f"model.architecture does not build a {network.__name__}: {error}") from error
+            except Exception as error:  # whatever a constructor makes of arguments it never meant
+                said = f"{type(error).__name__}: {error}"
+                raise ConfigError(f"model.architecture does not build a {network.__name__}, {said}") from error
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(self.expected_dtype(model, name))
         return model
