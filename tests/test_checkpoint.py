@@ -343,3 +343,39 @@ def test_a_checkpoint_that_cannot_be_renamed_leaves_an_error(finished, monkeypat
         patched.setattr(checkpoint.os, "replace", full)
         train(replace(config, training=replace(config.training, steps=6)), display="none")
     assert resumed_from(config)[0] == 4
+
+
+def test_beta_and_learning_rate_change_from_a_checkpoint_when_that_is_asked_for(tiny_config, tmp_path, capsys):
+    from pgdpo_fast.cli import main
+
+    ran = train(tiny_config(), display="none")
+    settings = [str(ran.run_dir / "config.yaml"), "--display", "none", "--set", "training.steps=6"]
+    changed = [*settings, "objective.beta=7", "training.learning_rate=1e-4"]
+    assert main(["train", *changed]) == 2
+    said = capsys.readouterr().err
+    assert "objective.beta was 100, is 7" in said and "--change objective training.learning_rate" in said
+    assert main(["train", *changed, "--change", "objective"]) == 2
+    assert "training.learning_rate was 0.001, is 0.0001" in capsys.readouterr().err
+    assert not (ran.run_dir / "changes.jsonl").exists()
+    assert main(["train", *changed, "--change", "objective", "training.learning_rate"]) == 0
+    rows = [json.loads(line) for line in (ran.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["lr"] for row in rows] == [1e-3] * 4 + [1e-4] * 2
+    (recorded,) = [json.loads(line) for line in (ran.run_dir / "changes.jsonl").read_text().splitlines()]
+    assert recorded["step"] == 4
+    assert recorded["changed"] == {"objective.beta": [100.0, 7.0], "training.learning_rate": [1e-3, 1e-4]}
+    assert "changed at step 4: objective.beta 100 -> 7" in (ran.run_dir / "log.txt").read_text()
+    # the checkpoints now are those of the new values
+    assert main(["train", str(ran.run_dir / "config.yaml"), "--display", "none", "--set", "training.steps=7"]) == 0
+    assert main(["train", *settings, "training.seed=5", "--change", "training.seed"]) == 2
+    assert "--change='training.seed': expected one of objective" in capsys.readouterr().err
+    assert main(["train", *settings, "training.seed=5", "--change", "objective"]) == 2
+    assert "--change" not in capsys.readouterr().err
+
+
+def test_another_objective_goes_on_from_the_weights_and_moments_of_the_first(tiny_config, tmp_path):
+    first = train(tiny_config(objective={"name": "sft"}), display="none")
+    longer = tiny_config(objective={"name": "dpo", "beta": 50}, training={"steps": 5})
+    with pytest.raises(ConfigError, match="--change objective$"):
+        train(longer, display="none")
+    assert train(longer, change=["objective"], display="none").step == 5
+    assert first.run_dir == tmp_path / "run"

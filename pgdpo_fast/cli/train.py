@@ -25,6 +25,7 @@ class Train:
     Examples:
         pgdpo-fast train examples/tiny.yaml
         pgdpo-fast train wan.yaml --set objective.beta=500 --set training.steps=2000 output.dir=runs/beta500
+        pgdpo-fast train runs/beta500/config.yaml --set objective.beta=200 --change objective
         pgdpo-fast train runs/beta500/config.yaml --resume runs/beta500/checkpoints/step_00001000
     """
 
@@ -37,6 +38,9 @@ class Train:
     resume: Annotated[str, tyro.conf.arg(metavar="auto|never|PATH")] = "auto"
     """auto continues the newest whole checkpoint of output.dir if there is one, a path continues that checkpoint,
     never wants an output.dir without a run."""
+    change: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY [KEY ...]")] = ()
+    """Settings that may be others than those of the checkpoint the run goes on from: objective, and of training
+    learning_rate, warmup_steps, betas, adam_eps, weight_decay, clip_norm. What changed is a line of changes.jsonl."""
     display: Literal["auto", "live", "plain", "none"] = "auto"
     """live: one line and the preference-health panel in place; plain: a line every output.log_every steps; auto:
     live on a terminal."""
@@ -52,4 +56,4 @@ class Train:
         config = load_config(self.config, [override for given in self.set for override in given])
         from pgdpo_fast.training.trainer import train
 
-        train(config, resume=self.resume, display=self.display)
+        train(config, resume=self.resume, change=self.change, display=self.display)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from pgdpo_fast.storage import (
     write_json,
     write_shard,
 )
+from pgdpo_fast.training.config import CHANGEABLE
 from pgdpo_fast.training.measure import check_weights
 from pgdpo_fast.training.optimizer import MasterAdamW
 
@@ -82,11 +83,16 @@ def load_checkpoint(
     model: nn.Module,
     optimizer: MasterAdamW,
     identity: Mapping[str, Any],
-) -> int:
-    """Put weights and optimizer state of a checked checkpoint back bit for bit, and return its step.
+    change: Sequence[str] = (),
+) -> tuple[int, dict[str, tuple[Any, Any]]]:
+    """Put weights and optimizer state of a checked checkpoint back bit for bit.
 
     Args:
         manifest: what `check_checkpoint` returned for `path`; nothing is hashed again here.
+        change: those of `CHANGEABLE` that may differ from the checkpoint's.
+
+    Returns:
+        Its step, and of every setting that is another now (its value then, its value now).
 
     Raises:
         DataError: it was made for another network.
@@ -94,16 +100,21 @@ def load_checkpoint(
     """
     saved = manifest["identity"]
     different = [key for key in sorted(saved.keys() | identity.keys()) if saved.get(key) != identity.get(key)]
-    if different:
-        changes = "; ".join(
-            f"{key} was {as_typed(saved.get(key))}, is {as_typed(identity.get(key))}" for key in different
-        )
-        raise ConfigError(
-            f"{path} cannot be continued with other settings: {changes}. Set them back or choose another output.dir"
-        )
+    changed = {key: (saved.get(key), identity.get(key)) for key in different}
+    if refused := [key for key in different if not _is_among(key, change)]:
+        said = "; ".join(f"{key} was {as_typed(changed[key][0])}, is {as_typed(changed[key][1])}" for key in refused)
+        remedy = "Set them back or choose another output.dir"
+        if all(_is_among(key, CHANGEABLE) for key in refused):
+            keys = dict.fromkeys(key if key in CHANGEABLE else "objective" for key in different)
+            remedy += f", or go on with the new values: --change {' '.join(keys)}"
+        raise ConfigError(f"{path} cannot be continued with other settings: {said}. {remedy}")
     adapter.restore(model, path / WEIGHTS)
     optimizer.load_state(_optimizer_state(path, manifest))
-    return manifest["step"]
+    return manifest["step"], changed
+
+
+def _is_among(key: str, keys: Sequence[str]) -> bool:
+    return key in keys or key.partition(".")[0] in keys
 
 
 def check_checkpoint(path: Path) -> dict[str, Any]:

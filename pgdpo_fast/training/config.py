@@ -29,6 +29,16 @@ from pgdpo_fast.training.callbacks import CALLBACKS, Callback
 LONGEST_FILE, MOST_VALUES, DEEPEST = 4 << 20, 100_000, 50
 # Entries at the top of a file that hold nothing but what "<<: *name" brings elsewhere begin so.
 ANCHORS = "x-"
+# Settings that may change where a run goes on from a checkpoint, when that is asked for; "objective" is all of its own.
+CHANGEABLE = (
+    "objective",
+    "training.learning_rate",
+    "training.warmup_steps",
+    "training.betas",
+    "training.adam_eps",
+    "training.weight_decay",
+    "training.clip_norm",
+)
 # What a run cannot do without.
 NEEDED = ("data.store", "output.dir")
 # Settings that are paths: a leading ~ is the home folder.

@@ -7,7 +7,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
@@ -24,14 +24,14 @@ from pgdpo_fast.loss import ReferenceErrors
 from pgdpo_fast.metrics import CHOSEN, MARGINS
 from pgdpo_fast.models import ModelAdapter
 from pgdpo_fast.objectives import REGISTRY, Objective
-from pgdpo_fast.options import as_typed
+from pgdpo_fast.options import as_typed, choice
 from pgdpo_fast.preemption import Stopping
 from pgdpo_fast.storage import atomic_file
 from pgdpo_fast.training import checkpoint
 from pgdpo_fast.training.batches import Batch, HostBatch, PairLoader, PairOrder, Visit, hold_out
 from pgdpo_fast.training.cached_reference import CachedReference
 from pgdpo_fast.training.callbacks import CALLBACKS
-from pgdpo_fast.training.config import TrainConfig
+from pgdpo_fast.training.config import CHANGEABLE, TrainConfig
 from pgdpo_fast.training.network import open_network
 from pgdpo_fast.training.optimizer import MasterAdamW
 from pgdpo_fast.training.reference import AdapterOffReference, CopyReference, ReferenceProvider
@@ -144,14 +144,19 @@ class Run:
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 
-    def resume(self, resume: str | Path) -> int:
+    def resume(self, resume: str | Path, change: Sequence[str] = ()) -> int:
         """Take up the state `resume` asks for and return the number of steps already made.
+
+        Args:
+            change: settings that may be others than the checkpoint's; what did change is a line of changes.jsonl.
 
         Raises:
             ConfigError: the run directory is taken, or a setting differs from the checkpoint's.
             DataError: the checkpoint is missing or damaged, or the disk cannot hold the coming ones.
         """
-        step, found = 0, None
+        step, found, changed = 0, None, {}
+        for key in change:
+            choice("--change", key, CHANGEABLE)
         if resume == "never":
             if self.metrics.path.exists() or self.checkpoints.exists():
                 raise ConfigError(
@@ -163,8 +168,8 @@ class Run:
             found = Path(resume), checkpoint.check_checkpoint(Path(resume))
         if found:
             self.resumed_from, manifest = found
-            step = checkpoint.load_checkpoint(
-                self.resumed_from, manifest, self.adapter, self.policy, self.optimizer, self.identity
+            step, changed = checkpoint.load_checkpoint(
+                self.resumed_from, manifest, self.adapter, self.policy, self.optimizer, self.identity, change
             )
             if step > self.config.training.steps:
                 raise ConfigError(
@@ -179,6 +184,11 @@ class Run:
         self.tensorboard = TensorBoard(self.root / "tensorboard", self.config.output.tensorboard, purge_step=step + 1)
         with atomic_file(self.root / "config.yaml") as temporary:
             temporary.write_text(self.config.to_yaml(), encoding="utf-8")
+        if changed:
+            said = ", ".join(f"{key} {as_typed(was)} -> {as_typed(now)}" for key, (was, now) in changed.items())
+            self.note(f"changed at step {step}: {said}")
+            with (self.root / "changes.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "from": str(self.resumed_from), "changed": changed}) + "\n")
         # code named in the configuration is no package with a version
         sources = REGISTRY.sources(self.objective)
         for callback in self.config.build_callbacks():

@@ -56,6 +56,7 @@ def train(
     config: TrainConfig,
     *,
     resume: str | Path | None = "auto",
+    change: Sequence[str] = (),
     display: str | Display = "auto",
     callbacks: Sequence[Callback | Callable[[int, Run], None]] = (),
 ) -> RunResult:
@@ -64,6 +65,8 @@ def train(
     Args:
         resume: "auto" (or None) continues the newest whole checkpoint of the run directory if there is one; a path
             continues that checkpoint; "never" wants a run directory without a run.
+        change: settings, of `pgdpo_fast.training.config.CHANGEABLE`, that may be others than the checkpoint's: the run
+            goes on with the new values, its optimizer's moments kept, and records them in changes.jsonl.
         display: "auto", "live", "plain", "none" or a `Display`.
         callbacks: more of them than `config.callbacks` names; a function is called as function(step, run) with every
             evaluation.
@@ -95,7 +98,7 @@ def train(
             run = Run.assemble(config, note)
             run.stopping = stopping
             run.callbacks += callbacks
-            start = run.resume(resume or "auto")
+            start = run.resume(resume or "auto", change)
             run.announce(start)
             for callback in run.callbacks:
                 if isinstance(callback, Callback):
