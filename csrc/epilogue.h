@@ -44,8 +44,17 @@ enum Flag : int {
   FLAG_IMPORTANCE = 128,
   FLAG_IPR_BETA = 256,
   FLAG_INSIDE = 512,
+  FLAG_SAFEGUARD_BATCH = 1024,
+  FLAG_TERM_WEIGHT = 2048,
+  FLAG_TERM_WEIGHT_BETA = 4096,
   // Not in objectives.py: callers that know k1 == k2 add it, and one sigmoid serves alpha and 1 - gamma.
   FLAG_ONE_SIGMOID = 65536,
+};
+// A sum of objectives has bits of the kind and the flags for each term, the first lowest.
+enum TermLayout : int {
+  TERM_KIND_BITS = 8,
+  TERM_FLAG_BITS = 16,
+  TERM_LIMIT = 4,
 };
 enum Ratio : int {
   RATIO_LOGIT = 0,
@@ -70,16 +79,23 @@ enum Parameter : int {
   PARAMETER_THRESHOLD = 11,
   PARAMETER_CLIP = 12,
   PARAMETER_MU = 13,
-  PARAMETERS = 14,
+  PARAMETER_TERM_WEIGHT = 14,
+  PARAMETERS = 15,
 };
 
-// Multiplies beta by `scale` wherever it stands.
-template <class S>
-PGDPO_HD void scale_beta(int flags, S scale, S* parameters) {
-  parameters[PARAMETER_HALF_BETA] *= scale;
-  parameters[PARAMETER_TARGET] /= scale;
-  if (flags & FLAG_IPR_BETA) parameters[PARAMETER_IPR_SCALE] *= scale;
-}
+// One formula of an objective. Its weight and what follows beta are the callers' business, not `objective`'s.
+struct Formula {
+  int kind = 0, flags = 0;
+  double parameters[PARAMETERS] = {};
+
+  // Multiplies beta by `scale` wherever it stands.
+  void scale_beta(double scale) {
+    parameters[PARAMETER_HALF_BETA] *= scale;
+    parameters[PARAMETER_TARGET] /= scale;
+    if (flags & FLAG_IPR_BETA) parameters[PARAMETER_IPR_SCALE] *= scale;
+    if (flags & FLAG_TERM_WEIGHT_BETA) parameters[PARAMETER_TERM_WEIGHT] *= scale;
+  }
+};
 
 template <class T>
 struct ScalarOf {
@@ -283,6 +299,14 @@ PGDPO_HD void pgdpo_weights(int flags, const scalar_of<T>* parameters, const Err
   }
 }
 
+// Safeguarded's factor of the rejected gradient, from a group's errors or, times anything, the batch's.
+template <class T>
+PGDPO_HD T safeguard(const scalar_of<T>* parameters, T chosen, T cross) {
+  const auto conflict = cross > T(0);
+  const T bound = (T(1) - T(parameters[PARAMETER_MU])) * chosen / select(conflict, cross, T(1));
+  return select(conflict, clamp(bound, T(0), T(1)), T(1));
+}
+
 // The weight of importance-weighted objectives.
 template <class T>
 PGDPO_HD T importance_of(const scalar_of<T>* parameters, const Errors<T>& errors) {
@@ -403,11 +427,8 @@ PGDPO_HD Terms<T> objective(int kind, int flags, const scalar_of<T>* parameters,
       out.by_rejected = zero - slope;
     }
   }
-  if (flags & FLAG_SAFEGUARD) {
-    const auto conflict = errors.cross > zero;
-    const T bound = (one - T(parameters[PARAMETER_MU])) * errors.policy_chosen / select(conflict, errors.cross, one);
-    out.by_rejected = out.by_rejected * select(conflict, clamp(bound, zero, one), one);
-  }
+  if (flags & FLAG_SAFEGUARD)
+    out.by_rejected = out.by_rejected * safeguard<T>(parameters, errors.policy_chosen, errors.cross);
   return out;
 }
 

@@ -88,9 +88,9 @@ struct Pair {
 
 // What an element pass computes besides its operands; numbers are in double and rounded to the pass's type on use.
 struct Elements {
-  int kind = 0, flags = 0;
-  bool outer = false;
-  double parameters[PARAMETERS] = {};
+  int terms = 0;
+  Formula formula[TERM_LIMIT];
+  bool outer = false;                       // of one formula
   const double* scale = nullptr;            // [pairs], of the gradients, or null: write none
   const double* posterior_scale = nullptr;  // [pairs] or null
   const double* beta_scale = nullptr;       // [pairs] or null

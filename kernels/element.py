@@ -9,8 +9,8 @@ the video, so its gradients take a second pass that knows them.
 import triton
 import triton.language as tl
 from pgdpo_fast.kernels.epilogue import (
+    EVERY_TERM,
     FLAG_IMPORTANCE,
-    FLAG_IPR_ANCHOR,
     KIND_SFT,
     objective,
     pgdpo_slopes,
@@ -69,6 +69,8 @@ def element_block(
     mask,
     KIND: tl.constexpr,
     FLAGS: tl.constexpr,
+    TERMS: tl.constexpr,
+    ANCHOR: tl.constexpr,
     OUTER: tl.constexpr,
     BETA_SCALED: tl.constexpr,
     WITH_SUMS: tl.constexpr,
@@ -126,7 +128,7 @@ def element_block(
             FLAGS,
             BETA_SCALED,
         )
-        g_l = safeguarded(g_l, e_w, u_w * u_l, params_ptr, FLAGS)
+        g_l = safeguarded(g_l, e_w, u_w * u_l, 0.0, 0.0, params_ptr, FLAGS)
     else:
         loss, logits, alpha, gamma, importance, g_w, g_l, g_anchor = objective(
             e_w,
@@ -135,18 +137,21 @@ def element_block(
             d_l,
             anchor,
             u_w * u_l,
+            0.0,
+            0.0,
             posterior_scale,
             beta_scale,
             params_ptr,
             KIND,
             FLAGS,
+            TERMS,
             BETA_SCALED,
             COMPUTE,
         )
     if GRADS:
         slope_w = g_w * u_w
         slope_l = g_l * u_l
-        if FLAG_IPR_ANCHOR & FLAGS:  # an objective must not take the NaN of what it takes no notice of
+        if ANCHOR:  # an objective must not take the NaN of what it takes no notice of
             slope_w += g_anchor * minus_w
         if KIND == KIND_SFT:
             slope_l = tl.where(g_l == 0.0, 0.0, slope_l)
@@ -196,7 +201,7 @@ def pair_elements_kernel(
     weight_ptr,  # [B] COMPUTE, with WEIGHTED
     posterior_scale_ptr,  # [B] COMPUTE, with FLAG_IMPORTANCE
     beta_scale_ptr,  # [B] COMPUTE, with BETA_SCALED
-    params_ptr,  # [PARAMETERS] COMPUTE
+    params_ptr,  # [TERMS, PARAMETERS] COMPUTE
     mean_ptr,  # [MEANS, B] COMPUTE, with OUTER and GRADS
     incoming_ptr,  # [] fp32 or fp64, with INCOMING
     partial_ptr,  # [SUMS, B, segments] COMPUTE, written with WITH_SUMS
@@ -208,6 +213,8 @@ def pair_elements_kernel(
     seg_len,  # elements of a segment; the last may be shorter
     KIND: tl.constexpr,
     FLAGS: tl.constexpr,
+    TERMS: tl.constexpr,
+    ANCHOR: tl.constexpr,
     OUTER: tl.constexpr,
     WITH_SUMS: tl.constexpr,
     GRADS: tl.constexpr,
@@ -246,7 +253,7 @@ def pair_elements_kernel(
     gl_ptr += pair * gl_stride + start
     x = segment_at(operands, pair, start, pairs, TARGET_BUILT, PACK_BLOCK, COMPUTE)
     posterior_scale = 0.0
-    if FLAG_IMPORTANCE & FLAGS:
+    if (EVERY_TERM * FLAG_IMPORTANCE) & FLAGS:
         posterior_scale = tl.load(posterior_scale_ptr + pair).to(COMPUTE)
     beta_scale = 1.0
     if BETA_SCALED:
@@ -283,6 +290,8 @@ def pair_elements_kernel(
             None,
             KIND,
             FLAGS,
+            TERMS,
+            ANCHOR,
             OUTER,
             BETA_SCALED,
             WITH_SUMS,
@@ -315,6 +324,8 @@ def pair_elements_kernel(
             offsets < length,
             KIND,
             FLAGS,
+            TERMS,
+            ANCHOR,
             OUTER,
             BETA_SCALED,
             WITH_SUMS,
@@ -343,7 +354,7 @@ def fold_elements_kernel(
     partial_ptr,  # [SUMS, B, segments] COMPUTE
     weight_ptr,  # [B] COMPUTE, with WEIGHTED
     beta_scale_ptr,  # [B] COMPUTE, with BETA_SCALED
-    params_ptr,  # [PARAMETERS] COMPUTE
+    params_ptr,  # [TERMS, PARAMETERS] COMPUTE
     loss_ptr,  # [] COMPUTE, written
     telemetry_ptr,  # [TELEMETRY, B] COMPUTE, written
     mean_ptr,  # [MEANS, B] COMPUTE, written

@@ -25,6 +25,15 @@ FLAG_SAFEGUARD = tl.constexpr(64)
 FLAG_IMPORTANCE = tl.constexpr(128)
 FLAG_IPR_BETA = tl.constexpr(256)
 FLAG_INSIDE = tl.constexpr(512)
+FLAG_SAFEGUARD_BATCH = tl.constexpr(1024)
+FLAG_TERM_WEIGHT = tl.constexpr(2048)
+FLAG_TERM_WEIGHT_BETA = tl.constexpr(4096)
+# A sum of objectives has bits of KIND and FLAGS for each term, the first lowest.
+TERM_KIND_BITS = tl.constexpr(8)
+TERM_FLAG_BITS = tl.constexpr(16)
+TERM_LIMIT = tl.constexpr(4)
+# Times a flag: that flag of every term.
+EVERY_TERM = tl.constexpr(0x0001000100010001)
 # Two bits of FLAGS say which ratio, an index into RATIOS there.
 FLAG_RATIO_SHIFT = tl.constexpr(4)
 FLAG_RATIO_MASK = tl.constexpr(3 << 4)
@@ -48,6 +57,8 @@ PARAMETER_SHIFT = tl.constexpr(10)
 PARAMETER_THRESHOLD = tl.constexpr(11)
 PARAMETER_CLIP = tl.constexpr(12)
 PARAMETER_MU = tl.constexpr(13)
+PARAMETER_TERM_WEIGHT = tl.constexpr(14)
+PARAMETERS = tl.constexpr(15)
 
 
 @triton.jit
@@ -222,13 +233,23 @@ def pgdpo_slopes(
 
 
 @triton.jit
-def safeguarded(g_l, e_w, cross, params_ptr, FLAGS: tl.constexpr):
-    """The rejected derivative, scaled by Safeguarded's lambda where it asks for that."""
-    if FLAG_SAFEGUARD & FLAGS:
+def safeguarded(g_l, e_w, cross, batch_chosen, batch_cross, params_ptr, FLAGS: tl.constexpr):
+    """The rejected derivative, scaled by Safeguarded's lambda where it asks for that: a group's own or the batch's."""
+    if (FLAG_SAFEGUARD | FLAG_SAFEGUARD_BATCH) & FLAGS:
+        chosen = e_w
+        if FLAG_SAFEGUARD_BATCH & FLAGS:
+            chosen = batch_chosen
+            cross = batch_cross
         conflict = cross > 0
-        bound = (1.0 - tl.load(params_ptr + PARAMETER_MU)) * e_w / tl.where(conflict, cross, 1.0)
+        bound = (1.0 - tl.load(params_ptr + PARAMETER_MU)) * chosen / tl.where(conflict, cross, 1.0)
         g_l *= tl.where(conflict, tl.minimum(tl.maximum(bound, 0.0), 1.0), 1.0)
     return g_l
+
+
+@triton.constexpr_function
+def of_term(packed, k, bits):
+    """KIND or FLAGS of the k-th term of a sum."""
+    return (packed >> k * bits) & ((1 << bits) - 1)
 
 
 @triton.jit
@@ -239,6 +260,75 @@ def objective(
     d_l,
     anchor,
     cross,
+    batch_chosen,
+    batch_cross,
+    posterior_scale,
+    beta_scale,
+    params_ptr,
+    KIND: tl.constexpr,
+    FLAGS: tl.constexpr,
+    TERMS: tl.constexpr,
+    BETA_SCALED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """One block of groups through the objective, a sum of TERMS formulas.
+
+    Returns loss, the first term's logits, alpha, gamma and importance, and the derivatives of the loss by the chosen
+    error, the rejected error and the anchor (a gap and its policy error have the same derivative by the prediction, so
+    they are added). batch_chosen and batch_cross, sums over the batch, are read with FLAG_SAFEGUARD_BATCH alone.
+    """
+    loss, logits, alpha, gamma, importance, g_w, g_l, g_anchor = formula(
+        e_w,
+        e_l,
+        d_w,
+        d_l,
+        anchor,
+        cross,
+        batch_chosen,
+        batch_cross,
+        posterior_scale,
+        beta_scale,
+        params_ptr,
+        of_term(KIND, 0, TERM_KIND_BITS),
+        of_term(FLAGS, 0, TERM_FLAG_BITS),
+        BETA_SCALED,
+        COMPUTE,
+    )
+    for k in tl.static_range(1, TERMS):
+        more, _, _, _, _, more_w, more_l, more_anchor = formula(
+            e_w,
+            e_l,
+            d_w,
+            d_l,
+            anchor,
+            cross,
+            batch_chosen,
+            batch_cross,
+            posterior_scale,
+            beta_scale,
+            params_ptr + k * PARAMETERS,
+            of_term(KIND, k, TERM_KIND_BITS),
+            of_term(FLAGS, k, TERM_FLAG_BITS),
+            BETA_SCALED,
+            COMPUTE,
+        )
+        loss += more
+        g_w += more_w
+        g_l += more_l
+        g_anchor += more_anchor
+    return loss, logits, alpha, gamma, importance, g_w, g_l, g_anchor
+
+
+@triton.jit
+def formula(
+    e_w,
+    e_l,
+    d_w,
+    d_l,
+    anchor,
+    cross,
+    batch_chosen,
+    batch_cross,
     posterior_scale,
     beta_scale,
     params_ptr,
@@ -247,11 +337,7 @@ def objective(
     BETA_SCALED: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """One block of groups through the objective.
-
-    Returns loss, logits, alpha, gamma, importance, and the derivatives of the loss by the chosen error, the rejected
-    error and the anchor (a gap and its policy error have the same derivative by the prediction, so they are added).
-    """
+    """One formula of those, with its weight; returns what `objective` does."""
     half_beta = scaled_half_beta(params_ptr, beta_scale, BETA_SCALED)
     zero = tl.zeros_like(e_w)
     one = zero + 1.0
@@ -348,4 +434,14 @@ def objective(
                 loss *= importance
         g_w = slope
         g_l = -slope
-    return loss, logits, alpha, gamma, importance, g_w, safeguarded(g_l, e_w, cross, params_ptr, FLAGS), g_anchor
+    g_l = safeguarded(g_l, e_w, cross, batch_chosen, batch_cross, params_ptr, FLAGS)
+    if FLAG_TERM_WEIGHT & FLAGS:
+        term_weight = tl.load(params_ptr + PARAMETER_TERM_WEIGHT)
+        if BETA_SCALED:
+            if FLAG_TERM_WEIGHT_BETA & FLAGS:
+                term_weight = term_weight * beta_scale
+        loss *= term_weight
+        g_w *= term_weight
+        g_l *= term_weight
+        g_anchor *= term_weight
+    return loss, logits, alpha, gamma, importance, g_w, g_l, g_anchor

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
-from pgdpo_fast.kernels.epilogue import FLAG_IMPORTANCE, objective
+from pgdpo_fast.kernels.epilogue import EVERY_TERM, FLAG_IMPORTANCE, FLAG_SAFEGUARD_BATCH, objective
 
 # Mirrors of pgdpo_fast/backends/operands.py: ReferenceForm, and the planes of Telemetry and Coefficients. Those of the
 # statistics are the fields of GroupErrors in pgdpo_fast/objectives.py, all as sums until the fold divides them.
@@ -359,6 +359,21 @@ def fold_parts(
 
 
 @triton.jit
+def batch_sums(partial_ptr, plane, parts, COMPUTE: tl.constexpr, FOLD: tl.constexpr):
+    """The chosen errors and cross terms of the whole batch, which every program adds up for itself, in one order."""
+    chosen = tl.zeros([FOLD], COMPUTE)
+    cross = chosen
+    for begin in range(0, parts, FOLD):
+        part = begin + tl.arange(0, FOLD)
+        mask = part < parts
+        chosen += tl.load(
+            partial_ptr + STATISTIC_POLICY_CHOSEN * plane + part, mask=mask, other=0.0, cache_modifier=".cg"
+        )
+        cross += tl.load(partial_ptr + STATISTIC_CROSS * plane + part, mask=mask, other=0.0, cache_modifier=".cg")
+    return tl.sum(chosen, 0), tl.sum(cross, 0)
+
+
+@triton.jit
 def fold_groups(
     numbers,  # Numbers
     partial_ptr,
@@ -372,6 +387,7 @@ def fold_groups(
     count,
     KIND: tl.constexpr,
     FLAGS: tl.constexpr,
+    TERMS: tl.constexpr,
     GAPS: tl.constexpr,
     REFERENCE_ERRORS: tl.constexpr,
     WEIGHTED: tl.constexpr,
@@ -395,8 +411,12 @@ def fold_groups(
         d_w = e_w - tl.load(numbers.reference_error_ptr + row, mask=inside, other=0.0).to(COMPUTE)
         d_l = e_l - tl.load(numbers.reference_error_ptr + rows + row, mask=inside, other=0.0).to(COMPUTE)
     posterior_scale = tl.zeros_like(e_w)
-    if FLAG_IMPORTANCE & FLAGS:
+    if (EVERY_TERM * FLAG_IMPORTANCE) & FLAGS:
         posterior_scale = tl.load(numbers.posterior_scale_ptr + row // groups, mask=inside, other=0.0).to(COMPUTE)
+    batch_chosen = 0.0
+    batch_cross = 0.0
+    if (EVERY_TERM * FLAG_SAFEGUARD_BATCH) & FLAGS:
+        batch_chosen, batch_cross = batch_sums(partial_ptr, plane, rows // groups * segments, COMPUTE, FOLD)
     beta_scale = 1.0
     if BETA_SCALED:
         beta_scale = tl.load(numbers.beta_scale_ptr + row, mask=inside, other=1.0).to(COMPUTE)
@@ -407,11 +427,14 @@ def fold_groups(
         d_l,
         anchor,
         cross,
+        batch_chosen,
+        batch_cross,
         posterior_scale,
         beta_scale,
         numbers.params_ptr,
         KIND,
         FLAGS,
+        TERMS,
         BETA_SCALED,
         COMPUTE,
     )
@@ -469,7 +492,7 @@ class Numbers(NamedTuple):
     weight_ptr: Any  # [B, G] COMPUTE, with WEIGHTED
     posterior_scale_ptr: Any  # [B] COMPUTE, with FLAG_IMPORTANCE
     beta_scale_ptr: Any  # [B, G] COMPUTE, with BETA_SCALED
-    params_ptr: Any  # [PARAMETERS] COMPUTE
+    params_ptr: Any  # [TERMS, PARAMETERS] COMPUTE
 
 
 @triton.jit(do_not_specialize=["rows"])  # one binary for every B: the same bits
@@ -486,6 +509,7 @@ def fold_kernel(
     count,  # elements of a group
     KIND: tl.constexpr,
     FLAGS: tl.constexpr,
+    TERMS: tl.constexpr,
     GAPS: tl.constexpr,
     REFERENCE_ERRORS: tl.constexpr,
     WEIGHTED: tl.constexpr,
@@ -510,6 +534,7 @@ def fold_kernel(
         count,
         KIND,
         FLAGS,
+        TERMS,
         GAPS,
         REFERENCE_ERRORS,
         WEIGHTED,

@@ -591,10 +591,10 @@ def preference_loss(
     per_frame = granularity == "frame"
     epilogue = objective.epilogue()
     if call.backend != "eager" and epilogue is not None and process_group is None and frame_label is None:
-        if granularity == "element":
+        if granularity == "element" and not objective.whole_batch:
             outer = objective.outer and call.operands.policy.shape[1:].numel() > 1
             return PreferenceLossOutput(*fused.elements(call, epilogue, outer), per_frame)
-        if call.plan.groups == 1 or not objective.outer:
+        if granularity != "element" and (call.plan.groups == 1 or not objective.outer):
             return PreferenceLossOutput(*fused.objective(call, epilogue), per_frame)
 
     errors = _group_errors(call)

@@ -78,8 +78,12 @@ class Registry(Generic[T]):
         settings: dict[str, Any] = {"name": names[0] if names else f"{cls.__module__}:{cls.__qualname__}"}
         for item in dataclasses.fields(made):  # type: ignore[arg-type]
             value = getattr(made, item.name)
-            if item.init and (isinstance(value, self.base) or _is_plain(value)):
-                settings[item.name] = self.describe(value) if isinstance(value, self.base) else _plain(value)
+            if item.init and isinstance(value, self.base):
+                settings[item.name] = self.describe(value)
+            elif item.init and self._are_made(value):
+                settings[item.name] = [self.describe(one) for one in value]
+            elif item.init and _is_plain(value):
+                settings[item.name] = _plain(value)
         return settings
 
     def sources(self, made: T) -> dict[str, str]:
@@ -89,9 +93,15 @@ class Registry(Generic[T]):
             path = inspect.getsourcefile(type(made))
             found[self.describe(made)["name"]] = sha256_file(Path(path)) if path else "unknown"
         for item in dataclasses.fields(made):  # type: ignore[arg-type]
-            if isinstance(value := getattr(made, item.name), self.base):
-                found |= self.sources(value)
+            value = getattr(made, item.name)
+            for one in value if self._are_made(value) else [value]:
+                if isinstance(one, self.base):
+                    found |= self.sources(one)
         return found
+
+    def _are_made(self, value: Any) -> bool:
+        """Whether `value` is a list of objects of this kind."""
+        return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(one, self.base) for one in value)
 
     def _imported(self, path: str, where: str) -> type[T]:
         given = f"{where}.name={path!r}"
@@ -148,6 +158,13 @@ class Registry(Generic[T]):
             elif isinstance(hints[key], type) and issubclass(hints[key], self.base):
                 if (below := self._build(value, dotted, problems)) is not None:
                     given[key] = below
+            elif any(isinstance(kind, type) and issubclass(kind, self.base) for kind in typing.get_args(hints[key])):
+                if not isinstance(value, (list, tuple)):
+                    problems.append(str(wrong(dotted, value, "a list of mappings with the key 'name'")))
+                    continue
+                made = [self._build(one, f"{dotted}[{place}]", problems) for place, one in enumerate(value)]
+                if all(one is not None for one in made):
+                    given[key] = made
             else:
                 try:
                     given[key] = convert(dotted, value, hints[key], known[key].metadata)

@@ -74,14 +74,19 @@ class Parameters(NamedTuple):
     threshold: float = 0.0
     clip: float = 0.0
     mu: float = 0.0
+    term_weight: float = 1.0
 
 
 class Epilogue(NamedTuple):
-    """An objective in the form the kernels take: which formula, its switches, its numbers."""
+    """An objective in the form the kernels take: which formula, its switches, its numbers.
+
+    Those of a sum of objectives follow one another: TERM_KIND_BITS of `kind` and TERM_FLAG_BITS of `flags` for each
+    term, the first lowest, and the `Parameters` of all terms in one tuple. Telemetry is the first term's.
+    """
 
     kind: int
     flags: int
-    parameters: Parameters
+    parameters: tuple[float, ...]
 
 
 # Epilogue kinds and flag bits, shared like the places of `Parameters` with kernels/epilogue.py and csrc/epilogue.h.
@@ -91,6 +96,10 @@ FLAG_RATIO_SHIFT = 4  # two bits: index into RATIOS
 FLAG_SAFEGUARD, FLAG_IMPORTANCE = 64, 128
 FLAG_IPR_BETA = 256  # kappa is beta/2, so it follows beta_scale
 FLAG_INSIDE = 512  # the importance weight multiplies the logits
+FLAG_SAFEGUARD_BATCH = 1024  # lambda is one number of the batch
+FLAG_TERM_WEIGHT = 2048  # term_weight is not one
+FLAG_TERM_WEIGHT_BETA = 4096  # term_weight is in units of beta/2, so it follows beta_scale
+TERM_KIND_BITS, TERM_FLAG_BITS, TERM_LIMIT = 8, 16, 4
 RATIOS = ("logit", "symmetric", "abs", "signed")
 
 
@@ -114,6 +123,8 @@ class Objective:
     """Base of all objectives: subclass it, write `terms`, and the objective runs fused through `pf.preference_loss`."""
 
     needs_cross: ClassVar[bool] = False
+    # False where `terms` has no logits to tell of: in a sum, the telemetry is then another term's.
+    has_logits: ClassVar[bool] = True
     _names_beta_scale: ClassVar[bool] = True
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -145,6 +156,11 @@ class Objective:
         """Settings that do not enter the formula as the others stand, such as `k1` where alpha is fixed."""
         return frozenset()
 
+    @property
+    def whole_batch(self) -> bool:
+        """Whether a pair's gradient depends on the other pairs of the batch."""
+        return False
+
     def terms(
         self, errors: GroupErrors, posterior_scale: Tensor | None = None, beta_scale: Tensor | None = None
     ) -> Terms:
@@ -166,6 +182,19 @@ class Objective:
     def epilogue(self) -> Epilogue | None:
         """The same formula for the kernels, or None: then `terms` runs in torch between two fused kernels."""
         return None
+
+    def kernel_terms(self) -> tuple[Epilogue, ...] | None:
+        """The terms of `epilogue`, one for each formula added up, or None."""
+        epilogue = self.epilogue()
+        return None if epilogue is None else (epilogue,)
+
+    def __add__(self, other: Objective) -> Sum:
+        return Sum((self, other)) if isinstance(other, Objective) else NotImplemented
+
+    def __mul__(self, weight: float) -> Sum:
+        return Sum((self,), (weight,)) if isinstance(weight, (int, float)) else NotImplemented
+
+    __rmul__ = __mul__
 
     @staticmethod
     def result(
@@ -193,6 +222,22 @@ def terms_of(
     if beta_scale is None:
         return objective.terms(errors, posterior_scale)
     return objective.terms(errors, posterior_scale, beta_scale=beta_scale)
+
+
+def _packed(terms: tuple[Epilogue, ...] | None) -> Epilogue | None:
+    if terms is None or len(terms) > TERM_LIMIT:
+        return None
+    if len(terms) == 1:
+        return terms[0]
+    kinds = (term.kind << TERM_KIND_BITS * k for k, term in enumerate(terms))
+    flags = (term.flags << TERM_FLAG_BITS * k for k, term in enumerate(terms))
+    return Epilogue(sum(kinds), sum(flags), tuple(number for term in terms for number in term.parameters))
+
+
+def _weighted(term: Epilogue, weight: float) -> Epilogue:
+    weight *= Parameters._make(term.parameters).term_weight
+    flags = term.flags if weight == 1.0 else term.flags | FLAG_TERM_WEIGHT
+    return term._replace(flags=flags, parameters=Parameters._make(term.parameters)._replace(term_weight=weight))
 
 
 @dataclass(frozen=True)
@@ -440,12 +485,42 @@ class SFT(Objective):
     """Supervised fine-tuning on the chosen video (arXiv 2511.19049 Eq. 18): e_w. A reference only adds telemetry."""
 
     needs_reference: ClassVar[bool] = False
+    has_logits: ClassVar[bool] = False
 
     def terms(self, errors, posterior_scale=None, beta_scale=None):
         return self.result(errors.policy_chosen.clone(), torch.zeros_like(errors.policy_chosen))
 
     def epilogue(self) -> Epilogue:
         return Epilogue(KIND_SFT, 0, Parameters())
+
+
+@dataclass(frozen=True)
+class RPO(Objective):
+    """DPO with the likelihood of the chosen video held up (as in Pang et al. 2024): softplus(-z) + weight beta/2 e_w.
+
+    The factor beta/2 puts both terms on one scale, as kappa does in `PGDPO`. `pf.DPO(beta) + w * pf.SFT()` is the same
+    with w = weight beta/2; by the prediction, e_w and -r_w have one gradient.
+    """
+
+    beta: float = 5000.0
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _number(self, "beta", 0.0, open_low=True)
+        _number(self, "weight", 0.0)
+
+    def terms(self, errors, posterior_scale=None, beta_scale=None):
+        half_beta = _half_beta(self, beta_scale)
+        logits = half_beta * (errors.gap_rejected - errors.gap_chosen)
+        return self.result(-logsigmoid(logits) + self.weight * half_beta * errors.policy_chosen, logits)
+
+    def kernel_terms(self) -> tuple[Epilogue, ...]:
+        weight = Parameters(term_weight=self.weight * 0.5 * self.beta)
+        likelihood = Epilogue(KIND_SFT, FLAG_TERM_WEIGHT | FLAG_TERM_WEIGHT_BETA, weight)
+        return Epilogue(KIND_DPO, 0, Parameters(half_beta=0.5 * self.beta)), likelihood
+
+    def epilogue(self) -> Epilogue | None:
+        return _packed(self.kernel_terms())
 
 
 @dataclass(frozen=True)
@@ -541,6 +616,11 @@ class DPOClipMask(SDPO):
     threshold: float = 0.9
 
 
+def _holds_safeguarded(objective: Objective) -> bool:
+    parts = objective.objectives if isinstance(objective, Sum) else (objective,)
+    return any(isinstance(part, Safeguarded) for part in parts)
+
+
 @dataclass(frozen=True)
 class Safeguarded(Objective):
     """Diffusion-SDPO (arXiv 2511.03317), "safeguarded" DPO: any objective with the rejected gradient scaled by
@@ -548,16 +628,41 @@ class Safeguarded(Objective):
         lambda = clamp((1 - mu) |g_w|^2 / <g_w, g_l>, 0, 1)  where <g_w, g_l> > 0, else 1,
 
     g = p - y the output-space error gradients. The loss value is the base objective's; only its gradient changes.
+
+    Args:
+        mu: how much of the chosen gradient is kept from the rejected one; 0 keeps the chosen error from rising, to
+            first order. The default, as that of `scope`, is the published script's; the classmethods are the settings
+            published for a model.
+        scope: "batch" takes one lambda from the sums over all pairs (of this process), as the published code does;
+            "pair" one for every group, so that one conflicting pair does not scale the others. With "batch" and
+            `granularity="element"`, torch works between two passes instead of in them.
     """
 
     needs_cross: ClassVar[bool] = True
     base: Objective = DPO()
-    mu: float = 0.1
+    mu: float = 0.0
+    scope: str = "batch"
 
     def __post_init__(self) -> None:
         _number(self, "mu", 0.0, 1.0)
-        if not isinstance(self.base, Objective) or isinstance(self.base, Safeguarded):
+        _choice(self, "scope", ("batch", "pair"))
+        if not isinstance(self.base, Objective) or _holds_safeguarded(self.base):
             raise ConfigError(f"Safeguarded(base={self.base!r}): expected an objective that is not safeguarded itself")
+
+    @classmethod
+    def sd15(cls, base: Objective = DPO()) -> Safeguarded:
+        """Published for Stable Diffusion 1.5 with DPO and DMPO: mu 0.9."""
+        return cls(base, mu=0.9)
+
+    @classmethod
+    def sd15_dspo(cls, base: Objective = DPO()) -> Safeguarded:
+        """Published for Stable Diffusion 1.5 with DSPO: mu 0.2."""
+        return cls(base, mu=0.2)
+
+    @classmethod
+    def sdxl(cls, base: Objective = DPO()) -> Safeguarded:
+        """Published for SDXL: mu 0.6."""
+        return cls(base, mu=0.6)
 
     @property
     def beta(self) -> float:
@@ -581,16 +686,27 @@ class Safeguarded(Objective):
         return self.base.needs_posterior_scale
 
     @property
+    def has_logits(self) -> bool:  # type: ignore[override]
+        return self.base.has_logits
+
+    @property
     def outer(self) -> bool:
         return self.base.outer
+
+    @property
+    def whole_batch(self) -> bool:
+        return self.scope == "batch" or self.base.whole_batch
 
     @property
     def takes_beta_scale(self) -> bool:
         return self.base.takes_beta_scale
 
     def terms(self, errors, posterior_scale=None, beta_scale=None):
-        conflict = errors.cross > 0
-        bound = (1 - self.mu) * errors.policy_chosen / errors.cross.masked_fill(~conflict, 1.0)
+        chosen, cross = errors.policy_chosen, errors.cross
+        if self.scope == "batch":
+            chosen, cross = chosen.sum(), cross.sum()
+        conflict = cross > 0
+        bound = (1 - self.mu) * chosen / cross.masked_fill(~conflict, 1.0)
         scale = torch.where(conflict, bound.clamp(0.0, 1.0), torch.ones_like(bound)).detach()
 
         def scaled(x):
@@ -601,11 +717,127 @@ class Safeguarded(Objective):
         )
         return terms_of(self.base, errors, posterior_scale, beta_scale)
 
-    def epilogue(self) -> Epilogue | None:
-        base = self.base.epilogue()
+    def kernel_terms(self) -> tuple[Epilogue, ...] | None:
+        base = self.base.kernel_terms()
         if base is None:
             return None
-        return Epilogue(base.kind, base.flags | FLAG_SAFEGUARD, base.parameters._replace(mu=self.mu))
+        flag = FLAG_SAFEGUARD if self.scope == "pair" else FLAG_SAFEGUARD_BATCH
+        return tuple(
+            Epilogue(term.kind, term.flags | flag, Parameters._make(term.parameters)._replace(mu=self.mu))
+            for term in base
+        )
+
+    def epilogue(self) -> Epilogue | None:
+        return _packed(self.kernel_terms())
+
+
+@dataclass(frozen=True)
+class Sum(Objective):
+    """Objectives added up with positive weights, `pf.DPO(beta) + 0.3 * pf.SFT()`, in one pass over the latents.
+
+    Sums inside are laid open and equal objectives counted once, so `objectives` holds no `Sum`. Logits, alpha, gamma
+    and importance in the telemetry are those of the first objective that has logits (any but `SFT`). Up to TERM_LIMIT
+    formulas (`RPO` is two) run in the kernels' epilogue; a longer sum, one with combine="outer" in it, or one with an
+    objective that is torch alone, runs in torch between two passes.
+
+    Args:
+        objectives: at least one.
+        weights: one number for each; all one where left out.
+    """
+
+    objectives: tuple[Objective, ...] = (DPO(), SFT())
+    weights: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        objectives = self.objectives
+        if not isinstance(objectives, (list, tuple)) or not objectives:
+            raise wrong("Sum.objectives", objectives, "at least one objective")
+        for objective in objectives:
+            if not isinstance(objective, Objective):
+                raise wrong("Sum.objectives", objective, "an instance such as pf.DPO()")
+        if not isinstance(self.weights, (list, tuple)):
+            raise wrong("Sum.weights", self.weights, "a number for every objective")
+        for weight in self.weights:
+            number("Sum.weights", weight, 0.0, open_low=True, limit=MAX_NUMBER)
+        if self.weights and len(self.weights) != len(objectives):
+            raise wrong("Sum.weights", self.weights, "one number for every objective")
+        parts: list[tuple[Objective, float]] = []
+        for objective, weight in zip(objectives, self.weights or [1.0] * len(objectives), strict=True):
+            inner = [(objective, 1.0)]
+            if isinstance(objective, Sum):
+                inner = list(zip(objective.objectives, objective.weights, strict=True))
+            for part, inner_weight in inner:
+                same = [place for place, (known, _) in enumerate(parts) if known == part]
+                if same:
+                    parts[same[0]] = (part, parts[same[0]][1] + weight * inner_weight)
+                else:
+                    parts.append((part, float(weight * inner_weight)))
+        object.__setattr__(self, "objectives", tuple(part for part, _ in parts))
+        object.__setattr__(self, "weights", tuple(weight for _, weight in parts))
+
+    @property
+    def beta(self) -> float:
+        """That of the first objective which has one; AttributeError where none has."""
+        return next((part for part in self.objectives if hasattr(part, "beta")), self.objectives[0]).beta  # type: ignore[attr-defined]
+
+    @property
+    def needs_reference(self) -> bool:
+        return any(part.needs_reference for part in self.objectives)
+
+    @property
+    def needs_anchor(self) -> bool:
+        return any(part.needs_anchor for part in self.objectives)
+
+    @property
+    def needs_cross(self) -> bool:  # type: ignore[override]
+        return any(part.needs_cross for part in self.objectives)
+
+    @property
+    def needs_posterior_scale(self) -> bool:
+        return any(part.needs_posterior_scale for part in self.objectives)
+
+    @property
+    def has_logits(self) -> bool:  # type: ignore[override]
+        return any(part.has_logits for part in self.objectives)
+
+    @property
+    def outer(self) -> bool:
+        return any(part.outer for part in self.objectives)
+
+    @property
+    def whole_batch(self) -> bool:
+        return any(part.whole_batch for part in self.objectives)
+
+    @property
+    def takes_beta_scale(self) -> bool:
+        return all(part.takes_beta_scale for part in self.objectives)
+
+    def _leading_first(self) -> list[tuple[Objective, float]]:
+        parts = zip(self.objectives, self.weights, strict=True)
+        lead = next((k for k, part in enumerate(self.objectives) if part.has_logits), 0)
+        return [part for _, part in sorted(enumerate(parts), key=lambda numbered: numbered[0] != lead)]
+
+    def terms(self, errors, posterior_scale=None, beta_scale=None):
+        parts = [
+            (terms_of(part, errors, posterior_scale, beta_scale), weight) for part, weight in self._leading_first()
+        ]
+        first, weight = parts[0]
+        loss = weight * first.loss
+        for part, weight in parts[1:]:
+            loss = loss + weight * part.loss
+        return first._replace(loss=loss)
+
+    def kernel_terms(self) -> tuple[Epilogue, ...] | None:
+        terms: list[Epilogue] = []
+        for part, weight in self._leading_first():
+            own = part.kernel_terms()
+            if own is None or part.outer:
+                return None
+            terms += [_weighted(term, weight) for term in own]
+        return tuple(terms)
+
+    def epilogue(self) -> Epilogue | None:
+        return _packed(self.kernel_terms())
 
 
 class Listed(NamedTuple):
@@ -622,11 +854,13 @@ LISTED = {
     "ipo": Listed(IPO, "IPO"),
     "slic": Listed(SLiC, "SLiC"),
     "sft": Listed(SFT, "SFT"),
+    "rpo": Listed(RPO, "RPO"),
     "dpop": Listed(DPOP, "DPOP"),
     "dpo-shift": Listed(DPOShift, "DPO-Shift"),
     "sdpo": Listed(SDPO, "SDPO"),
     "dpo-clip-mask": Listed(DPOClipMask, "DPO-C&M"),
     "safeguarded": Listed(Safeguarded, "Safeguarded"),
+    "sum": Listed(Sum, "Sum"),
 }
 NAMES = tuple(LISTED)
 REGISTRY = Registry("objective", Objective, {name: listed.make for name, listed in LISTED.items()})
@@ -635,7 +869,8 @@ REGISTRY = Registry("objective", Objective, {name: listed.make for name, listed 
 def from_name(name: str, **hyperparameters: Any) -> Objective:
     """An objective by its name in configuration files, or by the import path of its class, "my_package.losses:Mine".
 
-    A hyper-parameter that is an objective itself, `base` of "safeguarded", is a mapping with a `name` of its own.
+    A hyper-parameter that is an objective itself, `base` of "safeguarded", is a mapping with a `name` of its own, and
+    `objectives` of "sum" a list of such.
 
     Raises:
         ConfigError: the name or a hyper-parameter is unknown, or a value is of the wrong type or out of range; all of
@@ -647,6 +882,12 @@ def from_name(name: str, **hyperparameters: Any) -> Objective:
 def label(settings: Mapping[str, Any]) -> str:
     """What figures and tables call the objective of a configuration's `objective` section."""
     name = settings["name"]
+    if name == "sum" and settings.get("objectives"):
+        parts = [label({"name": part} if isinstance(part, str) else part) for part in settings["objectives"]]
+        weights = settings.get("weights") or [1.0] * len(parts)
+        return " + ".join(
+            part if weight == 1 else f"{weight:g} {part}" for part, weight in zip(parts, weights, strict=True)
+        )
     own = LISTED[name].label if name in LISTED else name.rpartition(":")[2]
     return f"{own} {label(settings['base'])}" if isinstance(settings.get("base"), Mapping) else own
 

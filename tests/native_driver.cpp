@@ -166,17 +166,24 @@ int run(const Passes& passes, int policy, int target, int form, int reference, b
 
   fresh();
   Elements call;
-  call.kind = kind;
-  call.flags = flags;
   call.outer = outer;
-  for (double& number : call.parameters) number = 2.0;
-  call.parameters[PARAMETER_HALF_BETA] = 5.0;
-  call.parameters[PARAMETER_K2] = call.parameters[PARAMETER_WEIGHT] = flags % 2 ? 2.0 : 3.0;
-  call.parameters[PARAMETER_IPR_SCALE] = 1.0;
-  call.parameters[PARAMETER_EPS] = call.parameters[PARAMETER_CLIP] = 0.5;
-  call.parameters[PARAMETER_THRESHOLD] = call.parameters[PARAMETER_MU] = 0.1;
+  call.terms = outer ? 1 : 1 + int(numel % 2);  // a sum with the chosen error for every other size
+  call.formula[0].kind = kind;
+  call.formula[0].flags = flags;
+  call.formula[1].kind = KIND_SFT;
+  call.formula[1].flags = FLAG_TERM_WEIGHT | FLAG_TERM_WEIGHT_BETA;
+  for (int k = 0; k < call.terms; ++k) {
+    double (&parameters)[PARAMETERS] = call.formula[k].parameters;
+    for (double& number : parameters) number = 2.0;
+    parameters[PARAMETER_HALF_BETA] = 5.0;
+    parameters[PARAMETER_K2] = parameters[PARAMETER_WEIGHT] = flags % 2 ? 2.0 : 3.0;
+    parameters[PARAMETER_IPR_SCALE] = 1.0;
+    parameters[PARAMETER_EPS] = parameters[PARAMETER_CLIP] = 0.5;
+    parameters[PARAMETER_THRESHOLD] = parameters[PARAMETER_MU] = 0.1;
+  }
   const std::vector<double> scale(pairs, 0.25), posterior(pairs, 0.1), means(ELEMENT_MEANS * pairs, 0.5);
   call.posterior_scale = posterior.data();
+  call.beta_scale = posterior.data();
   std::vector<double> elements(ELEMENT_SUMS * chunks, NAN);
   call.sums = elements.data();
   if (!outer) {

@@ -57,10 +57,21 @@ OBJECTIVES = {
     "ipr": pf.PGDPO.ipr_only(),
     "outer-reward": pf.PGDPO(combine="outer"),
     "outer-attached": pf.PGDPO(B, combine="outer", detach_weights=False),
-    "safeguarded": pf.Safeguarded(pf.DPO(B)),
-    "safeguarded-anchor": pf.Safeguarded(pf.PGDPO(ipr="anchor"), mu=0.5),
-    "safeguarded-sdpo": pf.Safeguarded(pf.SDPO(B)),
-    "safeguarded-listing": pf.Safeguarded(pf.PGDPO.listing(k1=0.5, k2=0.5)),
+    "rpo": pf.RPO(B, 0.3),
+    "safeguarded": pf.Safeguarded(pf.DPO(B), scope="pair"),
+    "safeguarded-batch": pf.Safeguarded(pf.DPO(B), mu=0.6),
+    "safeguarded-anchor": pf.Safeguarded(pf.PGDPO(ipr="anchor"), mu=0.5, scope="pair"),
+    "safeguarded-sdpo": pf.Safeguarded(pf.SDPO(B), scope="pair"),
+    "safeguarded-listing": pf.Safeguarded(pf.PGDPO.listing(k1=0.5, k2=0.5), scope="pair"),
+    "sum": pf.DPO(B) + 0.3 * pf.SFT(),
+    "sum-of-one": 0.3 * pf.SFT(),
+    "sum-of-four": 0.5 * pf.SFT()
+    + 2.0 * pf.PGDPO(ipr="anchor")
+    + 0.7 * pf.Safeguarded(pf.SDPO(B, placement="inside"), scope="pair")
+    + pf.IPO(B),
+    "sum-of-lambdas": pf.Safeguarded(pf.RPO(B), mu=0.2) + 0.5 * pf.Safeguarded(pf.DPOP(B), mu=0.6, scope="pair"),
+    "sum-outer": pf.DPO(B) + 0.3 * pf.PGDPO(combine="outer"),
+    "safeguarded-sum": pf.Safeguarded(0.5 * pf.DPO(B) + pf.SFT(), mu=0.5, scope="pair"),
     **{
         f"{ratio}-{'detached' if detach else 'attached'}": pf.PGDPO(
             B, 2.0, 0.5, ratio=ratio, detach_weights=detach, ipr="anchor" if detach else "reward", eps=0.5
@@ -356,7 +367,8 @@ def test_a_pairs_bits_depend_on_nothing_but_the_pair(small_chunks, granularity):
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize(
-    "name", ["dpo", "ipo", "sft", "dpop", "logit-attached", "symmetric-attached", "signed-attached", "outer-attached"]
+    "name",
+    ["dpo", "ipo", "sft", "sum", "dpop", "logit-attached", "symmetric-attached", "signed-attached", "outer-attached"],
 )
 def test_gradcheck_runs_on_the_fused_path_itself(backend, granularity, name):
     batch = Batch(pairs=1, shape=(2, 2, 1, 2), dtype=torch.float64)
@@ -456,7 +468,7 @@ def operator_calls(backend):
                 batch = Batch(target=target, reference=reference, shape=(2, 2, 3, 5))
                 batch.run(pf.PGDPO(ipr="anchor"), backend, granularity=granularity)
         pair = tuple(t.detach().requires_grad_() for t in batch.prediction.chunk(2))
-        for objective in (pf.DPO(), pf.PGDPO(ipr="anchor", combine="outer"), pf.SDPO()):
+        for objective in (pf.DPO(), pf.PGDPO(ipr="anchor", combine="outer"), pf.SDPO(), OBJECTIVES["sum-of-four"]):
             for granularity in ("frame", "element"):
                 out = pf.preference_loss(
                     pair,
@@ -530,6 +542,41 @@ def test_one_binary_serves_every_number_of_pairs():
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == 5
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_a_sum_is_one_pass_like_each_of_its_terms(backend):
+    launched = []
+
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if str(function).startswith("pgdpo_fast"):
+                launched[-1].append(str(function).split(".")[1])
+            return function(*args, **(kwargs or {}))
+
+    for granularity in GRANULARITIES:
+        for objective in (pf.DPO(B), pf.DPO(B) + 0.3 * pf.SFT(), OBJECTIVES["sum-of-four"]):
+            launched.append([])
+            with Recorder():
+                Batch(granularity=granularity).run(objective, backend, granularity=granularity)
+        assert launched[-1] == launched[-2] == launched[-3] and len(launched[-1]) == 2
+
+
+@pytest.mark.parametrize("name", ["rpo", "sum-of-four", "safeguarded-sum", "safeguarded-batch"])
+def test_sums_compile_as_one_graph(name):
+    torch._dynamo.reset()
+    backend, batch = FUSED[-1], Batch()
+
+    def step(p, y, q, scale):
+        return pf.preference_loss(
+            p, y, q, objective=OBJECTIVES[name], posterior_scale=scale, beta_scale=scale + 0.5, backend=backend
+        ).loss
+
+    arguments = (batch.prediction, batch.target, batch.reference, batch.scale)
+    loss = torch.compile(step, fullgraph=True, backend="aot_eager")(*arguments)
+    expected = step(*arguments)
+    assert torch.equal(loss, expected)
+    assert torch.equal(*(torch.autograd.grad(x, batch.prediction)[0] for x in (loss, expected)))
 
 
 @pytest.mark.parametrize("backend", FUSED)
@@ -654,7 +701,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def numbers_in_python():
     """Every number that Python, Triton and C++ share: kinds, switches, forms and places, by the kernels' names."""
-    shared = {name: value for name, value in vars(objectives).items() if name.startswith(("KIND_", "FLAG_"))}
+    shared = {name: value for name, value in vars(objectives).items() if name.startswith(("KIND_", "FLAG_", "TERM_"))}
     shared |= {f"RATIO_{name.upper()}": place for place, name in enumerate(objectives.RATIOS)}
     shared |= {f"REFERENCE_{form.name}": form.value for form in operands.ReferenceForm}
     for prefix, places in {

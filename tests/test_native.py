@@ -37,7 +37,10 @@ OBJECTIVES = {
     "sdpo": pf.SDPO(100.0, clip=0.5),
     "clip-mask": pf.DPOClipMask(100.0, threshold=0.8),
     "sdpo-inside": pf.SDPO(100.0, clip=0.5, placement="inside"),
-    "safeguarded": pf.Safeguarded(pf.DPO(100.0)),
+    "rpo": pf.RPO(100.0, 0.3),
+    "safeguarded": pf.Safeguarded(pf.DPO(100.0), scope="pair"),
+    "safeguarded-batch": pf.Safeguarded(pf.DPO(100.0), mu=0.6),
+    "sum": 0.5 * pf.SFT() + pf.PGDPO(ipr="anchor") + 0.7 * pf.DPO(100.0) + 2.0 * pf.IPO(20.0),
     "pgdpo": pf.PGDPO(),
     "pgdpo-k": pf.PGDPO(k1=2.0, k2=0.5),
     "attached": pf.PGDPO(detach_weights=False),
@@ -177,7 +180,8 @@ EXTREME = [
         for ipr in ("reward", "anchor", "none")
         for combine in ("pointwise", "outer")
     ),
-    *(pf.Safeguarded(base) for base in (pf.DPO(1e4), pf.PGDPO(1e4, 100.0, 100.0))),
+    pf.RPO(1e4),
+    *(pf.Safeguarded(base, scope="pair") for base in (pf.DPO(1e4), pf.PGDPO(1e4, 100.0, 100.0))),
 ]
 
 

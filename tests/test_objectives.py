@@ -89,6 +89,11 @@ def dpop(free, held, c, beta, penalty):
     return softplus(-z), z, 1, 1, 1
 
 
+def rpo(free, held, c, beta, weight):
+    value, z, *rest = dpo(free, held, c, beta)
+    return value + weight * beta / 2 * free["e_w"], z, *rest
+
+
 def dpo_shift(free, held, c, beta, shift):
     r_w, r_l = rewards(free)
     z = beta / 2 * (r_w - shift * r_l)
@@ -132,6 +137,7 @@ CASES = {
     "slic": (pf.SLiC(delta=1.0, weight=0.5), slic, (m(5000), m(1), m(0.5), False)),
     "slic-hinge": (pf.SLiC(beta=30.0, delta=1.5, weight=0.5, hinge=True), slic, (m(30), m(1.5), m(0.5), True)),
     "sft": (pf.SFT(), sft, ()),
+    "rpo": (pf.RPO(beta=50.0, weight=0.25), rpo, (m(50), m(0.25))),
     "dpop": (pf.DPOP(beta=50.0, penalty=3.0), dpop, (m(50), m(3))),
     "dpo-shift": (pf.DPOShift(beta=50.0, shift=0.75), dpo_shift, (m(50), m(0.75))),
     "sdpo": (pf.SDPO(beta=50.0, clip=0.25), importance_dpo, (m(50), m(0.25), m(0))),
@@ -290,6 +296,7 @@ def test_every_objective_is_finite_at_the_extremes(dtype, beta):
         pf.SLiC(beta),
         pf.SLiC(beta, hinge=True),
         pf.SFT(),
+        pf.RPO(beta),
         pf.DPOP(beta, 50.0),
         pf.DPOShift(beta, 0.5),
         pf.SDPO(beta),
@@ -544,7 +551,7 @@ def test_a_safeguarded_step_never_raises_the_chosen_error(base, mu):
 def test_safeguarding_leaves_the_value_alone_and_scales_only_the_rejected_gradient(base):
     rows, mu, c = statistics(11, count=200), 0.25, 0.3
     plain, plain_grads = evaluate(base, rows, c)
-    guarded, grads = evaluate(pf.Safeguarded(base, mu), rows, c)
+    guarded, grads = evaluate(pf.Safeguarded(base, mu, "pair"), rows, c)
     for name in plain._fields:
         assert torch.equal(getattr(guarded, name), getattr(plain, name)), name
     scale = torch.tensor(
@@ -553,9 +560,92 @@ def test_safeguarding_leaves_the_value_alone_and_scales_only_the_rejected_gradie
     assert 0 < (scale < 1).sum() < len(rows)
     for k in range(5):
         torch.testing.assert_close(grads[k], plain_grads[k] * (scale if k in (1, 3) else 1), rtol=1e-12, atol=0)
+
+    rows = [(*row[:5], abs(row[5])) for row in rows]
+    guarded, grads = evaluate(pf.Safeguarded(base, 0.875), rows, c)
+    plain, plain_grads = evaluate(base, rows, c)
+    assert torch.equal(guarded.loss, plain.loss)
+    scale = 0.125 * sum(row[0] for row in rows) / sum(row[5] for row in rows)
+    assert 0 < scale < 1
+    for k in range(5):
+        torch.testing.assert_close(grads[k], plain_grads[k] * (scale if k in (1, 3) else 1), rtol=1e-12, atol=0)
     assert pf.Safeguarded(base).needs_reference == base.needs_reference
     assert pf.Safeguarded(base).needs_anchor == base.needs_anchor
     assert pf.Safeguarded(base).needs_posterior_scale == base.needs_posterior_scale
+
+
+def test_the_published_settings_of_the_safeguard():
+    """arXiv 2511.03317's code: one lambda a batch; mu by model, 0 where the script is not told."""
+    assert (pf.Safeguarded().mu, pf.Safeguarded().scope) == (0.0, "batch")
+    for preset, mu in (("sd15", 0.9), ("sd15_dspo", 0.2), ("sdxl", 0.6)):
+        made = getattr(pf.Safeguarded, preset)(pf.DPO(2000.0))
+        assert made == pf.Safeguarded(pf.DPO(2000.0), mu, "batch")
+
+
+# Sums.
+
+
+def test_a_sum_is_its_terms_added_up():
+    rows, c = statistics(3, count=60), 0.3
+    parts = ((pf.SFT(), 0.5), (pf.PGDPO(ipr="anchor"), 2.0), (pf.Safeguarded(pf.SDPO(50.0), scope="pair"), 0.25))
+    whole, grads = evaluate(0.5 * pf.SFT() + pf.PGDPO(ipr="anchor") * 2 + parts[2][0] * 0.25, rows, c)
+    each = [evaluate(objective, rows, c) for objective, _ in parts]
+    weighted = [sum(w * x for w, x in zip((0.5, 2.0, 0.25), column)) for column in zip(*(g for _, g in each))]  # noqa: B905
+    torch.testing.assert_close(whole.loss, sum(w * t.loss for (_, w), (t, _) in zip(parts, each, strict=True)))
+    for found, expected in zip(grads, weighted, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-300)
+    for name in ("logits", "alpha", "gamma", "importance"):
+        assert torch.equal(getattr(whole, name), getattr(each[1][0], name)), "SFT has no logits to tell of"
+
+
+def test_sums_are_laid_open_and_equal_objectives_counted_once():
+    dpo, sft = pf.DPO(50.0), pf.SFT()
+    assert dpo + sft == pf.Sum((dpo, sft)) == pf.Sum([dpo, sft], [1, 1])
+    assert 2 * (dpo + 0.5 * sft) + 3 * sft == pf.Sum((dpo, sft), (2.0, 4.0))
+    assert (dpo + 0.3 * sft).beta == (sft + dpo).beta == 50.0 and not hasattr(0.5 * sft, "beta")
+    rpo, by_hand = pf.RPO(50.0, 0.3), dpo + 7.5 * sft
+    rows = statistics(1)
+    torch.testing.assert_close(evaluate(rpo, rows)[0].loss, evaluate(by_hand, rows)[0].loss, rtol=1e-13, atol=0)
+    assert [t.kind for t in by_hand.kernel_terms()] == [t.kind for t in rpo.kernel_terms()]
+    assert (sft + dpo).epilogue() == (dpo + sft).epilogue(), "the term whose logits are told comes first"
+    assert (dpo + pf.PGDPO.listing()).epilogue() is None
+    assert sum((pf.DPO(b) for b in (1.0, 2.0, 3.0)), pf.DPO(4.0)).epilogue() is not None
+    assert sum((pf.DPO(b) for b in (1.0, 2.0, 3.0, 5.0)), pf.DPO(4.0)).epilogue() is None
+    for wrong in (lambda: dpo + 3, lambda: dpo * dpo, lambda: "2" * dpo):
+        with pytest.raises(TypeError):
+            wrong()
+    for weight in (0.0, -1.0, math.inf, math.nan, True):
+        with pytest.raises(ConfigError, match=r"Sum\.weights="):
+            weight * dpo
+    for objectives_, weights in (((), ()), ((dpo,), (1.0, 2.0)), ((pf.DPO,), ()), (dpo, ())):
+        with pytest.raises(ConfigError, match=r"Sum\.(objectives|weights)="):
+            pf.Sum(objectives_, weights)
+    with pytest.raises(ConfigError, match="not safeguarded itself"):
+        pf.Safeguarded(pf.Safeguarded(dpo) + sft)
+
+
+def test_a_sum_is_a_list_of_objectives_in_a_configuration():
+    parts = [{"name": "dpo", "beta": 50}, {"name": "safeguarded", "base": {"name": "ipo"}}, "sft"]
+    made = from_name("sum", objectives=parts, weights=[1, 0.5, 0.25])
+    assert made == pf.DPO(50.0) + 0.5 * pf.Safeguarded(pf.IPO()) + 0.25 * pf.SFT()
+    settings = objectives.REGISTRY.describe(made)
+    assert settings["objectives"][0] == {"name": "dpo", "beta": 50.0, "label_smoothing": 0.0}
+    assert objectives.REGISTRY.build(settings, "objective") == made
+    assert objectives.label(settings) == "DPO + 0.5 Safeguarded IPO + 0.25 SFT"
+    with pytest.raises(ConfigError) as error:
+        from_name("sum", objectives=[{"name": "dpo", "betta": 1}, {"name": "sfd"}, 3], weights=[1, -2], wieght=1)
+    for expected in (
+        "objective.objectives[0].betta: dpo takes beta, label_smoothing; did you mean 'beta'?",
+        "objective.objectives[1].name='sfd': expected one of",
+        "objective.objectives[2]=3: expected a mapping with the key 'name'",
+        "objective.weights=-2.0: expected a number above 0",
+        "objective.wieght: sum takes objectives, weights; did you mean 'weights'?",
+    ):
+        assert expected in str(error.value), expected
+    with pytest.raises(ConfigError, match=r"objective.objectives='dpo': expected a list of mappings"):
+        from_name("sum", objectives="dpo")
+    with pytest.raises(ConfigError, match=r"objective.weights=.*expected one number for every objective"):
+        from_name("sum", objectives=["dpo", "sft", "ipo"], weights=[1, 2])
 
 
 # Kernel form.
@@ -567,7 +657,9 @@ def test_an_epilogue_is_plain_numbers_by_name(case):
     for o in (objective, pf.Safeguarded(objective)):
         kind, flags, parameters = o.epilogue()
         assert type(kind) is int and type(flags) is int and all(type(p) is float for p in parameters)
-        assert type(parameters) is objectives.Parameters
+        for term in o.kernel_terms():
+            assert type(term.parameters) is objectives.Parameters
+            assert term.kind < 2**objectives.TERM_KIND_BITS and term.flags < 2**objectives.TERM_FLAG_BITS
     distinct = {o.epilogue() for o, _, _ in CASES.values()}
     # combine is not the kernel's business; everything else that differs must differ for the kernel too
     assert len(distinct) == len(
@@ -584,7 +676,18 @@ def test_an_epilogue_is_plain_numbers_by_name(case):
 
 NUMBERS = [
     (cls, f.name)
-    for cls in (pf.DPO, pf.PGDPO, pf.IPO, pf.SLiC, pf.DPOP, pf.DPOShift, pf.SDPO, pf.DPOClipMask, pf.Safeguarded)
+    for cls in (
+        pf.DPO,
+        pf.PGDPO,
+        pf.IPO,
+        pf.SLiC,
+        pf.RPO,
+        pf.DPOP,
+        pf.DPOShift,
+        pf.SDPO,
+        pf.DPOClipMask,
+        pf.Safeguarded,
+    )
     for f in dataclasses.fields(cls)
     if f.type == "float"
 ]
@@ -622,6 +725,7 @@ CHOICES = [
     (pf.PGDPO, "detach_weights", False),
     (pf.SLiC, "hinge", True),
     (pf.SDPO, "placement", "inside"),
+    (pf.Safeguarded, "scope", "pair"),
     (pf.DPOClipMask, "placement", "inside"),
 ]
 
@@ -703,6 +807,8 @@ def test_the_docs_list_every_name_with_its_class_label_and_defaults():
 
 
 def _as_yaml(value):
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_as_yaml, value)) + "]"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {_as_yaml(item)}" for key, item in value.items()) + "}"
     return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)

@@ -112,9 +112,25 @@ Tensor pair_errors(PGDPO_OPERANDS, PGDPO_PLAN) {
   return means;
 }
 
-void read_parameters(const std::vector<double>& from, double (&to)[PARAMETERS]) {
-  STD_TORCH_CHECK(from.size() == PARAMETERS, "parameters: expected ", int(PARAMETERS), " numbers");
-  for (size_t i = 0; i < from.size(); ++i) to[i] = from[i];
+// The formulas an objective adds up.
+std::vector<Formula> formulas_of(const Epilogue& epilogue) {
+  const std::vector<double>& numbers = epilogue.parameters;
+  const size_t terms = numbers.size() / PARAMETERS;
+  STD_TORCH_CHECK(terms >= 1 && terms <= TERM_LIMIT && numbers.size() == terms * PARAMETERS, "parameters: expected ",
+                  int(PARAMETERS), " numbers for each of at most ", int(TERM_LIMIT), " terms");
+  std::vector<Formula> out(terms);
+  for (size_t k = 0; k < terms; ++k) {
+    out[k].kind = int(epilogue.kind >> (k * TERM_KIND_BITS)) & ((1 << TERM_KIND_BITS) - 1);
+    out[k].flags = int(epilogue.flags >> (k * TERM_FLAG_BITS)) & ((1 << TERM_FLAG_BITS) - 1);
+    for (int i = 0; i < PARAMETERS; ++i) out[k].parameters[i] = numbers[k * PARAMETERS + i];
+  }
+  return out;
+}
+
+bool any_flag(const std::vector<Formula>& formulas, int flag) {
+  for (const Formula& formula : formulas)
+    if (formula.flags & flag) return true;
+  return false;
 }
 
 std::tuple<Tensor, Tensor, Tensor> pair_objective(PGDPO_OPERANDS, const MaybeTensor& reference_errors, PGDPO_NUMBERS,
@@ -128,13 +144,17 @@ std::tuple<Tensor, Tensor, Tensor> pair_objective(PGDPO_OPERANDS, const MaybeTen
   const std::vector<double> weights = numbers(weight, "weight", rows);
   const std::vector<double> posterior = numbers(posterior_scale, "posterior_scale", pairs);
   const std::vector<double> beta_scales = numbers(beta_scale, "beta_scale", rows);
-  double unscaled[PARAMETERS], formula_numbers[PARAMETERS];
-  read_parameters(parameters, unscaled);
-  memcpy(formula_numbers, unscaled, sizeof(unscaled));
-  STD_TORCH_CHECK(!(flags & FLAG_IMPORTANCE) || posterior_scale, "posterior_scale: the objective needs it");
+  const std::vector<Formula> formulas = formulas_of(PGDPO_PASS_EPILOGUE);
+  STD_TORCH_CHECK(!any_flag(formulas, FLAG_IMPORTANCE) || posterior_scale, "posterior_scale: the objective needs it");
   const std::vector<double> sums = errors(x, anchor, cross);
   const bool gaps = x.pair.reference_form != REFERENCE_NONE || reference_errors;
   const double nan = std::numeric_limits<double>::quiet_NaN();
+  double batch_chosen = 0, batch_cross = 0;
+  if (any_flag(formulas, FLAG_SAFEGUARD_BATCH))
+    for (int64_t row = 0; row < rows; ++row) {
+      batch_chosen += mean_of(x, sums, STATISTIC_POLICY_CHOSEN, row);
+      batch_cross += mean_of(x, sums, STATISTIC_CROSS, row);
+    }
   double total = 0;
   for (int64_t row = 0; row < rows; ++row) {
     double mean[STATISTICS];
@@ -151,11 +171,21 @@ std::tuple<Tensor, Tensor, Tensor> pair_objective(PGDPO_OPERANDS, const MaybeTen
       e.gap_chosen = telemetry_out.rounded(e.policy_chosen) - reference[row];
       e.gap_rejected = telemetry_out.rounded(e.policy_rejected) - reference[rows + row];
     }
-    if (!beta_scales.empty()) {
-      memcpy(formula_numbers, unscaled, sizeof(unscaled));
-      scale_beta(int(flags), beta_scales[row], formula_numbers);
+    Terms<double> t{};
+    for (size_t k = 0; k < formulas.size(); ++k) {
+      Formula formula = formulas[k];
+      if (!beta_scales.empty()) formula.scale_beta(beta_scales[row]);
+      Terms<double> term = pgdpo::objective<double>(formula.kind, formula.flags, formula.parameters, e);
+      if (formula.flags & FLAG_SAFEGUARD_BATCH)
+        term.by_rejected *= safeguard<double>(formula.parameters, batch_chosen, batch_cross);
+      const double part = formula.parameters[PARAMETER_TERM_WEIGHT];
+      const double loss_before = t.loss, by_chosen = t.by_chosen, by_rejected = t.by_rejected, by_anchor = t.by_anchor;
+      if (k == 0) t = term;
+      t.loss = loss_before + part * term.loss;
+      t.by_chosen = by_chosen + part * term.by_chosen;
+      t.by_rejected = by_rejected + part * term.by_rejected;
+      t.by_anchor = by_anchor + part * term.by_anchor;
     }
-    const Terms<double> t = pgdpo::objective<double>(int(kind), int(flags), formula_numbers, e);
     const double w = weights.empty() ? 1.0 : weights[row], scale = w * 2.0 / (double(count) * double(rows));
     const auto tell = [&](TelemetryRow k, double value) { telemetry_out.set(k * rows + row, value); };
     tell(TELEMETRY_PER_PAIR_LOSS, t.loss);
@@ -197,12 +227,15 @@ struct ElementCall : Elements {
       : row_scale(numbers(per_pair.weight, "weight", x.pair.pairs)),
         posterior(numbers(per_pair.posterior_scale, "posterior_scale", x.pair.pairs)),
         beta_scales(numbers(per_pair.beta_scale, "beta_scale", x.pair.pairs)) {
-    kind = int(epilogue.kind);
-    flags = int(epilogue.flags);
+    const std::vector<Formula> formulas = formulas_of(epilogue);
+    terms = int(formulas.size());
+    for (int k = 0; k < terms; ++k) formula[k] = formulas[k];
     outer = outer_;
-    read_parameters(epilogue.parameters, parameters);
-    STD_TORCH_CHECK(!(flags & FLAG_IMPORTANCE) || per_pair.posterior_scale, "posterior_scale: the objective needs it");
-    STD_TORCH_CHECK(!outer || (kind == KIND_PGDPO && (flags & (FLAG_IPR_REWARD | FLAG_IPR_ANCHOR))),
+    STD_TORCH_CHECK(!any_flag(formulas, FLAG_IMPORTANCE) || per_pair.posterior_scale,
+                    "posterior_scale: the objective needs it");
+    STD_TORCH_CHECK(!any_flag(formulas, FLAG_SAFEGUARD_BATCH), "an element pass knows nothing of the batch");
+    STD_TORCH_CHECK(!outer || (terms == 1 && formula[0].kind == KIND_PGDPO &&
+                               (formula[0].flags & (FLAG_IPR_REWARD | FLAG_IPR_ANCHOR))),
                     "outer: is PG-DPO's, with a regularizer");
     posterior_scale = posterior.empty() ? nullptr : posterior.data();
     beta_scale = beta_scales.empty() ? nullptr : beta_scales.data();
@@ -248,11 +281,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pair_elements(PGDPO_OPERANDS,
     means_out.set(MEAN_COMPLEMENT * pairs + pair, mean[SUM_COMPLEMENT]);
     means_out.set(MEAN_IMPLICIT * pairs + pair, mean[SUM_IMPLICIT]);
     if (outer) {
-      double scaled[PARAMETERS];
-      memcpy(scaled, call.parameters, sizeof(scaled));
-      if (call.beta_scale != nullptr) scale_beta(call.flags, call.beta_scale[pair], scaled);
+      Formula formula = call.formula[0];
+      if (call.beta_scale != nullptr) formula.scale_beta(call.beta_scale[pair]);
       loss_of_pair = mean[TELEMETRY_GAMMA] * loss_of_pair +
-                     scaled[PARAMETER_IPR_SCALE] * mean[SUM_COMPLEMENT] * mean[SUM_IMPLICIT];
+                     formula.parameters[PARAMETER_IPR_SCALE] * mean[SUM_COMPLEMENT] * mean[SUM_IMPLICIT];
     }
     if (reference_form == REFERENCE_NONE)
       mean[TELEMETRY_CHOSEN_GAP] = mean[TELEMETRY_REJECTED_GAP] = std::numeric_limits<double>::quiet_NaN();

@@ -398,6 +398,7 @@ struct Stage {
   S parameters[PARAMETERS];
   S scale, posterior_scale;
   S means[ELEMENT_MEANS];
+  S weight;  // of the formula in a sum; scale has it already
 };
 
 // An objective with a logistic is a long chain of dependent arithmetic, of which a processor overlaps few at a time.
@@ -511,34 +512,73 @@ RunObjective<S> outer_objective(int flags, bool with_gradients) {
                         : run_objective<S, KIND_PGDPO, ANY, true, SUMS>;
 }
 
+// The formulas of a sum one after another: losses and gradients are added up, the rest is the first one's.
+template <class S>
+void run_sum(const Stage<S>* stages, const RunObjective<S>* run, int terms, Block<S>& block, int count,
+             Vec<S> (&sums)[OBJECTIVE_SUMS]) {
+  using V = Vec<S>;
+  alignas(64) S total_w[BLOCK], total_l[BLOCK];
+  for (int k = 0; k < terms; ++k) {
+    V own[OBJECTIVE_SUMS];
+    for (V& plane : own) plane = V(S(0));
+    run[k](stages[k], block, count, own);
+    sums[OF_LOSS] = sums[OF_LOSS] + V(stages[k].weight) * own[OF_LOSS];
+    for (int plane = OF_LOSS + 1; k == 0 && plane < OBJECTIVE_SUMS; ++plane) sums[plane] = sums[plane] + own[plane];
+    for (int i = 0; i < count; i += V::width) {
+      const V by_chosen = V::at(block.gradient_w + i), by_rejected = V::at(block.gradient_l + i);
+      (k == 0 ? by_chosen : V::at(total_w + i) + by_chosen).to(total_w + i);
+      (k == 0 ? by_rejected : V::at(total_l + i) + by_rejected).to(total_l + i);
+    }
+  }
+  for (int i = 0; i < count; i += V::width) {
+    V::at(total_w + i).to(block.gradient_w + i);
+    V::at(total_l + i).to(block.gradient_l + i);
+  }
+}
+
 template <class S, int D>
 void elements(const Pair& x, const Elements& call, int64_t begin, int64_t end) {
   using V = Vec<S>;
   const bool with_gradients = call.scale != nullptr;
-  const bool one_sigmoid = call.kind == KIND_PGDPO && call.parameters[PARAMETER_K1] == call.parameters[PARAMETER_K2];
-  // Which numbers follow beta is no business of the formulas, whose versions know nothing of FLAG_IPR_BETA.
-  const int flags = (call.flags & ~FLAG_IPR_BETA) | (one_sigmoid ? FLAG_ONE_SIGMOID : 0);
-  const RunObjective<S> run =
-      call.outer ? outer_objective<S>(flags, with_gradients) : pointwise_objective<S>(call.kind, flags);
-  const bool anchor = call.kind == KIND_PGDPO && (call.flags & FLAG_IPR_ANCHOR);
-  const int dtype = D == MIXED ? call.gradient[0].dtype : D;
-  Stage<S> stage{call.kind, flags, {}, S(0), S(0), {}};
-  const auto set_parameters = [&](double beta_scale) {
-    double scaled[PARAMETERS];
-    memcpy(scaled, call.parameters, sizeof(scaled));
-    if (beta_scale != 1.0) scale_beta(call.flags, beta_scale, scaled);
-    for (int k = 0; k < PARAMETERS; ++k) stage.parameters[k] = S(scaled[k]);
+  Stage<S> stages[TERM_LIMIT] = {};
+  RunObjective<S> run[TERM_LIMIT] = {};
+  bool anchor = false, plain = call.terms == 1;
+  double weights[TERM_LIMIT];
+  const auto prepare = [&](double beta_scale) {
+    for (int k = 0; k < call.terms; ++k) {
+      Formula formula = call.formula[k];
+      if (beta_scale != 1.0) formula.scale_beta(beta_scale);
+      for (int i = 0; i < PARAMETERS; ++i) stages[k].parameters[i] = S(formula.parameters[i]);
+      weights[k] = formula.parameters[PARAMETER_TERM_WEIGHT];
+      stages[k].weight = S(weights[k]);
+    }
   };
-  set_parameters(1.0);
+  prepare(1.0);
+  for (int k = 0; k < call.terms; ++k) {
+    const Formula& formula = call.formula[k];
+    const bool one_sigmoid =
+        formula.kind == KIND_PGDPO && formula.parameters[PARAMETER_K1] == formula.parameters[PARAMETER_K2];
+    // The versions know nothing of what is settled here.
+    constexpr int settled = FLAG_IPR_BETA | FLAG_TERM_WEIGHT | FLAG_TERM_WEIGHT_BETA;
+    stages[k].kind = formula.kind;
+    stages[k].flags = (formula.flags & ~settled) | (one_sigmoid ? FLAG_ONE_SIGMOID : 0);
+    run[k] = call.outer ? outer_objective<S>(stages[k].flags, with_gradients)
+                        : pointwise_objective<S>(formula.kind, stages[k].flags);
+    anchor = anchor || (formula.kind == KIND_PGDPO && (formula.flags & FLAG_IPR_ANCHOR));
+    plain = plain && !(formula.flags & FLAG_TERM_WEIGHT);
+  }
+  const int dtype = D == MIXED ? call.gradient[0].dtype : D;
   Block<S> block{};
   for (int64_t c = begin; c < end; ++c) {
     const Chunk at(x, c);
     const Reader<S, D> reader(x, at, true);
-    if (with_gradients) stage.scale = S(call.scale[at.pair]);
-    if (call.beta_scale != nullptr) set_parameters(call.beta_scale[at.pair]);
-    if (call.posterior_scale != nullptr) stage.posterior_scale = S(call.posterior_scale[at.pair]);
+    if (call.beta_scale != nullptr) prepare(call.beta_scale[at.pair]);
+    for (int k = 0; k < call.terms; ++k) {
+      if (with_gradients) stages[k].scale = S(call.scale[at.pair] * weights[k]);
+      if (call.posterior_scale != nullptr) stages[k].posterior_scale = S(call.posterior_scale[at.pair]);
+    }
     if (call.means != nullptr)
-      for (int k = 0; k < ELEMENT_MEANS; ++k) stage.means[k] = S(call.means[k * x.pairs + at.pair]);
+      for (int k = 0; k < ELEMENT_MEANS; ++k) stages[0].means[k] = S(call.means[k * x.pairs + at.pair]);
     char* out[2] = {row_start(call.gradient[0], at.pair, at.start), row_start(call.gradient[1], at.pair, at.start)};
     Sums<V, ERROR_SUMS> errors;
     Sums<V, OBJECTIVE_SUMS> terms;
@@ -567,7 +607,10 @@ void elements(const Pair& x, const Elements& call, int64_t begin, int64_t end) {
           },
           [&](auto, const Differences<V>& d, int i, int) PGDPO_LAMBDA { hold(d, i - first); });
       memcpy(errors.narrow, part, sizeof(part));
-      run(stage, block, count, terms.narrow);
+      if (plain)
+        run[0](stages[0], block, count, terms.narrow);
+      else
+        run_sum(stages, run, call.terms, block, count, terms.narrow);
       if (with_gradients) {
         const S* gradient[2] = {block.gradient_w, block.gradient_l};
         for (int side = 0; side < 2; ++side) {

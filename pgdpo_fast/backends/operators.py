@@ -25,7 +25,7 @@ from pgdpo_fast.backends.operands import (
     ReferenceForm,
     Telemetry,
 )
-from pgdpo_fast.objectives import Epilogue, GroupErrors, Parameters
+from pgdpo_fast.objectives import Epilogue, GroupErrors
 
 _TYPES = {
     Tensor: "Tensor",
@@ -33,7 +33,7 @@ _TYPES = {
     bool: "bool",
     int: "int",
     ReferenceForm: "int",
-    Parameters: "float[]",
+    tuple[float, ...]: "float[]",
     list[Tensor]: "Tensor[]",
     list[int]: "int[]",
     str: "str",

@@ -75,14 +75,14 @@ def _interpreter_reason(version: str) -> str | None:
     return None
 
 
-_resident: dict[tuple[Parameters, torch.dtype, torch.device], Tensor] = {}
+_resident: dict[tuple[tuple[float, ...], torch.dtype, torch.device], Tensor] = {}
 
 
 def _parameters(epilogue: Epilogue, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The objective's numbers on the device, copied there once and kept for good: another stream or a captured graph
     may read them at any time. A capture must not copy from the host: numbers it is the first to use are filled in by
     kernels of the graph, all others cost no launch."""
-    key = Parameters._make(epilogue.parameters), dtype, device
+    key = tuple(epilogue.parameters), dtype, device
     if (held := _resident.get(key)) is not None:
         return held
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -91,6 +91,11 @@ def _parameters(epilogue: Epilogue, dtype: torch.dtype, device: torch.device) ->
             filled[place].fill_(value)
         return filled
     return _resident.setdefault(key, torch.tensor(key[0], dtype=dtype, device=device))
+
+
+def _terms(epilogue: Epilogue) -> int:
+    """Formulas added up in a sum of objectives."""
+    return len(epilogue.parameters) // len(Parameters._fields)
 
 
 def _guard(device: torch.device):
@@ -263,6 +268,7 @@ def fold_objective(
             count=count,
             KIND=epilogue.kind,
             FLAGS=epilogue.flags,
+            TERMS=_terms(epilogue),
             GAPS=gaps,
             REFERENCE_ERRORS=reference_errors is not None,
             WEIGHTED=numbers.weight is not None,
@@ -435,6 +441,8 @@ def _launch_elements(
             seg_len=plan.length,
             KIND=epilogue.kind,
             FLAGS=epilogue.flags,
+            TERMS=_terms(epilogue),
+            ANCHOR=plan.anchor,
             OUTER=outer,
             WITH_SUMS=partial is not None,
             GRADS=gradients is not None,
