@@ -26,15 +26,16 @@ class PlainProgress:
         self.title, self.write, self.clock, self.dropped = title, write, clock, 0
         self.began = self.told = clock()
         self.first: int | None = None  # items that an earlier call had finished
+        self.done: int | None = None  # as last told
 
     def __call__(self, done: int, total: int) -> None:
         now = self.clock()
         begins = self.first is None
         if self.first is None:
             self.first, self.began = done, now
-        if not begins and done < total and now - self.told < SECONDS:
+        if done == self.done or not (begins or done >= total or now - self.told >= SECONDS):
             return
-        self.told = now
+        self.told, self.done = now, done
         worked, seconds = done - self.first, now - self.began
         parts = [f"{done} of {total} ({done / total:.0%})" if total else "0 of 0"]
         if worked and seconds > 0:

@@ -238,7 +238,7 @@ def pad_text(texts: Sequence[torch.Tensor], length: int | None = None) -> torch.
     if longest > length:
         raise DataError(
             f"a prompt embedding has {longest} rows, the model takes {length}; set model.text_tokens={longest}, or "
-            "encode with the --text of the model's family"
+            f"encode with max_length={length}, which the --text of the model's family has"
         )
     padded = texts[0].new_zeros(len(texts), length, texts[0].shape[1])
     for row, text in zip(padded, texts, strict=True):
