@@ -3,13 +3,15 @@
 import base64
 import json
 import math
+import os
 import re
+import signal
 
 import pytest
 
 from pgdpo_fast.cli import main
 from pgdpo_fast.data.video import read_video
-from pgdpo_fast.errors import ConfigError, DataError
+from pgdpo_fast.errors import ConfigError, DataError, Preempted
 
 METHODS = ("DPO", "PG-DPO")
 FIGURES = ("chosen_reward", "rejected_reward", "margin", "accuracy", "step_seconds")
@@ -112,18 +114,18 @@ def test_work_cut_short_is_thrown_away_not_read(tmp_path, monkeypatch):
 
     def killed(folder, *arguments, **options):
         render(folder, 2, 0, frames=5, height=16, width=16)
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patched:
         patched.setattr(demo_stages, "render_pairs", killed)
-        assert main(["demo", "--fast", "--out", str(out)]) == 130
+        assert main(["demo", "--fast", "--out", str(out)]) == Preempted.exit_code
     assert not (out / "clips").exists()
 
     def stop(*arguments, **options):
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(demo_stages, "encode_manifest", stop)
-    assert main(["demo", "--fast", "--out", str(out)]) == 130
+    assert main(["demo", "--fast", "--out", str(out)]) == Preempted.exit_code
     assert len((out / "clips" / "manifest.jsonl").read_text().splitlines()) == 16
 
 
