@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 
@@ -36,6 +37,7 @@ __all__ = [
     "fsync_path",
     "hashed_shard",
     "laid_out",
+    "make_folder",
     "open_shard",
     "read_json",
     "real_folder",
@@ -199,6 +201,17 @@ def _unwritable(path: Path, error: OSError) -> DataError:
         f"{shown}: could not be written ({error.strerror or error}); free space, fix the folder's permissions or "
         "choose another folder, then run the same command again"
     )
+
+
+def make_folder(folder: str | os.PathLike) -> None:
+    """Make a folder for what a command will write at its end; DataError now, before the work, where that cannot be."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _unwritable(folder, error) from error
 
 
 def remove_temporaries(folder: str | os.PathLike, *names: str) -> None:
@@ -410,8 +423,14 @@ def exclusive_lock(folder: str | os.PathLike) -> Iterator[None]:
     import fcntl
 
     folder = Path(folder)
+    for attempt in range(3):  # a holder that is done may remove the folder's parent after it was made
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            break
+        except OSError as error:
+            if attempt == 2 or not isinstance(error, FileNotFoundError):
+                raise _unwritable(folder, error) from error
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     except FileNotFoundError:  # its holder was done with it and removed it after mkdir
         raise BusyError(f"{folder}: another process has just removed it; run the same command again") from None

@@ -59,6 +59,7 @@ class Bench:
         from pgdpo_fast.bench import harness, report, table
         from pgdpo_fast.devices import select_device, select_dtype
         from pgdpo_fast.errors import ConfigError, DataError
+        from pgdpo_fast.storage import make_folder
 
         device = select_device(self.device, "--device")
         dtypes = [str(select_dtype(name, "--dtype")).removeprefix("torch.") for name in self.dtype]
@@ -82,6 +83,8 @@ class Bench:
             raise ConfigError(
                 "nothing to time: granularity element has no errors form; add --reference-form predictions"
             )
+        if self.out is not None:
+            make_folder(self.out)
         seed = secrets.randbelow(2**31) if self.seed is None else self.seed
         with _progress() as progress:
             result = table.run(cases, device, seed=seed, budget=harness.Budget(self.seconds), progress=progress)

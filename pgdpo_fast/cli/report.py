@@ -24,7 +24,10 @@ class Report:
 
     def run(self) -> int:
         from pgdpo_fast.analysis.report import render_report
+        from pgdpo_fast.storage import make_folder
 
+        if self.out is not None:
+            make_folder(self.out)
         out = self.out or (self.runs[0] if len(self.runs) == 1 else Path("."))
         report = render_report(self.runs, out, title=self.title)
         print(f"report   {report.html}\nsummary  {report.summary}")
