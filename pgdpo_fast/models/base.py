@@ -29,6 +29,7 @@ from pgdpo_fast.storage import follow_umask
 __all__ = ["ModelAdapter", "NoisedBatch", "adapters_off"]
 
 ADAPTER = "default"
+START = "start"  # frozen adapters that another run has trained: the reference's, and what the policy's start from
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -162,6 +163,30 @@ class ModelAdapter:
         self.check_dtypes(model)
         return model
 
+    def start_from(self, model: nn.Module, directory: Path) -> None:
+        """Give a loaded network what another run has exported: every weight, or frozen adapters beside them.
+
+        Raises:
+            ConfigError: adapters, and every weight is to be trained.
+            DataError: the weights are those of another network, or of adapters of another size.
+        """
+        if not (directory / LORA_FILE).is_file():
+            self._copy_stored(dict(model.named_parameters()), directory, cast=True)
+            return
+        if self.config.train == "full":
+            raise ConfigError(
+                f"model.start={self.config.start!r} holds LoRA weights, and model.train='full' trains no adapters; "
+                "set it to lora"
+            )
+        self._add_adapter(model, START)
+        started = {
+            f"{self.lora_prefix}.{name.replace(f'.{START}.', '.')}": parameter
+            for name, parameter in model.named_parameters()
+            if START in name.split(".")
+        }
+        self._copy_stored(started, directory)
+        model.requires_grad_(False)
+
     def on_meta_device(self) -> nn.Module:
         """The policy without its weights, on the meta device: for counting. Raises ConfigError like `load`."""
         with torch.device("meta"):
@@ -232,7 +257,7 @@ class ModelAdapter:
         """fp32 for LoRA weights and the family's fp32 layers, the compute dtype for the rest."""
         parts = name.split(".")
         islands = getattr(model, "_keep_in_fp32_modules", None) or ()
-        if ADAPTER in parts or any(island in parts for island in islands):
+        if ADAPTER in parts or START in parts or any(island in parts for island in islands):
             return torch.float32
         return self.dtype
 
@@ -294,11 +319,19 @@ class ModelAdapter:
     # -- LoRA
 
     def _add_lora(self, model: nn.Module) -> None:
+        self._add_adapter(model, ADAPTER)
+        parameters = dict(model.named_parameters())
+        for name, parameter in parameters.items():
+            if START in name.split("."):
+                parameters[name.replace(f".{START}.", f".{ADAPTER}.")].data.copy_(parameter)
+
+    def _add_adapter(self, model: nn.Module, name: str) -> None:
         import peft
 
         lora = self.config.lora
         targets = list(lora.targets or self.lora_targets)
-        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        modules = model.named_modules()
+        linear = [name.removesuffix(".base_layer") for name, module in modules if isinstance(module, nn.Linear)]
         for target in targets:
             if not any(name == target or name.endswith(f".{target}") for name in linear):
                 known = sorted(
@@ -311,9 +344,11 @@ class ModelAdapter:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.init_seed)
             if hasattr(model, "add_adapter"):
-                model.add_adapter(peft_config, adapter_name=ADAPTER)
+                model.add_adapter(peft_config, adapter_name=name)
             else:
-                peft.inject_adapter_in_model(peft_config, model, ADAPTER)
+                peft.inject_adapter_in_model(peft_config, model, name)
+        for layer in _adapted(model):
+            layer.set_adapter(name)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -347,8 +382,11 @@ class ModelAdapter:
         Raises:
             DataError: a weight is missing, unknown, or of another shape or dtype.
         """
-        for name, parameter, stored in self._stored(model, directory):
-            if stored.shape != parameter.shape or stored.dtype != parameter.dtype:
+        self._copy_stored(dict(self._exported(model)), directory)
+
+    def _copy_stored(self, into: Mapping[str, Tensor], directory: Path, cast: bool = False) -> None:
+        for name, parameter, stored in self._stored(into, directory):
+            if stored.shape != parameter.shape or (stored.dtype != parameter.dtype and not cast):
                 raise DataError(
                     f"{directory}: {name} is {stored.dtype} {tuple(stored.shape)}, the network has "
                     f"{parameter.dtype} {tuple(parameter.shape)}"
@@ -358,7 +396,7 @@ class ModelAdapter:
 
     def check_export(self, model: nn.Module, directory: Path) -> None:
         """Read an export back and compare it with the network, bit for bit; raises DataError where they differ."""
-        for name, parameter, stored in self._stored(model, directory):
+        for name, parameter, stored in self._stored(dict(self._exported(model)), directory):
             if stored.dtype != parameter.dtype or not torch.equal(stored, parameter.detach().cpu()):
                 raise DataError(
                     f"{directory}: {name} read back differs from the network; the disk or its driver is damaging files"
@@ -371,14 +409,13 @@ class ModelAdapter:
             elif parameter.requires_grad:
                 yield f"{self.lora_prefix}.{name.replace(f'.{ADAPTER}.', '.')}", parameter
 
-    def _stored(self, model: nn.Module, directory: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
+    def _stored(self, exported: Mapping[str, Tensor], directory: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
         from safetensors import safe_open
 
         where = {}
         for file in sorted(directory.glob("*.safetensors")):
             with safe_open(file, "pt") as shard:
                 where |= {key: file for key in shard.keys()}
-        exported = dict(self._exported(model))
         if different := sorted(where.keys() ^ exported.keys()):
             raise DataError(
                 f"{directory}: {different[0]} is {'not in the network' if different[0] in where else 'missing'} "
@@ -392,21 +429,26 @@ class ModelAdapter:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Run the network without its LoRA adapters; they and their requires_grad come back at the end.
+    """Run the network without the LoRA adapters that are trained: with those it started from, or none.
 
     Run the reference's forward before the policy's: toggling between a checkpointed forward and its backward makes
     recomputation disagree.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    layers = _adapted(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for layer in layers:
-        layer.enable_adapters(False)
+        layer.set_adapter(START) if START in layer.lora_A else layer.enable_adapters(False)
     try:
         yield
     finally:
         for layer in layers:
-            layer.enable_adapters(True)
+            layer.set_adapter(ADAPTER) if START in layer.lora_A else layer.enable_adapters(True)
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+def _adapted(model: nn.Module) -> list[nn.Module]:
+    """The layers of a network that have adapters."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]

@@ -48,6 +48,13 @@ class ModelConfig:
         decides="reference",
         content="weights",
     )
+    start: str | None = setting(
+        None,
+        "run, checkpoint or folder of exported weights that policy and reference start from: another run's LoRA or "
+        "network, on top of path or architecture",
+        decides="reference",
+        content="weights",
+    )
     init_seed: int = setting(
         0, "seed of random weights (architecture, LoRA)", minimum=0, decides="reference", content="weights"
     )

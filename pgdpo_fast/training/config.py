@@ -42,7 +42,7 @@ CHANGEABLE = (
 # What a run cannot do without.
 NEEDED = ("data.store", "output.dir")
 # Settings that are paths: a leading ~ is the home folder.
-PATHS = ("data.store", "data.reference_cache", "model.path", "output.dir")
+PATHS = ("data.store", "data.reference_cache", "model.path", "model.start", "output.dir")
 
 __all__ = ["DataConfig", "OutputConfig", "TrainConfig", "TrainingConfig", "describe_settings", "load_config"]
 

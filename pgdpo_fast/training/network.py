@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
 from pgdpo_fast.data.latent_store import LatentStore
 from pgdpo_fast.errors import ConfigError
 from pgdpo_fast.models import ModelAdapter, adapter_from_config
+from pgdpo_fast.training.checkpoint import MANIFEST, WEIGHTS, check_checkpoint, find_checkpoint
 from pgdpo_fast.training.config import TrainConfig
 from pgdpo_fast.training.measure import check_weights
 
-__all__ = ["open_network"]
+__all__ = ["open_network", "started_from"]
+
+
+def started_from(start: str) -> Path:
+    """The folder of exported weights that `model.start` names, of a run's newest whole checkpoint.
+
+    Raises:
+        ConfigError: there are none. DataError: the checkpoint is damaged.
+    """
+    path = Path(start)
+    if (path / "checkpoints").is_dir() and (found := find_checkpoint(path / "checkpoints", lambda text: None)):
+        return found[0] / WEIGHTS
+    if (path / MANIFEST).is_file():
+        check_checkpoint(path)
+        return path / WEIGHTS
+    if not list(path.glob("*.safetensors")):
+        raise ConfigError(
+            f"model.start={start!r}: expected a run with a checkpoint, a checkpoint, or a folder of exported weights"
+        )
+    return path
 
 
 def open_network(config: TrainConfig, store: LatentStore, device: torch.device) -> tuple[ModelAdapter, nn.Module]:
@@ -24,6 +46,8 @@ def open_network(config: TrainConfig, store: LatentStore, device: torch.device) 
     """
     adapter = adapter_from_config(config.model)
     network = adapter.load(device)
+    if config.model.start:
+        adapter.start_from(network, started_from(config.model.start))
     check_weights(network.named_parameters(), "as loaded")
     problems = adapter.check_store(network, store.shape, store.conditioning, store.fps)
     counts = store.text_rows()

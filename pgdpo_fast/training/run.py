@@ -26,13 +26,13 @@ from pgdpo_fast.models import ModelAdapter
 from pgdpo_fast.objectives import REGISTRY, Objective
 from pgdpo_fast.options import as_typed, choice
 from pgdpo_fast.preemption import Stopping
-from pgdpo_fast.storage import atomic_file
+from pgdpo_fast.storage import atomic_file, sha256_file
 from pgdpo_fast.training import checkpoint
 from pgdpo_fast.training.batches import Batch, HostBatch, PairLoader, PairOrder, Visit, hold_out
 from pgdpo_fast.training.cached_reference import CachedReference
 from pgdpo_fast.training.callbacks import CALLBACKS
 from pgdpo_fast.training.config import CHANGEABLE, TrainConfig
-from pgdpo_fast.training.network import open_network
+from pgdpo_fast.training.network import open_network, started_from
 from pgdpo_fast.training.optimizer import MasterAdamW
 from pgdpo_fast.training.reference import AdapterOffReference, CopyReference, ReferenceProvider
 from pgdpo_fast.training.telemetry import MetricsFile, PreferenceHealth, TensorBoard
@@ -117,6 +117,9 @@ class Run:
         # what decides nothing may change between the parts of a run
         identity = config.deciding("numbers", "reference", without=["store"])
         identity["store.fingerprint"] = store.fingerprint
+        if config.model.start:
+            files = sorted(started_from(config.model.start).glob("*.safetensors"))
+            identity["model.start (content)"] = [sha256_file(file) for file in files]
         return cls(
             config=config,
             root=root,
