@@ -75,7 +75,8 @@ struct PairNumbers {
 };
 struct Plan {
   int64_t reference_form, groups, length;
-  bool anchor = false, cross = false;
+  bool anchor = false, cross = false, anchor_rejected = false;
+  int64_t consecutive = 1;
 };
 struct Epilogue {
   int64_t kind, flags;
@@ -91,7 +92,7 @@ struct Operands {
 
   Operands(const Tensor& p_w, const MaybeTensor& p_l, const Tensor& y_w, const MaybeTensor& y_l,
            const MaybeTensor& noise, const MaybeTensor& target_scale, const MaybeTensor& q_w, const MaybeTensor& q_l,
-           const MaybeTensor& s_w, const MaybeTensor& s_l, const Plan& plan)
+           const MaybeTensor& s_w, const MaybeTensor& s_l, const MaybeTensor& latent_weight, const Plan& plan)
       : policy(p_w), stacked(!p_l) {
     const int64_t groups = plan.groups, length = plan.length, form = plan.reference_form;
     STD_TORCH_CHECK(p_w.dim() >= 2 && p_w.numel() > 0 && (p_l || p_w.size(0) % 2 == 0), "policy: expected pairs");
@@ -103,8 +104,9 @@ struct Operands {
                     " elements do not cut ", n, " into ", groups, " groups");
     pair.length = length;
     pair.segments = (n + length - 1) / length;
-    STD_TORCH_CHECK(pair.segments % groups == 0, pair.segments, " segments of ", length, " elements do not make ",
-                    groups, " groups");
+    pair.consecutive = plan.consecutive;
+    STD_TORCH_CHECK(plan.consecutive > 0 && pair.segments % (groups * plan.consecutive) == 0, pair.segments,
+                    " segments of ", length, " elements do not make ", groups, " groups");
     set_side(pair.policy, p_w, p_l, "policy", n);
     set_side(pair.target, y_w, y_l, "target", n);
     float64 = pair.policy[0].dtype == FLOAT64;
@@ -118,6 +120,16 @@ struct Operands {
       pair.noise = rows_of(kept(*noise), "noise", p_w, pair.pairs, n);
       pair.target_scale = {static_cast<const char*>(target_scale->const_data_ptr()), pair.pairs,
                            storage_of(*target_scale, "target_scale")};
+    }
+    if (latent_weight) {
+      const Tensor& w = *latent_weight;
+      STD_TORCH_CHECK(same_device(w, p_w) && w.dim() == 3 && w.size(0) == pair.pairs && has_contiguous_rows(w) &&
+                          w.size(1) > 0 && w.size(2) > 0 && n % (w.size(1) * w.size(2)) == 0 &&
+                          storage_of(w, "latent_weight") == (float64 ? FLOAT64 : FLOAT32),
+                      "latent_weight: expected [B, R, M] with contiguous rows, in the accumulation type");
+      pair.latent_weight = {static_cast<const char*>(w.const_data_ptr()), w.stride(0), float64 ? FLOAT64 : FLOAT32};
+      pair.weight_length = w.size(2);
+      pair.weight_span = n / w.size(1);
     }
     pair.reference_form = int(form);
     if (form != REFERENCE_NONE) {
@@ -245,17 +257,19 @@ inline std::vector<RowCopy> row_copies(const std::vector<Tensor>& tables, const 
 #define PGDPO_OPERANDS                                                                                            \
   const Tensor &p_w, const MaybeTensor &p_l, const Tensor &y_w, const MaybeTensor &y_l, const MaybeTensor &noise, \
       const MaybeTensor &target_scale, const MaybeTensor &q_w, const MaybeTensor &q_l, const MaybeTensor &s_w,    \
-      const MaybeTensor &s_l
-#define PGDPO_PASS_OPERANDS p_w, p_l, y_w, y_l, noise, target_scale, q_w, q_l, s_w, s_l
+      const MaybeTensor &s_l, const MaybeTensor &latent_weight
+#define PGDPO_PASS_OPERANDS p_w, p_l, y_w, y_l, noise, target_scale, q_w, q_l, s_w, s_l, latent_weight
 #define PGDPO_NUMBERS const MaybeTensor &weight, const MaybeTensor &posterior_scale, const MaybeTensor &beta_scale
 #define PGDPO_PASS_NUMBERS              \
   PairNumbers {                         \
     weight, posterior_scale, beta_scale \
   }
-#define PGDPO_PLAN int64_t reference_form, int64_t groups, int64_t length, bool anchor, bool cross
-#define PGDPO_PASS_PLAN                           \
-  Plan {                                          \
-    reference_form, groups, length, anchor, cross \
+#define PGDPO_PLAN                                                                                       \
+  int64_t reference_form, int64_t groups, int64_t length, bool anchor, bool cross, bool anchor_rejected, \
+      int64_t consecutive
+#define PGDPO_PASS_PLAN                                                         \
+  Plan {                                                                        \
+    reference_form, groups, length, anchor, cross, anchor_rejected, consecutive \
   }
 #define PGDPO_EPILOGUE int64_t kind, int64_t flags, std::vector<double> parameters
 #define PGDPO_PASS_EPILOGUE \

@@ -3,8 +3,8 @@
 // threads.
 //
 // A video is a row of numel elements cut into `segments` runs of `length` (the last may be short); run s belongs to
-// group s % groups. Chunk c is run c % segments of pair c / segments. Every chunk is summed in one fixed order, so
-// results depend on neither the thread count nor the number of pairs.
+// group s / consecutive % groups. Chunk c is run c % segments of pair c / segments. Every chunk is summed in one fixed
+// order, so results depend on neither the thread count nor the number of pairs.
 #pragma once
 
 #include <stdint.h>
@@ -29,7 +29,8 @@ enum Statistic : int {
   STATISTIC_GAP_REJECTED = 3,
   STATISTIC_ANCHOR = 4,
   STATISTIC_CROSS = 5,
-  STATISTICS = 6,
+  STATISTIC_ANCHOR_REJECTED = 6,
+  STATISTICS = 7,
 };
 enum TelemetryRow : int {
   TELEMETRY_PER_PAIR_LOSS = 0,
@@ -47,7 +48,8 @@ enum Coefficient : int {
   COEFFICIENT_CHOSEN = 0,
   COEFFICIENT_REJECTED = 1,
   COEFFICIENT_ANCHOR = 2,
-  COEFFICIENTS = 3,
+  COEFFICIENT_ANCHOR_REJECTED = 3,
+  COEFFICIENTS = 4,
 };
 enum ElementMean : int {
   MEAN_GAMMA = 0,
@@ -77,13 +79,28 @@ struct MutableRows {
 
 // Index 0 is the chosen, 1 the rejected video. With noise, the target is noise_scale * noise + clean_scale * target,
 // the two scales rows 0 and 1 of target_scale. reference_scale holds one number per PACK_BLOCK elements of FLOAT8
-// residuals.
+// residuals. A latent weight, of the pass's type, multiplies what an element adds to its group and its gradients;
+// where it is zero nothing else of the element counts, not even NaN. A row has weight_length of them for every
+// weight_span elements, over and over within the span.
 constexpr int PACK_BLOCK = 128;
 struct Pair {
-  Rows policy[2], target[2], reference[2], reference_scale[2], noise, target_scale;
+  Rows policy[2], target[2], reference[2], reference_scale[2], noise, target_scale, latent_weight;
+  int64_t weight_length = 0, weight_span = 0;
   bool shared_target = false, built_target = false;
   int reference_form = REFERENCE_NONE;
-  int64_t pairs = 0, numel = 0, segments = 0, length = 0, groups = 1;
+  int64_t pairs = 0, numel = 0, segments = 0, length = 0, groups = 1, consecutive = 1;
+
+  int64_t group_of(int64_t segment) const { return segment / consecutive % groups; }
+  // Where among its pair's the sums of a run go: those of group g lie at g, g + groups, g + 2 groups, ...
+  int64_t place(int64_t segment) const {
+    const int64_t turn = segment / (consecutive * groups) * consecutive + segment % consecutive;
+    return turn * groups + group_of(segment);
+  }
+};
+
+// The statistics only some calls want.
+struct Wishes {
+  bool anchor, cross, anchor_rejected;
 };
 
 // What an element pass computes besides its operands; numbers are in double and rounded to the pass's type on use.
@@ -104,10 +121,10 @@ struct Packed;  // cache.h
 // One instruction set's passes over chunks [begin, end), accumulating in float or double.
 struct Passes {
   const char* name;
-  // sums: [STATISTICS, pairs * segments]. anchor, cross: whether those planes are wanted; unwanted ones are zero.
-  void (*errors)(const Pair&, bool anchor, bool cross, double* sums, int64_t begin, int64_t end);
-  // coefficients: [COEFFICIENTS, pairs * groups], of p_w - y_w, p_l - y_l and p_w - q_w.
-  void (*gradients)(const Pair&, bool anchor, const double* coefficients, const MutableRows gradient[2], int64_t begin,
+  // sums: [STATISTICS, pairs * segments]; planes nobody wishes for are zero.
+  void (*errors)(const Pair&, Wishes, double* sums, int64_t begin, int64_t end);
+  // coefficients: [COEFFICIENTS, pairs * groups], of p_w - y_w, p_l - y_l, p_w - q_w and p_l - q_l.
+  void (*gradients)(const Pair&, Wishes, const double* coefficients, const MutableRows gradient[2], int64_t begin,
                     int64_t end);
   void (*elements)(const Pair&, const Elements&, int64_t begin, int64_t end);
   void (*pack)(const Pair&, const Packed&, int64_t begin, int64_t end);

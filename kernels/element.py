@@ -31,7 +31,9 @@ from pgdpo_fast.kernels.pair import (
     TELEMETRY_REJECTED_GAP,
     arrive,
     fold_parts,
+    counted,
     load,
+    load_latent_weights,
     load_targets,
     mean_loss,
     reference_terms,
@@ -78,6 +80,7 @@ def element_block(
     REFERENCE: tl.constexpr,
     SHARED_TARGET: tl.constexpr,
     TARGET_BUILT: tl.constexpr,
+    LATENT_WEIGHT: tl.constexpr,
     PACK_BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -90,6 +93,10 @@ def element_block(
     y_w, y_l = load_targets(x, offsets, mask, SHARED_TARGET, TARGET_BUILT, MASKED, COMPUTE)
     u_w = p_w - y_w
     u_l = p_l - y_l
+    if LATENT_WEIGHT:
+        weight = load_latent_weights(x, offsets, mask, LATENT_WEIGHT, MASKED, COMPUTE)
+        u_w = counted(u_w, weight)
+        u_l = counted(u_l, weight)
     e_w = u_w * u_w
     e_l = u_l * u_l
     minus_w = tl.zeros_like(u_w)
@@ -102,6 +109,11 @@ def element_block(
         minus_l, plus_l = reference_terms(
             p_l, y_l, x.ql_ptr, x.sl_ptr, x.phase, offsets, mask, REFERENCE, PACK_BLOCK, MASKED, COMPUTE
         )
+        if LATENT_WEIGHT:
+            minus_w = counted(minus_w, weight)
+            minus_l = counted(minus_l, weight)
+            plus_w = counted(plus_w, weight)
+            plus_l = counted(plus_l, weight)
         d_w = minus_w * plus_w
         d_l = minus_l * plus_l
     anchor = minus_w * minus_w
@@ -155,6 +167,9 @@ def element_block(
             slope_w += g_anchor * minus_w
         if KIND == KIND_SFT:
             slope_l = tl.where(g_l == 0.0, 0.0, slope_l)
+        if LATENT_WEIGHT:
+            slope_w *= weight
+            slope_l *= weight
         gradient_w = (scale * slope_w).to(gw_ptr.dtype.element_ty)
         gradient_l = (scale * slope_l).to(gl_ptr.dtype.element_ty)
         if MASKED:
@@ -170,6 +185,16 @@ def element_block(
             alpha = tl.where(mask, alpha, 0.0)
             gamma = tl.where(mask, gamma, 0.0)
             importance = tl.where(mask, importance, 0.0)
+        if LATENT_WEIGHT:  # with OUTER preference_loss refuses them
+            loss *= weight
+            logits *= weight
+            alpha *= weight
+            gamma *= weight
+            importance *= weight
+            e_w *= weight
+            e_l *= weight
+            d_w *= weight
+            d_l *= weight
         plain = (
             sums[TELEMETRY_PER_PAIR_LOSS] + thread_sums(loss, BLOCK, LANES),
             sums[TELEMETRY_LOGITS] + thread_sums(logits, BLOCK, LANES),
@@ -225,6 +250,7 @@ def pair_elements_kernel(
     REFERENCE: tl.constexpr,
     SHARED_TARGET: tl.constexpr,
     TARGET_BUILT: tl.constexpr,
+    LATENT_WEIGHT: tl.constexpr,
     PACK_BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -251,7 +277,7 @@ def pair_elements_kernel(
     length = tl.minimum(n - start, seg_len).to(tl.int32)
     gw_ptr += pair * gw_stride + start
     gl_ptr += pair * gl_stride + start
-    x = segment_at(operands, pair, start, pairs, TARGET_BUILT, PACK_BLOCK, COMPUTE)
+    x = segment_at(operands, pair, start, pairs, TARGET_BUILT, LATENT_WEIGHT, PACK_BLOCK, COMPUTE)
     posterior_scale = 0.0
     if (EVERY_TERM * FLAG_IMPORTANCE) & FLAGS:
         posterior_scale = tl.load(posterior_scale_ptr + pair).to(COMPUTE)
@@ -299,6 +325,7 @@ def pair_elements_kernel(
             REFERENCE,
             SHARED_TARGET,
             TARGET_BUILT,
+            LATENT_WEIGHT,
             PACK_BLOCK,
             False,
             COMPUTE,
@@ -333,6 +360,7 @@ def pair_elements_kernel(
             REFERENCE,
             SHARED_TARGET,
             TARGET_BUILT,
+            LATENT_WEIGHT,
             PACK_BLOCK,
             True,
             COMPUTE,

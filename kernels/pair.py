@@ -1,11 +1,13 @@
 """The two passes over video latents that every preference loss is made of, and the small fold between them.
 
 A video is a row of `segments * seg_len` elements; segment s belongs to group s % GROUPS. With one group the segments
-are fixed-length chunks of the row; with frames as groups they are the H*W runs of a `[C, F, H, W]` row. Programs never
+are fixed-length chunks of the row; with frames as groups they are the H*W runs of a `[C, F, H, W]` row. Where frames
+lie outside channels several segments in a row belong to one group: `place` says where their sums go. Programs never
 share an output and every fold has a fixed order, so results do not depend on the grid, the device or the batch size.
 
 Switches: REFERENCE is the reference's form, SHARED_TARGET says that the pair has one target, TARGET_BUILT makes it as
-noise_scale * noise + clean_scale * clean.
+noise_scale * noise + clean_scale * clean, LATENT_WEIGHT says whether elements have weights; each squared difference and
+each gradient is multiplied by its element's, and where that is zero nothing that is read counts, not even NaN.
 """
 
 from typing import Any, NamedTuple
@@ -26,7 +28,8 @@ STATISTIC_GAP_CHOSEN = tl.constexpr(2)
 STATISTIC_GAP_REJECTED = tl.constexpr(3)
 STATISTIC_ANCHOR = tl.constexpr(4)
 STATISTIC_CROSS = tl.constexpr(5)
-STATISTICS = tl.constexpr(6)
+STATISTIC_ANCHOR_REJECTED = tl.constexpr(6)
+STATISTICS = tl.constexpr(7)
 TELEMETRY_PER_PAIR_LOSS = tl.constexpr(0)
 TELEMETRY_LOGITS = tl.constexpr(1)
 TELEMETRY_ALPHA = tl.constexpr(2)
@@ -39,6 +42,10 @@ TELEMETRY_REJECTED_GAP = tl.constexpr(8)
 COEFFICIENT_CHOSEN = tl.constexpr(0)
 COEFFICIENT_REJECTED = tl.constexpr(1)
 COEFFICIENT_ANCHOR = tl.constexpr(2)
+COEFFICIENT_ANCHOR_REJECTED = tl.constexpr(3)
+LATENT_WEIGHT_NONE = tl.constexpr(0)
+LATENT_WEIGHT_EACH = tl.constexpr(1)  # one for every element of a video
+LATENT_WEIGHT_SHARED = tl.constexpr(2)  # `weight_length` of them for every `weight_span` elements, over and over
 
 
 class Operands(NamedTuple):
@@ -57,6 +64,9 @@ class Operands(NamedTuple):
     sw_ptr: Any  # [B, ceil(n / PACK_BLOCK)] fp32 scales, with REFERENCE_FLOAT8
     sl_ptr: Any
     target_scale_ptr: Any  # [2, B] COMPUTE: noise_scale and clean_scale, with TARGET_BUILT
+    latent_weight_ptr: Any  # [B, n / weight_span * weight_length] COMPUTE, with LATENT_WEIGHT
+    weight_length: Any
+    weight_span: Any
     pw_stride: Any
     pl_stride: Any
     yw_stride: Any
@@ -66,6 +76,7 @@ class Operands(NamedTuple):
     ql_stride: Any
     sw_stride: Any
     sl_stride: Any
+    latent_weight_stride: Any
 
 
 class Segment(NamedTuple):
@@ -83,6 +94,10 @@ class Segment(NamedTuple):
     phase: Any  # int32: where in its block of PACK_BLOCK elements the run starts
     noise_scale: Any  # COMPUTE
     clean_scale: Any
+    latent_weight_ptr: Any
+    weight_phase: Any  # int32: where in its span the run starts
+    weight_length: Any
+    weight_span: Any
 
 
 @triton.jit
@@ -92,6 +107,7 @@ def segment_at(
     start,
     pairs,
     TARGET_BUILT: tl.constexpr,
+    LATENT_WEIGHT: tl.constexpr,
     PACK_BLOCK: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
@@ -101,6 +117,13 @@ def segment_at(
     if TARGET_BUILT:
         noise_scale = tl.load(x.target_scale_ptr + pair).to(COMPUTE)
         clean_scale = tl.load(x.target_scale_ptr + pairs + pair).to(COMPUTE)
+    latent_weight_ptr = x.latent_weight_ptr
+    weight_phase = 0
+    if LATENT_WEIGHT == LATENT_WEIGHT_EACH:
+        latent_weight_ptr += pair * x.latent_weight_stride + start
+    elif LATENT_WEIGHT == LATENT_WEIGHT_SHARED:
+        latent_weight_ptr += pair * x.latent_weight_stride + start // x.weight_span * x.weight_length
+        weight_phase = (start % x.weight_span).to(tl.int32)
     return Segment(
         pw_ptr=x.pw_ptr + (pair * x.pw_stride + start),
         pl_ptr=x.pl_ptr + (pair * x.pl_stride + start),
@@ -114,7 +137,23 @@ def segment_at(
         phase=(start % PACK_BLOCK).to(tl.int32),
         noise_scale=noise_scale,
         clean_scale=clean_scale,
+        latent_weight_ptr=latent_weight_ptr,
+        weight_phase=weight_phase,
+        weight_length=x.weight_length,
+        weight_span=x.weight_span,
     )
+
+
+@triton.jit
+def group_of(segment, groups, consecutive):
+    return segment // consecutive % groups
+
+
+@triton.jit
+def place(segment, groups, consecutive):
+    """Where among its pair's the sums of `segment` go: group g's lie at g, g + groups, g + 2 groups, ..."""
+    turn = segment // (consecutive * groups) * consecutive + segment % consecutive
+    return turn * groups + group_of(segment, groups, consecutive)
 
 
 @triton.jit
@@ -123,6 +162,21 @@ def load(ptr, offsets, mask, MASKED: tl.constexpr, COMPUTE: tl.constexpr):
     if MASKED:
         return tl.load(ptr + offsets, mask=mask, other=0.0).to(COMPUTE)
     return tl.load(ptr + offsets).to(COMPUTE)
+
+
+@triton.jit
+def load_latent_weights(x, offsets, mask, LATENT_WEIGHT: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr):
+    """The elements' weights, with LATENT_WEIGHT."""
+    if LATENT_WEIGHT == LATENT_WEIGHT_SHARED:
+        at = offsets + x.weight_phase
+        offsets = at // x.weight_span * x.weight_length + at % x.weight_length
+    return load(x.latent_weight_ptr, offsets, mask, MASKED, COMPUTE)
+
+
+@triton.jit
+def counted(x, latent_weight):
+    """`x` where it has a weight. What has none may be NaN."""
+    return tl.where(latent_weight == 0.0, 0.0, x)
 
 
 @triton.jit
@@ -206,25 +260,35 @@ def accumulate(
     REFERENCE: tl.constexpr,
     SHARED_TARGET: tl.constexpr,
     TARGET_BUILT: tl.constexpr,
+    LATENT_WEIGHT: tl.constexpr,
     ANCHOR: tl.constexpr,
     CROSS: tl.constexpr,
+    ANCHOR_REJECTED: tl.constexpr,
     PACK_BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """One block into the six running sums. Masked lanes load zeros everywhere, hence add zero."""
-    e_w, e_l, d_w, d_l, anchor, cross = sums
+    """One block into the seven running sums. Masked lanes load zeros everywhere, hence add zero."""
+    e_w, e_l, d_w, d_l, anchor, cross, anchor_l = sums
     p_w = load(x.pw_ptr, offsets, mask, MASKED, COMPUTE)
     p_l = load(x.pl_ptr, offsets, mask, MASKED, COMPUTE)
     y_w, y_l = load_targets(x, offsets, mask, SHARED_TARGET, TARGET_BUILT, MASKED, COMPUTE)
     u_w = p_w - y_w
     u_l = p_l - y_l
-    e_w += thread_sums(u_w * u_w, BLOCK, LANES)
-    e_l += thread_sums(u_l * u_l, BLOCK, LANES)
+    v_w = u_w
+    v_l = u_l
+    if LATENT_WEIGHT:
+        weight = load_latent_weights(x, offsets, mask, LATENT_WEIGHT, MASKED, COMPUTE)
+        u_w = counted(u_w, weight)
+        u_l = counted(u_l, weight)
+        v_w = weight * u_w
+        v_l = weight * u_l
+    e_w += thread_sums(v_w * u_w, BLOCK, LANES)
+    e_l += thread_sums(v_l * u_l, BLOCK, LANES)
     if CROSS:
-        cross += thread_sums(u_w * u_l, BLOCK, LANES)
+        cross += thread_sums(v_w * u_l, BLOCK, LANES)
     if REFERENCE != REFERENCE_NONE:
         minus_w, plus_w = reference_terms(
             p_w, y_w, x.qw_ptr, x.sw_ptr, x.phase, offsets, mask, REFERENCE, PACK_BLOCK, MASKED, COMPUTE
@@ -232,11 +296,22 @@ def accumulate(
         minus_l, plus_l = reference_terms(
             p_l, y_l, x.ql_ptr, x.sl_ptr, x.phase, offsets, mask, REFERENCE, PACK_BLOCK, MASKED, COMPUTE
         )
-        d_w += thread_sums(minus_w * plus_w, BLOCK, LANES)
-        d_l += thread_sums(minus_l * plus_l, BLOCK, LANES)
+        weighted_w = minus_w
+        weighted_l = minus_l
+        if LATENT_WEIGHT:
+            minus_w = counted(minus_w, weight)
+            minus_l = counted(minus_l, weight)
+            plus_w = counted(plus_w, weight)
+            plus_l = counted(plus_l, weight)
+            weighted_w = weight * minus_w
+            weighted_l = weight * minus_l
+        d_w += thread_sums(weighted_w * plus_w, BLOCK, LANES)
+        d_l += thread_sums(weighted_l * plus_l, BLOCK, LANES)
         if ANCHOR:
-            anchor += thread_sums(minus_w * minus_w, BLOCK, LANES)
-    return e_w, e_l, d_w, d_l, anchor, cross
+            anchor += thread_sums(weighted_w * minus_w, BLOCK, LANES)
+        if ANCHOR_REJECTED:
+            anchor_l += thread_sums(weighted_l * minus_l, BLOCK, LANES)
+    return e_w, e_l, d_w, d_l, anchor, cross, anchor_l
 
 
 @triton.jit(do_not_specialize=["pairs"])  # one binary for every B: the same bits
@@ -247,11 +322,15 @@ def pair_errors_kernel(
     pairs,  # B
     n,  # elements of a video
     seg_len,  # elements of a segment; the last may be shorter
+    groups,  # G
+    consecutive,  # segments in a row that belong to one group
     REFERENCE: tl.constexpr,
     SHARED_TARGET: tl.constexpr,
     TARGET_BUILT: tl.constexpr,
+    LATENT_WEIGHT: tl.constexpr,
     ANCHOR: tl.constexpr,
     CROSS: tl.constexpr,
+    ANCHOR_REJECTED: tl.constexpr,
     PACK_BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -260,17 +339,17 @@ def pair_errors_kernel(
 ):
     """Partial sums of every segment: grid (segments, pairs).
 
-    Reads the predictions, targets and references once (4 to 6 values an element position), writes 24 bytes a segment.
+    Reads the predictions, targets and references once (4 to 6 values an element position), writes 28 bytes a segment.
     """
     segment = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
     segments = tl.num_programs(0)
     start = tl.multiple_of(segment.to(tl.int64) * seg_len, ALIGN)
     length = tl.minimum(n - start, seg_len).to(tl.int32)
-    x = segment_at(operands, pair, start, pairs, TARGET_BUILT, PACK_BLOCK, COMPUTE)
+    x = segment_at(operands, pair, start, pairs, TARGET_BUILT, LATENT_WEIGHT, PACK_BLOCK, COMPUTE)
 
     zero = tl.zeros([BLOCK // LANES], COMPUTE)
-    sums = (zero, zero, zero, zero, zero, zero)
+    sums = (zero, zero, zero, zero, zero, zero, zero)
     lanes = tl.arange(0, BLOCK)
     whole = length // BLOCK * BLOCK
     for begin in range(0, whole, BLOCK):
@@ -282,8 +361,10 @@ def pair_errors_kernel(
             REFERENCE,
             SHARED_TARGET,
             TARGET_BUILT,
+            LATENT_WEIGHT,
             ANCHOR,
             CROSS,
+            ANCHOR_REJECTED,
             PACK_BLOCK,
             False,
             COMPUTE,
@@ -300,8 +381,10 @@ def pair_errors_kernel(
             REFERENCE,
             SHARED_TARGET,
             TARGET_BUILT,
+            LATENT_WEIGHT,
             ANCHOR,
             CROSS,
+            ANCHOR_REJECTED,
             PACK_BLOCK,
             True,
             COMPUTE,
@@ -311,7 +394,7 @@ def pair_errors_kernel(
     if segment + pair == 0:
         tl.store(arrived_ptr, 0)
     plane = tl.cast(pairs, tl.int64) * segments
-    partial_ptr += pair * segments + segment
+    partial_ptr += pair * segments + place(segment, groups, consecutive)
     for k in tl.static_range(len(sums)):
         tl.store(partial_ptr + k * plane, tl.sum(sums[k], 0))
 
@@ -400,7 +483,8 @@ def fold_groups(
     plane = tl.cast(rows // groups, tl.int64) * segments
     mean = 1.0 / (tl.zeros([1], COMPUTE) + count)
     row_scale = 1.0 / (tl.zeros([1], COMPUTE) + rows)
-    sums = fold_parts(partial_ptr, plane, row, inside, segments, groups, STATISTICS, COMPUTE, ROWS, FOLD)
+    # No objective takes the last plane.
+    sums = fold_parts(partial_ptr, plane, row, inside, segments, groups, STATISTIC_ANCHOR_REJECTED, COMPUTE, ROWS, FOLD)
     e_w = sums[STATISTIC_POLICY_CHOSEN] * mean
     e_l = sums[STATISTIC_POLICY_REJECTED] * mean
     d_w = sums[STATISTIC_GAP_CHOSEN] * mean
@@ -459,6 +543,7 @@ def fold_groups(
     tl.store(coefficient + COEFFICIENT_CHOSEN * rows, scale * g_w, mask=inside)
     tl.store(coefficient + COEFFICIENT_REJECTED * rows, scale * g_l, mask=inside)
     tl.store(coefficient + COEFFICIENT_ANCHOR * rows, scale * g_anchor, mask=inside)
+    tl.store(coefficient + COEFFICIENT_ANCHOR_REJECTED * rows, tl.zeros_like(g_w), mask=inside)
 
 
 @triton.jit
@@ -576,17 +661,21 @@ def scaled_gradients(
     c_w,
     c_l,
     c_anchor,
+    c_anchor_rejected,
     offsets,
     mask,
     REFERENCE: tl.constexpr,
     SHARED_TARGET: tl.constexpr,
     TARGET_BUILT: tl.constexpr,
+    LATENT_WEIGHT: tl.constexpr,
     ANCHOR: tl.constexpr,
+    ANCHOR_REJECTED: tl.constexpr,
     PACK_BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """One block of c_w (p_w - y_w) + c_anchor (p_w - q_w) and c_l (p_l - y_l)."""
+    """One block of c_w (p_w - y_w) + c_anchor (p_w - q_w) and the same of the other
+    video, each times the element's weight."""
     p_w = load(x.pw_ptr, offsets, mask, MASKED, COMPUTE)
     p_l = load(x.pl_ptr, offsets, mask, MASKED, COMPUTE)
     y_w, y_l = load_targets(x, offsets, mask, SHARED_TARGET, TARGET_BUILT, MASKED, COMPUTE)
@@ -598,6 +687,15 @@ def scaled_gradients(
         g_w += c_anchor * minus_w
     # An objective that takes no notice of the rejected video must not take its NaN.
     g_l = tl.where(c_l == 0.0, 0.0, c_l * (p_l - y_l))
+    if ANCHOR_REJECTED:
+        minus_l, _ = reference_terms(
+            p_l, y_l, x.ql_ptr, x.sl_ptr, x.phase, offsets, mask, REFERENCE, PACK_BLOCK, MASKED, COMPUTE
+        )
+        g_l += c_anchor_rejected * minus_l
+    if LATENT_WEIGHT:
+        weight = load_latent_weights(x, offsets, mask, LATENT_WEIGHT, MASKED, COMPUTE)
+        g_w = counted(weight * g_w, weight)
+        g_l = counted(weight * g_l, weight)
     if MASKED:
         tl.store(gw_ptr + offsets, g_w.to(gw_ptr.dtype.element_ty), mask=mask)
         tl.store(gl_ptr + offsets, g_l.to(gl_ptr.dtype.element_ty), mask=mask)
@@ -619,10 +717,13 @@ def pair_gradient_kernel(
     groups,  # G
     n,  # elements of a video
     seg_len,  # elements of a segment; the last may be shorter
+    consecutive,  # segments in a row that belong to one group
     REFERENCE: tl.constexpr,
     SHARED_TARGET: tl.constexpr,
     TARGET_BUILT: tl.constexpr,
+    LATENT_WEIGHT: tl.constexpr,
     ANCHOR: tl.constexpr,
+    ANCHOR_REJECTED: tl.constexpr,
     PACK_BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -639,13 +740,14 @@ def pair_gradient_kernel(
     length = tl.minimum(n - start, seg_len).to(tl.int32)
     gw_ptr += pair * gw_stride + start
     gl_ptr += pair * gl_stride + start
-    x = segment_at(operands, pair, start, pairs, TARGET_BUILT, PACK_BLOCK, COMPUTE)
+    x = segment_at(operands, pair, start, pairs, TARGET_BUILT, LATENT_WEIGHT, PACK_BLOCK, COMPUTE)
     incoming = tl.load(incoming_ptr).to(COMPUTE)
     rows = tl.cast(pairs, tl.int64) * groups
-    row = pair * groups + segment % groups
+    row = pair * groups + group_of(segment, groups, consecutive)
     c_w = incoming * tl.load(coefficient_ptr + COEFFICIENT_CHOSEN * rows + row)
     c_l = incoming * tl.load(coefficient_ptr + COEFFICIENT_REJECTED * rows + row)
     c_anchor = incoming * tl.load(coefficient_ptr + COEFFICIENT_ANCHOR * rows + row)
+    c_anchor_rejected = incoming * tl.load(coefficient_ptr + COEFFICIENT_ANCHOR_REJECTED * rows + row)
 
     lanes = tl.arange(0, BLOCK)
     whole = length // BLOCK * BLOCK
@@ -657,12 +759,15 @@ def pair_gradient_kernel(
             c_w,
             c_l,
             c_anchor,
+            c_anchor_rejected,
             begin + lanes,
             None,
             REFERENCE,
             SHARED_TARGET,
             TARGET_BUILT,
+            LATENT_WEIGHT,
             ANCHOR,
+            ANCHOR_REJECTED,
             PACK_BLOCK,
             False,
             COMPUTE,
@@ -676,12 +781,15 @@ def pair_gradient_kernel(
             c_w,
             c_l,
             c_anchor,
+            c_anchor_rejected,
             offsets,
             offsets < length,
             REFERENCE,
             SHARED_TARGET,
             TARGET_BUILT,
+            LATENT_WEIGHT,
             ANCHOR,
+            ANCHOR_REJECTED,
             PACK_BLOCK,
             True,
             COMPUTE,

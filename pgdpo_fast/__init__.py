@@ -14,9 +14,11 @@ if TYPE_CHECKING:  # the same names as below, for type checkers and editors
         PreferenceLoss,
         PreferenceLossOutput,
         ReferenceErrors,
+        SampleErrors,
         paired_errors,
         preference_loss,
         reference_errors,
+        sample_errors,
     )
     from pgdpo_fast.objectives import (
         DPO,
@@ -47,9 +49,11 @@ _PUBLIC = {
     "paired_errors": "loss",
     "preference_loss": "loss",
     "reference_errors": "loss",
+    "sample_errors": "loss",
     "NoisedTarget": "loss",
     "PackedReference": "loss",
     "ReferenceErrors": "loss",
+    "SampleErrors": "loss",
     "DPO": "objectives",
     "DPOClipMask": "objectives",
     "DPOP": "objectives",
@@ -88,6 +92,7 @@ __all__ = [
     "SFT",
     "SLiC",
     "Safeguarded",
+    "SampleErrors",
     "Sum",
     "beta_from_sum",
     "beta_without_half",
@@ -97,6 +102,7 @@ __all__ = [
     "paired_errors",
     "preference_loss",
     "reference_errors",
+    "sample_errors",
     "videodpo_pair_weight",
 ]
 

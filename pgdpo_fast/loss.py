@@ -5,9 +5,10 @@ Arguments are checked here, once, and turned into the operands the backends shar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from pgdpo_fast.backends.operands import (
     ReferenceForm,
     Telemetry,
     pair_rows,
-    segment_length,
+    runs_of,
 )
 from pgdpo_fast.errors import ConfigError, NonFiniteError
 from pgdpo_fast.metrics import METRICS
@@ -284,14 +285,65 @@ def _without_graph(x: Tensor, name: str) -> Tensor:
     return x.detach()
 
 
-def _groups(granularity: str, video: torch.Size) -> int:
+def _frame_dim(granularity: str, frame_dim: int | None, video: torch.Size) -> int | None:
+    """The axis of the frames at frame granularity, else None."""
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity={granularity!r}: expected one of {', '.join(map(repr, GRANULARITIES))}")
     if granularity != "frame":
-        return 1
+        return None
+    if frame_dim is not None:
+        if isinstance(frame_dim, bool) or not isinstance(frame_dim, int) or not 1 <= frame_dim <= len(video):
+            raise ValueError(
+                f"frame_dim={frame_dim!r}: expected the axis of the frames, 1 to {len(video)} for latents of "
+                f"{len(video) + 1} axes"
+            )
+        return frame_dim
     if len(video) != 4:
-        raise ValueError(f"granularity='frame': expected latents [B, C, F, H, W], got videos of shape {tuple(video)}")
-    return video[1]
+        raise ValueError(
+            f"granularity='frame': expected latents [B, C, F, H, W], got videos of shape {tuple(video)}; with another "
+            "layout say which axis holds the frames, frame_dim=1 for [B, F, ...]"
+        )
+    if video[1] % 4 == 0 or video[1] == 3:
+        backends.warn_once(
+            f"granularity='frame' takes axis 2 of [B, {', '.join(map(str, video))}] as {video[1]} frames, which may as "
+            "well be channels: pass frame_dim=2 if they are frames, frame_dim=1 for latents [B, F, C, H, W]"
+        )
+    return 2
+
+
+def _latent_weights(
+    weight: Tensor,
+    normalize: bool,
+    frame_dim: int | None,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    process_group: ProcessGroup | None,
+) -> Tensor:
+    """`[B, R, M]` weights of latents of `shape`, see `Operands`: the first axes the weights are constant over stay out
+    of memory."""
+    described = f"latent_weight: expected a tensor that broadcasts to {tuple(shape)} with an axis for each of its own"
+    if not isinstance(weight, Tensor) or weight.ndim != len(shape):
+        raise ValueError(f"{described}, got {_describe(weight)}")
+    if any(size not in (1, full) for size, full in zip(weight.shape, shape, strict=True)):
+        raise ValueError(f"{described}, got {_describe(weight)}")
+    if weight.device != device:
+        raise ValueError(f"latent_weight: expected a tensor on {device} like the prediction, got {_describe(weight)}")
+    values = weight.detach().to(dtype)
+    if normalize:  # the mean over a group is that over the values given: each stands for equally many elements
+        others = [dim for dim in range(1, len(shape)) if dim != frame_dim]
+        total = values.mean(others, keepdim=True) if others else values.clone()
+        if process_group is not None:
+            torch.distributed.all_reduce(total, group=process_group)
+            total = total / torch.distributed.get_world_size(process_group)
+        values = values / total.masked_fill(total == 0, 1.0)
+    first = last = next((d for d in range(1, len(shape)) if values.shape[d] == 1), 1)
+    while last < len(shape) and values.shape[last] == 1:
+        last += 1
+    outer, inner = shape[1:first], shape[last:]
+    values = values.expand(-1, *outer, *values.shape[first:last], *inner)
+    rows = values.reshape(values.shape[0], math.prod(outer), math.prod(inner))
+    return rows.expand(shape[0], -1, -1)
 
 
 def _check(
@@ -301,9 +353,13 @@ def _check(
     *,
     name: str = "prediction",
     granularity: str = "sample",
+    frame_dim: int | None = None,
     objective: Objective | None = None,
     anchor: bool = False,
     cross: bool = False,
+    latent_weight: Tensor | None = None,
+    normalize_latent_weight: bool = True,
+    process_group: ProcessGroup | None = None,
     pair_weight: Tensor | None = None,
     frame_weight: Tensor | None = None,
     frame_label: Tensor | None = None,
@@ -320,7 +376,9 @@ def _check(
     video, device = policy.shape[1:], policy.device
     stacked, single = (2 * pairs, *video), (pairs, *video)
     compute = torch.float64 if policy.dtype == torch.float64 else torch.float32
-    groups = _groups(granularity, video)
+    frame_dim = _frame_dim(granularity, frame_dim, video)
+    groups = 1 if frame_dim is None else video[frame_dim - 1]
+    length, consecutive = runs_of(video, None if frame_dim is None else frame_dim - 1)
 
     def operand(x, name, allow_shared=False, dtypes=DTYPES):
         first, second = _pair(x, name)
@@ -382,6 +440,11 @@ def _check(
     if objective is not None:
         _check_objective(objective, form, reference, posterior_scale, beta_scale)
         anchor, cross = objective.needs_anchor, objective.needs_cross
+        if latent_weight is not None and granularity == "element" and objective.outer:
+            raise ValueError(
+                f"latent_weight: {type(objective).__name__} with combine='outer' multiplies plain means over the "
+                "elements; use granularity='sample' or 'frame', or combine='pointwise'"
+            )
     elif anchor and form == ReferenceForm.NONE:
         raise ValueError("anchor: needs the reference's predictions or a PackedReference")
 
@@ -398,6 +461,11 @@ def _check(
         errors = torch.stack(
             [x.detach().to(compute).view(pairs, groups) for x in (reference.chosen, reference.rejected)]
         )
+
+    weights = None
+    if latent_weight is not None:
+        of_group = process_group if normalize_latent_weight else None
+        weights = _latent_weights(latent_weight, normalize_latent_weight, frame_dim, single, compute, device, of_group)
 
     weight = number(pair_weight, "pair_weight")
     if frame_weight is not None or frame_label is not None:
@@ -427,6 +495,7 @@ def _check(
             reference_rejected=rows_rejected,
             reference_scale=row_scale,
             reference_scale_rejected=row_scale_rejected,
+            latent_weight=weights,
         ),
         numbers=PairNumbers(
             weight=weight,
@@ -434,8 +503,17 @@ def _check(
             beta_scale=None if beta_scale is None else number_of_groups(beta_scale, "beta_scale"),
         ),
         reference_errors=errors,
-        plan=Plan(form, groups, segment_length(video, groups), anchor, cross),
+        plan=Plan(
+            reference_form=form,
+            groups=groups,
+            length=length,
+            anchor=anchor,
+            cross=cross,
+            anchor_rejected=anchor and objective is None,
+            consecutive=consecutive,
+        ),
         granularity=granularity,
+        frame_dim=frame_dim,
         backend=backends.select(backend, device),
     )
 
@@ -477,10 +555,11 @@ def _frame_weights(
     return values * (shape[1] / total.masked_fill(total == 0, 1.0))
 
 
-def _group_errors(call: Call) -> GroupErrors:
-    """Differentiable statistics `[B, G]` from the backend, with cached reference errors worked in."""
+def _group_errors(call: Call, samples: Tensor | None = None) -> GroupErrors:
+    """Differentiable statistics `[B, G]` from the backend, with cached reference errors worked in; `samples` as in
+    `fused.group_errors`."""
     plain = call.backend == "eager" or call.granularity == "element"
-    errors = eager.group_errors(call) if plain else fused.group_errors(call)
+    errors = eager.group_errors(call) if plain else fused.group_errors(call, samples)
     if call.reference_errors is None:
         return errors
     chosen, rejected = call.reference_errors
@@ -493,8 +572,11 @@ def paired_errors(
     reference: Reference | None = None,
     *,
     granularity: str = "sample",
+    frame_dim: int | None = None,
     anchor: bool = False,
     cross: bool = False,
+    latent_weight: Tensor | None = None,
+    normalize_latent_weight: bool = True,
     backend: str = "auto",
 ) -> GroupErrors:
     """Errors and gaps of every group, differentiable by the predictions: the block to build new objectives on.
@@ -503,28 +585,151 @@ def paired_errors(
     `[B, G]` tensors is plain torch.
 
     Args:
-        prediction, target, reference, granularity, backend: as in `preference_loss`.
-        anchor: also mean (p_w - q_w)^2, which needs the reference's predictions.
+        prediction, target, reference, granularity, frame_dim, latent_weight, normalize_latent_weight, backend: as in
+            `preference_loss`. At element granularity a weight of zero makes an element's errors zero; other weights
+            have no mean to stand in.
+        anchor: also mean (p_w - q_w)^2 and mean (p_l - q_l)^2, which need the reference's predictions.
         cross: also mean (p_w - y_w)(p_l - y_l), without a gradient.
 
     Returns:
         `GroupErrors` of `[B, G]` float32 (float64 for float64 predictions); gaps are None without a reference.
     """
-    call = _check(prediction, target, reference, granularity=granularity, anchor=anchor, cross=cross, backend=backend)
+    call = _check(
+        prediction,
+        target,
+        reference,
+        granularity=granularity,
+        frame_dim=frame_dim,
+        anchor=anchor,
+        cross=cross,
+        latent_weight=latent_weight,
+        normalize_latent_weight=normalize_latent_weight,
+        backend=backend,
+    )
     return _group_errors(call)
+
+
+class SampleErrors(NamedTuple):
+    """What `sample_errors` returns: `[N, G]` each, float32 (float64 for float64 predictions)."""
+
+    error: Tensor  # mean (p - y)^2
+    gap: Tensor | None  # error minus the reference's, with a reference
+    anchor: Tensor | None  # mean (p - q)^2, where asked for
+
+
+def sample_errors(
+    prediction: Tensor,
+    target: Tensor | NoisedTarget,
+    reference: Tensor | PackedReference | None = None,
+    *,
+    granularity: str = "sample",
+    frame_dim: int | None = None,
+    anchor: bool = False,
+    latent_weight: Tensor | None = None,
+    normalize_latent_weight: bool = True,
+    backend: str = "auto",
+) -> SampleErrors:
+    """Errors and gaps of samples that are no pairs: labelled one by one, ranked, in groups, N rejected for one chosen.
+
+    The passes of `paired_errors` over the samples as two halves, which share the middle sample where N is odd; no
+    input is copied. What an objective makes of the `[N, G]` numbers is plain torch.
+
+    Args:
+        prediction: `[N, ...]`, any N >= 1.
+        target: `[N, ...]`, or a `NoisedTarget` whose noise and numbers are one for each sample too.
+        reference: predictions `[N, ...]`, a `PackedReference` that holds the first half of the samples as chosen (N
+            even), or None. With kept errors of the reference, subtract them: they are `sample_errors` of its
+            predictions.
+        anchor: also mean (p - q)^2, which needs the reference's predictions.
+        granularity, frame_dim, normalize_latent_weight, backend: as in `preference_loss`.
+        latent_weight: as in `preference_loss`, broadcastable to `[N, ...]`. Weights that differ between samples, and a
+            `NoisedTarget`, write twice the gradient.
+
+    Raises:
+        ValueError, BackendUnavailable: as `preference_loss`.
+    """
+    if not isinstance(prediction, Tensor) or prediction.ndim < 2 or prediction.numel() == 0:
+        raise ValueError(f"prediction: expected samples [N, ...], got {_describe(prediction)}")
+    samples = prediction.shape[0]
+    shape = tuple(prediction.shape)
+    for x, name in ((target, "target"), (reference, "reference")):
+        if isinstance(x, Tensor):
+            _expect(x, name, (shape,), prediction.device)
+        elif x is not None and not isinstance(x, NoisedTarget if name == "target" else PackedReference):
+            raise ValueError(f"{name}: expected a tensor {shape}, got {_describe(x)}")
+    # Noise and weights are one for a pair: samples that have their own are paired with themselves.
+    alone = isinstance(target, NoisedTarget) or (
+        isinstance(latent_weight, Tensor) and latent_weight.ndim > 0 and latent_weight.shape[0] != 1
+    )
+    half = samples if alone else (samples + 1) // 2
+    if isinstance(reference, PackedReference) and (alone or samples % 2):
+        raise ValueError(
+            "reference: a PackedReference holds pairs; it needs an even number of samples, weights shared by them and "
+            "a target that is a tensor"
+        )
+
+    def sides(x):
+        if not isinstance(x, Tensor) or 2 * half == samples:
+            return x
+        return x[:half], x[samples - half :]
+
+    if isinstance(target, NoisedTarget):
+        clean = (target.clean, target.clean) if isinstance(target.clean, Tensor) else target.clean
+        targets = NoisedTarget(clean, target.noise, target.noise_scale, target.clean_scale)
+    else:
+        targets = target if alone else sides(target)
+    call = _check(
+        sides(prediction),
+        targets,
+        sides(reference),
+        granularity=granularity,
+        frame_dim=frame_dim,
+        anchor=anchor,
+        latent_weight=latent_weight,
+        normalize_latent_weight=normalize_latent_weight,
+        backend=backend,
+    )
+    errors = _group_errors(call, prediction)
+
+    def joined(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+        if first is None or second is None or alone:
+            return first
+        return torch.cat([first, second[samples % 2 :]])
+
+    return SampleErrors(
+        error=joined(errors.policy_chosen, errors.policy_rejected),
+        gap=joined(errors.gap_chosen, errors.gap_rejected),
+        anchor=joined(errors.anchor, errors.anchor_rejected),
+    )
 
 
 @torch.no_grad()
 def reference_errors(
-    prediction: Latents, target: Latents | NoisedTarget, *, granularity: str = "sample", backend: str = "auto"
+    prediction: Latents,
+    target: Latents | NoisedTarget,
+    *,
+    granularity: str = "sample",
+    frame_dim: int | None = None,
+    latent_weight: Tensor | None = None,
+    normalize_latent_weight: bool = True,
+    backend: str = "auto",
 ) -> ReferenceErrors:
     """The reference model's errors, ready to be cached or passed as `reference`: each `[B]`, or `[B, F]` per frame.
 
     They come from the same kernel as the policy's, so a policy that equals the reference has gaps of exactly zero.
+    Errors made with weights belong to calls with the same weights: a gap is a difference of two means of one kind.
     """
     if granularity == "element":
         raise ValueError("granularity='element': errors per element are the video's size; use PackedReference.pack")
-    errors = paired_errors(prediction, target, granularity=granularity, backend=backend)
+    errors = paired_errors(
+        prediction,
+        target,
+        granularity=granularity,
+        frame_dim=frame_dim,
+        latent_weight=latent_weight,
+        normalize_latent_weight=normalize_latent_weight,
+        backend=backend,
+    )
     values = errors.policy_chosen, errors.policy_rejected
     return ReferenceErrors(*(x.squeeze(1) if granularity == "sample" else x for x in values))
 
@@ -536,6 +741,9 @@ def preference_loss(
     *,
     objective: Objective,
     granularity: str = "sample",
+    frame_dim: int | None = None,
+    latent_weight: Tensor | None = None,
+    normalize_latent_weight: bool = True,
     pair_weight: Tensor | None = None,
     frame_weight: Tensor | None = None,
     frame_label: Tensor | None = None,
@@ -553,7 +761,20 @@ def preference_loss(
         reference: the reference's predictions in the prediction's layout, `ReferenceErrors`, a `PackedReference`, or
             None for objectives that need none. No gradient flows to target or reference.
         objective: e.g. `pf.PGDPO(beta=100.0)`.
-        granularity: what one scalar reward covers: "sample", "frame" (one latent frame) or "element".
+        granularity: what one scalar reward covers: "sample", "frame" (one latent frame) or "element". Samples and
+            elements are latents of any rank >= 2: packed tokens `[2B, L, D]`, images `[2B, C, H, W]`.
+        frame_dim: at frame granularity, the axis of the frames: 2 for `[2B, C, F, H, W]`, which is what None takes
+            latents of five axes for (told once where axis 2 could as well be channels), 1 for CogVideoX's
+            `[2B, F, C, H, W]` or tokens by frame `[2B, F, L, D]`.
+        latent_weight: weights >= 0 of the latents' positions, shared by the pair, broadcastable to the latents `[B,
+            ...]` with as many axes: per frame `[B, 1, F, 1, 1]`, per region `[B, 1, F, H, W]`. Every squared difference
+            (error, gap, anchor, cross) and gradient is multiplied by its own; where it is zero nothing counts, not
+            even NaN. Axes of length one after the batch stay so in memory. At element granularity each element is a
+            group of its own: the weights make a weighted mean of its elements' losses, as `frame_weight` does of
+            frames'. Kept reference errors have to be made with the same weights. No gradient.
+        normalize_latent_weight: scale the weights to a mean of one over each group (sum w d^2 / sum w; over the video
+            at element granularity; over all ranks of `process_group`). A group of zeros alone keeps them, its errors
+            are zero. False takes them as they are: mean w d^2.
         pair_weight: `[B]`, multiplies each pair's loss (VideoDPO weights, importance weights); no gradient.
         frame_weight: `[B, F]` >= 0 at frame granularity: a pair's loss is the weighted mean over its frames.
         frame_label: `[B, F]` at frame granularity, segment labels as in DenseDPO (arXiv 2506.03517): 1 the chosen
@@ -580,7 +801,11 @@ def preference_loss(
         target,
         reference,
         granularity=granularity,
+        frame_dim=frame_dim,
         objective=objective,
+        latent_weight=latent_weight,
+        normalize_latent_weight=normalize_latent_weight,
+        process_group=process_group,
         pair_weight=pair_weight,
         frame_weight=frame_weight,
         frame_label=frame_label,
@@ -603,7 +828,11 @@ def preference_loss(
     if frame_label is not None:
         errors = _relabel(errors, frame_label)
     terms = terms_of(objective, errors, call.numbers.posterior_scale, call.numbers.beta_scale)
-    loss = (terms.loss if call.numbers.weight is None else call.numbers.weight * terms.loss).mean()
+    of_elements = None
+    if granularity == "element" and call.operands.latent_weight is not None:
+        of_elements = eager.latent_weights(pair_rows(call.operands)).flatten(1)
+    losses = terms.loss if of_elements is None else of_elements * terms.loss
+    loss = (losses if call.numbers.weight is None else call.numbers.weight * losses).mean()
     nan = torch.full_like(terms.loss, float("nan"))
     with torch.no_grad():
         telemetry = torch.stack(
@@ -620,7 +849,7 @@ def preference_loss(
             )
         )
         if granularity == "element":
-            telemetry = telemetry.mean(-1, keepdim=True)
+            telemetry = (telemetry if of_elements is None else of_elements * telemetry).mean(-1, keepdim=True)
     return PreferenceLossOutput(loss, telemetry, per_frame)
 
 
@@ -669,7 +898,7 @@ class PreferenceLoss(nn.Module):
     """`preference_loss` with its settings fixed, as a module.
 
     Args:
-        objective, granularity, backend, process_group: as in `preference_loss`.
+        objective, granularity, frame_dim, backend, process_group: as in `preference_loss`.
     """
 
     def __init__(
@@ -677,6 +906,7 @@ class PreferenceLoss(nn.Module):
         objective: Objective,
         *,
         granularity: str = "sample",
+        frame_dim: int | None = None,
         backend: str = "auto",
         process_group: ProcessGroup | None = None,
     ) -> None:
@@ -688,7 +918,7 @@ class PreferenceLoss(nn.Module):
         if backend not in ("auto", *backends.NAMES):
             raise ValueError(f"backend={backend!r}: expected 'auto', {', '.join(map(repr, backends.NAMES))}")
         self.objective, self.granularity, self.backend = objective, granularity, backend
-        self.process_group = process_group
+        self.frame_dim, self.process_group = frame_dim, process_group
 
     def forward(
         self,
@@ -696,6 +926,8 @@ class PreferenceLoss(nn.Module):
         target: Latents | NoisedTarget,
         reference: Reference | None = None,
         *,
+        latent_weight: Tensor | None = None,
+        normalize_latent_weight: bool = True,
         pair_weight: Tensor | None = None,
         frame_weight: Tensor | None = None,
         frame_label: Tensor | None = None,
@@ -708,6 +940,9 @@ class PreferenceLoss(nn.Module):
             reference,
             objective=self.objective,
             granularity=self.granularity,
+            frame_dim=self.frame_dim,
+            latent_weight=latent_weight,
+            normalize_latent_weight=normalize_latent_weight,
             pair_weight=pair_weight,
             frame_weight=frame_weight,
             frame_label=frame_label,

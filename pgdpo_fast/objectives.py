@@ -35,7 +35,8 @@ MAX_NUMBER, MIN_EPS = 3e38, 1e-30
 class GroupErrors(NamedTuple):
     """Per-group statistics of one batch of pairs, each `[B, G]`, float32 or float64.
 
-    Policy errors are always there; gaps need a reference, `anchor` = mean (p_w - q_w)^2 needs its predictions, and
+    Policy errors are always there; gaps need a reference, `anchor` = mean (p_w - q_w)^2 (and
+    `anchor_rejected` of the other video, which no objective here uses) needs its predictions, and
     `cross` = mean (p_w - y_w)(p_l - y_l) is computed only for objectives that ask for it.
     """
 
@@ -45,6 +46,7 @@ class GroupErrors(NamedTuple):
     gap_rejected: Tensor | None = None
     anchor: Tensor | None = None
     cross: Tensor | None = None
+    anchor_rejected: Tensor | None = None
 
 
 class Terms(NamedTuple):

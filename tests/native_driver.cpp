@@ -109,7 +109,7 @@ std::unique_ptr<char[]> filled(int dtype, int64_t count) {
 
 // One call of every pass over `pairs` videos of `numel` elements; counts values that are not finite.
 int run(const Passes& passes, int policy, int target, int form, int reference, bool shared, bool built, int64_t pairs,
-        int64_t numel, int64_t length, int64_t groups, int kind, int flags, bool outer) {
+        int64_t numel, int64_t length, int64_t groups, int kind, int flags, bool outer, bool weighted) {
   Pair x;
   std::vector<std::unique_ptr<char[]>> memory;
   const auto rows = [&](int dtype, int64_t width) {
@@ -136,13 +136,19 @@ int run(const Passes& passes, int policy, int target, int form, int reference, b
   x.groups = groups;
   x.segments = (numel + length - 1) / length;
   const int64_t chunks = pairs * x.segments;
+  if (weighted) {  // one weight for every third element
+    x.weight_span = numel;
+    x.weight_length = numel % 3 ? numel : numel / 3;
+    x.latent_weight = rows(policy == FLOAT64 ? FLOAT64 : FLOAT32, x.weight_length);
+  }
+  const Wishes wanted{form != REFERENCE_NONE, true, form != REFERENCE_NONE};
 
   int bad = 0;
   const auto check = [&](const std::vector<double>& values) {
     for (double v : values) bad += !std::isfinite(v);
   };
   std::vector<double> sums(STATISTICS * chunks, NAN);
-  passes.errors(x, form != REFERENCE_NONE, true, sums.data(), 0, chunks);
+  passes.errors(x, wanted, sums.data(), 0, chunks);
   check(sums);
 
   std::unique_ptr<char[]> out[2];
@@ -161,7 +167,7 @@ int run(const Passes& passes, int policy, int target, int form, int reference, b
   };
   fresh();
   const std::vector<double> coefficients(COEFFICIENTS * pairs * groups, 0.5);
-  passes.gradients(x, form != REFERENCE_NONE, coefficients.data(), gradient, 0, chunks);
+  passes.gradients(x, wanted, coefficients.data(), gradient, 0, chunks);
   check_gradients();
 
   fresh();
@@ -226,7 +232,7 @@ int main() {
             const int reference = form == 3 ? FLOAT8 : form == 2 ? BFLOAT16 : target;
             const bool outer = objective[0] == KIND_PGDPO && calls % 2;
             bad += run(passes(policy == FLOAT64), policy, target, form, reference, layout & 1, layout & 2, 2, size[0],
-                       size[1], size[2], objective[0], objective[1], outer);
+                       size[1], size[2], objective[0], objective[1], outer, !outer && calls % 3 == 0);
             ++calls;
           }
   printf("calls %d\nnot_finite %d\n", calls, bad);

@@ -83,7 +83,7 @@ def packed(ops, q, target, format):
     tensors = loss._check(q, target, name="reference").operands
     like = pf.PackedReference.pack(q, target, format, backend="eager")
     rows = {name: torch.full_like(value, 77) for name, value in vars(like).items() if value is not None}
-    length = segment_length(q.shape[1:], 1)
+    length = segment_length(q.shape[1:])
     return rows, ops.pack(*tensors, *map(rows.get, NAMES), length)
 
 
@@ -154,7 +154,7 @@ def test_schemas_and_fakes_fit_the_operators(emulated):
     tensors = loss._check(q, y, name="reference").operands
     rows = vars(pf.PackedReference.pack(q, y, "fp8", backend="eager"))
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    arguments = (*tensors, *map(rows.get, NAMES), segment_length(torch.Size(EVEN), 1))
+    arguments = (*tensors, *map(rows.get, NAMES), segment_length(torch.Size(EVEN)))
     torch.library.opcheck(emulated.pack.default, arguments, test_utils=checks)
     table = torch.randn(5, 4)
     torch.library.opcheck(emulated.gather_rows.default, ([table], [4, 0], [torch.empty(2, 4)]), test_utils=checks)
@@ -165,7 +165,7 @@ def test_operators_name_the_argument_that_is_wrong(emulated):
     q, y = latents(EVEN)
     tensors = loss._check(q, y, name="reference").operands
     rows = vars(pf.PackedReference.pack(q, y, "fp8", backend="eager"))
-    length = segment_length(torch.Size(EVEN), 1)
+    length = segment_length(torch.Size(EVEN))
     with pytest.raises(RuntimeError, match="packed rows: expected bfloat16 or uint8"):
         emulated.pack(*tensors, rows["chosen"].float(), rows["rejected"].float(), None, None, length)
     with pytest.raises(RuntimeError, match="packed rows: expected one dtype, and scales with uint8"):

@@ -279,7 +279,7 @@ def test_many_segments_are_all_folded(monkeypatch, backend):
         monkeypatch.setattr(operands, "MIN_CHUNK", 1)
         monkeypatch.setattr(operands, "MAX_CHUNKS", 150)
         monkeypatch.setattr(triton_backend, "FOLD_PARTS", 16)
-    assert DEVICE.type == "cuda" or operands.segment_length(torch.Size((37,)), 1) == 1
+    assert DEVICE.type == "cuda" or operands.segment_length(torch.Size((37,))) == 1
     for granularity in ("sample", "element"):
         assert_parity(Batch(shape=(37,), pairs=3), pf.PGDPO(B), backend, granularity)
     assert_parity(Batch(shape=(5, 9, 1, 2), pairs=1), pf.PGDPO(B), backend, "frame")
@@ -303,10 +303,10 @@ def test_a_video_is_cut_by_its_shape_alone():
     """Every element in exactly one segment, every segment in one group, few enough partial sums to fold."""
     for shape in ((16, 21, 60, 104), (16, 33, 90, 160), (4, 16, 40, 64), (16, 13, 60, 90), (1, 1, 1, 1), (5,)):
         shape = torch.Size(shape)
-        numel, length = shape.numel(), operands.segment_length(shape, 1)
+        numel, length = shape.numel(), operands.segment_length(shape)
         assert length <= numel <= length * operands.MAX_CHUNKS
         if len(shape) == 4 and shape[1] > 1:
-            assert operands.segment_length(shape, shape[1]) == shape[2] * shape[3]
+            assert operands.runs_of(shape, 1) == (shape[2] * shape[3], 1)
 
 
 # Numerical promises.

@@ -84,11 +84,11 @@ struct Output {
 };
 
 // Sums of all statistics over every chunk, [STATISTICS, chunks].
-std::vector<double> errors(const Operands& x, bool anchor, bool cross) {
+std::vector<double> errors(const Operands& x, Wishes wanted) {
   std::vector<double> sums(STATISTICS * x.chunks());
-  const bool with_anchor = anchor && x.pair.reference_form != REFERENCE_NONE;
+  if (x.pair.reference_form == REFERENCE_NONE) wanted.anchor = wanted.anchor_rejected = false;
   const Passes& run = passes(x.float64);
-  x.over_chunks([&](int64_t begin, int64_t end) { run.errors(x.pair, with_anchor, cross, sums.data(), begin, end); });
+  x.over_chunks([&](int64_t begin, int64_t end) { run.errors(x.pair, wanted, sums.data(), begin, end); });
   return sums;
 }
 
@@ -106,7 +106,7 @@ Tensor pair_errors(PGDPO_OPERANDS, PGDPO_PLAN) {
   const int64_t rows = x.pair.pairs * groups;
   const Tensor means = x.numbers({STATISTICS, x.pair.pairs, groups});
   const Output out(means);
-  const std::vector<double> sums = errors(x, anchor, cross);
+  const std::vector<double> sums = errors(x, {anchor, cross, anchor_rejected});
   for (int k = 0; k < STATISTICS; ++k)
     for (int64_t row = 0; row < rows; ++row) out.set(k * rows + row, mean_of(x, sums, k, row));
   return means;
@@ -146,7 +146,7 @@ std::tuple<Tensor, Tensor, Tensor> pair_objective(PGDPO_OPERANDS, const MaybeTen
   const std::vector<double> beta_scales = numbers(beta_scale, "beta_scale", rows);
   const std::vector<Formula> formulas = formulas_of(PGDPO_PASS_EPILOGUE);
   STD_TORCH_CHECK(!any_flag(formulas, FLAG_IMPORTANCE) || posterior_scale, "posterior_scale: the objective needs it");
-  const std::vector<double> sums = errors(x, anchor, cross);
+  const std::vector<double> sums = errors(x, {anchor, cross, anchor_rejected});
   const bool gaps = x.pair.reference_form != REFERENCE_NONE || reference_errors;
   const double nan = std::numeric_limits<double>::quiet_NaN();
   double batch_chosen = 0, batch_cross = 0;
@@ -200,6 +200,7 @@ std::tuple<Tensor, Tensor, Tensor> pair_objective(PGDPO_OPERANDS, const MaybeTen
     coefficient_out.set(COEFFICIENT_CHOSEN * rows + row, scale * t.by_chosen);
     coefficient_out.set(COEFFICIENT_REJECTED * rows + row, scale * t.by_rejected);
     coefficient_out.set(COEFFICIENT_ANCHOR * rows + row, scale * t.by_anchor);
+    coefficient_out.set(COEFFICIENT_ANCHOR_REJECTED * rows + row, 0.0);
     total += w * t.loss;
   }
   loss_out.set(0, total / double(rows));
@@ -216,7 +217,8 @@ std::tuple<Tensor, Tensor> pair_gradient(PGDPO_OPERANDS, const Tensor& coefficie
   MutableRows out[2];
   x.set_gradients(out, chosen, rejected);
   const Passes& run = passes(x.float64);
-  x.over_chunks([&](int64_t begin, int64_t end) { run.gradients(x.pair, anchor, scaled.data(), out, begin, end); });
+  const Wishes wanted{anchor, cross, anchor_rejected};
+  x.over_chunks([&](int64_t begin, int64_t end) { run.gradients(x.pair, wanted, scaled.data(), out, begin, end); });
   return {chosen, rejected};
 }
 
@@ -318,7 +320,7 @@ Tensor pack(PGDPO_OPERANDS, Tensor chosen, Tensor rejected, MaybeTensor chosen_s
   });
   const Tensor means = x.numbers({2, x.pair.pairs});
   const Output means_out(means);
-  const std::vector<double> sums = errors(x, false, false);
+  const std::vector<double> sums = errors(x, {});
   const Passes& run = passes(x.float64);
   torch::stable::parallel_for(0, x.pair.pairs * pack_blocks_of(x.pair), 256,
                               [&](int64_t begin, int64_t end) { run.pack(x.pair, out, begin, end); });

@@ -1,6 +1,7 @@
 // Compiled once per instruction set, with PGDPO_ISA naming it; see pair.h.
 #include "pair.h"
 
+#include <initializer_list>
 #include <type_traits>
 
 #include "cache.h"
@@ -11,10 +12,11 @@ namespace pgdpo {
 inline namespace PGDPO_ISA {
 namespace {
 
-constexpr int MIXED = -1;    // storage types differ between operands: decided per load instead of per pass
-constexpr int FLUSH = 2048;  // elements added up in the working precision before the sums move on to double
-constexpr int BLOCK = 128;   // elements between two prefetches, and held between the stages of an element pass
-constexpr int AHEAD = 2048;  // bytes of every operand a prefetch runs ahead
+constexpr int MIXED = -1;     // storage types differ between operands: decided per load instead of per pass
+constexpr int WEIGHTED = -2;  // the same, and elements have weights
+constexpr int FLUSH = 2048;   // elements added up in the working precision before the sums move on to double
+constexpr int BLOCK = 128;    // elements between two prefetches, and held between the stages of an element pass
+constexpr int AHEAD = 2048;   // bytes of every operand a prefetch runs ahead
 constexpr int64_t SECOND_LEVEL = int64_t(3)
                                  << 19;  // bytes of operands that a second-level cache keeps for the next pass
 constexpr int64_t BEYOND_CACHE = int64_t(4) << 20;  // bytes of gradients from which on they are written past the caches
@@ -90,6 +92,7 @@ struct Chunk {
 template <class V>
 struct Differences {
   V u_w, u_l, minus_w, minus_l, plus_w, plus_l;
+  V weight;  // of WEIGHTED passes
 };
 
 // body(whole, i, lanes) over the vectors of elements [begin, end); lanes < width in the last one alone.
@@ -113,6 +116,9 @@ struct Reader {
   int policy_dtype, target_dtype, reference_dtype, scale_dtype, noise_dtype, form, phase;
   bool shared;
   V noise_scale, clean_scale;
+  const S* weight_row;
+  int64_t weight_length, weight_span, start;
+  alignas(64) S weights[D == WEIGHTED ? BLOCK : 1];  // of the block at hand, zeros past the end
 
   Reader(const Pair& x, const Chunk& at, bool with_reference) {
     for (int side = 0; side < 2; ++side) {
@@ -134,10 +140,31 @@ struct Reader {
       noise_scale = V(decode<S>(x.target_scale.dtype, x.target_scale.data, at.pair));
       clean_scale = V(decode<S>(x.target_scale.dtype, x.target_scale.data, x.target_scale.stride + at.pair));
     }
+    if constexpr (D == WEIGHTED) {
+      weight_row = reinterpret_cast<const S*>(row_start(x.latent_weight, at.pair, 0));
+      weight_length = x.weight_length;
+      weight_span = x.weight_span;
+      start = at.start;
+    }
+  }
+
+  // To be called before the BLOCK elements from `first` on, a multiple of BLOCK, are read up to `end`.
+  PGDPO_INLINE void begin_block(int first, int end) {
+    prefetch(first);
+    if constexpr (D == WEIGHTED) {
+      const int count = lesser(BLOCK, end - first);
+      for (int i = 0; i < count;) {
+        const int64_t at = start + first + i, inside = at % weight_length;
+        const int run = int(lesser<int64_t>(count - i, weight_length - inside));
+        memcpy(weights + i, weight_row + at / weight_span * weight_length + inside, run * sizeof(S));
+        i += run;
+      }
+      for (int i = count; i < BLOCK; ++i) weights[i] = S(0);
+    }
   }
 
   // The storage type of an operand, at compile time where all share one; residuals have their own.
-  static PGDPO_INLINE int known(int dtype) { return D == MIXED ? dtype : D; }
+  static PGDPO_INLINE int known(int dtype) { return D < 0 ? dtype : D; }
 
   // Asks for the BLOCK elements AHEAD bytes after element i of every operand: the hardware follows too few streams at
   // once and stops at every page. Past the end of a chunk lies the next one; past the end of the memory nothing
@@ -196,7 +223,13 @@ struct Reader {
       x.reference[0] = residual<WHOLE>(0, i, lanes);
       x.reference[1] = residual<WHOLE>(1, i, lanes);
     }
-    return differences(x);
+    Differences<V> d = differences(x);
+    if constexpr (D == WEIGHTED) {
+      d.weight = V::at(weights + i % BLOCK);
+      const auto unweighted = d.weight == V(S(0));
+      for (V* x : {&d.u_w, &d.u_l, &d.minus_w, &d.minus_l, &d.plus_w, &d.plus_l}) *x = select(unweighted, V(S(0)), *x);
+    }
+    return d;
   }
 
   // The even and the odd ones of twice as many elements, for bfloat16 alone.
@@ -256,6 +289,13 @@ struct Reader {
   }
 };
 
+// x times the weight of its elements, in WEIGHTED passes.
+template <int D, class V>
+PGDPO_INLINE V weighted(const Differences<V>& d, V x) {
+  if constexpr (D == WEIGHTED) return d.weight * x;
+  return x;
+}
+
 // PLANES running sums: up to FLUSH elements in the working precision, the rest in double.
 template <class V, int PLANES>
 struct Sums {
@@ -286,23 +326,27 @@ struct Sums {
 };
 
 template <class S, int D>
-void errors(const Pair& x, bool anchor, bool cross, double* sums, int64_t begin, int64_t end) {
+void errors(const Pair& x, Wishes wanted, double* sums, int64_t begin, int64_t end) {
   using V = Vec<S>;
   for (int64_t c = begin; c < end; ++c) {
     const Chunk at(x, c);
-    const Reader<S, D> reader(x, at, true);
+    Reader<S, D> reader(x, at, true);
     Sums<V, STATISTICS> totals;
     for (int first = 0; first < at.count; first += BLOCK) {
-      reader.prefetch(first);
+      reader.begin_block(first, at.count);
       V part[STATISTICS];
       memcpy(part, totals.narrow, sizeof(part));
       const auto add = [&](const Differences<V>& d) PGDPO_LAMBDA {
-        part[STATISTIC_POLICY_CHOSEN] = part[STATISTIC_POLICY_CHOSEN] + d.u_w * d.u_w;
-        part[STATISTIC_POLICY_REJECTED] = part[STATISTIC_POLICY_REJECTED] + d.u_l * d.u_l;
-        part[STATISTIC_GAP_CHOSEN] = part[STATISTIC_GAP_CHOSEN] + d.minus_w * d.plus_w;
-        part[STATISTIC_GAP_REJECTED] = part[STATISTIC_GAP_REJECTED] + d.minus_l * d.plus_l;
-        if (anchor) part[STATISTIC_ANCHOR] = part[STATISTIC_ANCHOR] + d.minus_w * d.minus_w;
-        if (cross) part[STATISTIC_CROSS] = part[STATISTIC_CROSS] + d.u_w * d.u_l;
+        const V u_w = weighted<D>(d, d.u_w), u_l = weighted<D>(d, d.u_l);
+        const V minus_w = weighted<D>(d, d.minus_w), minus_l = weighted<D>(d, d.minus_l);
+        part[STATISTIC_POLICY_CHOSEN] = part[STATISTIC_POLICY_CHOSEN] + u_w * d.u_w;
+        part[STATISTIC_POLICY_REJECTED] = part[STATISTIC_POLICY_REJECTED] + u_l * d.u_l;
+        part[STATISTIC_GAP_CHOSEN] = part[STATISTIC_GAP_CHOSEN] + minus_w * d.plus_w;
+        part[STATISTIC_GAP_REJECTED] = part[STATISTIC_GAP_REJECTED] + minus_l * d.plus_l;
+        if (wanted.anchor) part[STATISTIC_ANCHOR] = part[STATISTIC_ANCHOR] + minus_w * d.minus_w;
+        if (wanted.cross) part[STATISTIC_CROSS] = part[STATISTIC_CROSS] + u_w * d.u_l;
+        if (wanted.anchor_rejected)
+          part[STATISTIC_ANCHOR_REJECTED] = part[STATISTIC_ANCHOR_REJECTED] + minus_l * d.minus_l;
       };
       reader.over(
           first, lesser(first + BLOCK, at.count),
@@ -311,38 +355,43 @@ void errors(const Pair& x, bool anchor, bool cross, double* sums, int64_t begin,
       memcpy(totals.narrow, part, sizeof(part));
       if ((first + BLOCK) % FLUSH == 0) totals.flush();
     }
-    totals.write(sums + c,
+    totals.write(sums + at.pair * x.segments + x.place(at.segment),
                  {STATISTIC_POLICY_CHOSEN, STATISTIC_POLICY_REJECTED, STATISTIC_GAP_CHOSEN, STATISTIC_GAP_REJECTED,
-                  STATISTIC_ANCHOR, STATISTIC_CROSS},
+                  STATISTIC_ANCHOR, STATISTIC_CROSS, STATISTIC_ANCHOR_REJECTED},
                  x.pairs * x.segments);
   }
 }
 
 template <class S, int D>
-void gradients(const Pair& x, bool anchor, const double* coefficients, const MutableRows gradient[2], int64_t begin,
+void gradients(const Pair& x, Wishes wanted, const double* coefficients, const MutableRows gradient[2], int64_t begin,
                int64_t end) {
   using V = Vec<S>;
   const int64_t rows = x.pairs * x.groups;
-  const int dtype = D == MIXED ? gradient[0].dtype : D;
+  const int dtype = D < 0 ? gradient[0].dtype : D;
   const bool large = 2 * x.pairs * x.numel * size_of(dtype) >= BEYOND_CACHE;
   // The error pass ended on this thread's last chunks: what the second-level cache still holds of them comes first.
   const int64_t count = end - begin, recent = lesser(count, SECOND_LEVEL / (6 * x.length * size_of(dtype)));
   for (int64_t step = 0; step < count; ++step) {
     const int64_t c = step < recent ? end - recent + step : begin + step - recent;
     const Chunk at(x, c);
-    const Reader<S, D> reader(x, at, anchor);
-    const double* row = coefficients + at.pair * x.groups + at.segment % x.groups;
+    Reader<S, D> reader(x, at, wanted.anchor || wanted.anchor_rejected);
+    const double* row = coefficients + at.pair * x.groups + x.group_of(at.segment);
     const V c_w = S(row[COEFFICIENT_CHOSEN * rows]), c_l = S(row[COEFFICIENT_REJECTED * rows]);
-    const V c_anchor = S(row[COEFFICIENT_ANCHOR * rows]);
+    const V c_anchor = S(row[COEFFICIENT_ANCHOR * rows]), c_anchor_l = S(row[COEFFICIENT_ANCHOR_REJECTED * rows]);
     char* out[2] = {row_start(gradient[0], at.pair, at.start), row_start(gradient[1], at.pair, at.start)};
     const bool past = large && uintptr_t(out[0]) % 16 == 0 && uintptr_t(out[1]) % 16 == 0;
-    const auto by_chosen = [&](const Differences<V>& d)
-                               PGDPO_LAMBDA { return anchor ? c_w * d.u_w + c_anchor * d.minus_w : c_w * d.u_w; };
+    const auto by_chosen = [&](const Differences<V>& d) PGDPO_LAMBDA {
+      return weighted<D>(d, wanted.anchor ? c_w * d.u_w + c_anchor * d.minus_w : c_w * d.u_w);
+    };
     // An objective that takes no notice of the rejected video must not take its NaN.
     const bool unnoticed = row[COEFFICIENT_REJECTED * rows] == 0;
-    const auto by_rejected = [&](const Differences<V>& d) PGDPO_LAMBDA { return unnoticed ? V(S(0)) : c_l * d.u_l; };
+    const auto by_rejected = [&](const Differences<V>& d) PGDPO_LAMBDA {
+      V slope = unnoticed ? V(S(0)) : c_l * d.u_l;
+      if (wanted.anchor_rejected) slope = slope + c_anchor_l * d.minus_l;
+      return weighted<D>(d, slope);
+    };
     for (int first = 0; first < at.count; first += BLOCK) {
-      reader.prefetch(first);
+      reader.begin_block(first, at.count);
       reader.over(
           first, lesser(first + BLOCK, at.count),
           [&](const Differences<V>& even, const Differences<V>& odd, int i) PGDPO_LAMBDA {
@@ -368,6 +417,7 @@ struct Block {
   alignas(64) S u_w[BLOCK], u_l[BLOCK], gap_w[BLOCK], gap_l[BLOCK], minus_w[BLOCK];
   alignas(64) S alpha[BLOCK], gamma[BLOCK], complement[BLOCK], logits[BLOCK], decay[BLOCK];
   alignas(64) S gradient_w[BLOCK], gradient_l[BLOCK];
+  alignas(64) S weight[BLOCK];  // of WEIGHTED passes
 };
 
 enum Wanted { SUMS_AND_GRADIENTS, SUMS, GRADIENTS };
@@ -404,7 +454,7 @@ struct Stage {
 // An objective with a logistic is a long chain of dependent arithmetic, of which a processor overlaps few at a time.
 // Cut into a loop for PG-DPO's weights (unless they are differentiated), one for the logits and one for the rest, it
 // takes two thirds of the time.
-template <class S, int KIND, int FLAGS, bool OUTER, Wanted WANTED>
+template <class S, int KIND, int FLAGS, bool OUTER, Wanted WANTED, bool WITH_WEIGHTS = false>
 void run_objective(const Stage<S>& stage, Block<S>& block, int count, Vec<S> (&sums)[OBJECTIVE_SUMS]) {
   using V = Vec<S>;
   const int kind = KIND == ANY ? stage.kind : KIND, flags = FLAGS == ANY ? stage.flags : FLAGS;
@@ -446,11 +496,13 @@ void run_objective(const Stage<S>& stage, Block<S>& block, int count, Vec<S> (&s
     if (WANTED != SUMS) {
       V slope = t.by_chosen * u_w;
       if (flags & FLAG_IPR_ANCHOR) slope = slope + t.by_anchor * V::at(block.minus_w + i);
-      (scale * slope).to(block.gradient_w + i);
-      (kind == KIND_SFT ? V(S(0)) : scale * (t.by_rejected * u_l)).to(block.gradient_l + i);
+      const V factor = WITH_WEIGHTS ? scale * V::at(block.weight + i) : scale;
+      (factor * slope).to(block.gradient_w + i);
+      (kind == KIND_SFT ? V(S(0)) : factor * (t.by_rejected * u_l)).to(block.gradient_l + i);
     }
     if (WANTED != GRADIENTS) {
       const auto kept = [&](V x) PGDPO_LAMBDA {
+        if (WITH_WEIGHTS) return V::at(block.weight + i) * x;  // zeros past the end
         return decltype(whole)::value ? x : select(V::ascending() < V(S(lanes)), x, V(S(0)));
       };
       part[OF_LOSS] = part[OF_LOSS] + kept(OUTER ? t.preference : t.loss);
@@ -562,16 +614,17 @@ void elements(const Pair& x, const Elements& call, int64_t begin, int64_t end) {
     constexpr int settled = FLAG_IPR_BETA | FLAG_TERM_WEIGHT | FLAG_TERM_WEIGHT_BETA;
     stages[k].kind = formula.kind;
     stages[k].flags = (formula.flags & ~settled) | (one_sigmoid ? FLAG_ONE_SIGMOID : 0);
-    run[k] = call.outer ? outer_objective<S>(stages[k].flags, with_gradients)
-                        : pointwise_objective<S>(formula.kind, stages[k].flags);
+    run[k] = D == WEIGHTED ? run_objective<S, ANY, ANY, false, SUMS_AND_GRADIENTS, true>
+             : call.outer  ? outer_objective<S>(stages[k].flags, with_gradients)
+                           : pointwise_objective<S>(formula.kind, stages[k].flags);
     anchor = anchor || (formula.kind == KIND_PGDPO && (formula.flags & FLAG_IPR_ANCHOR));
     plain = plain && !(formula.flags & FLAG_TERM_WEIGHT);
   }
-  const int dtype = D == MIXED ? call.gradient[0].dtype : D;
+  const int dtype = D < 0 ? call.gradient[0].dtype : D;
   Block<S> block{};
   for (int64_t c = begin; c < end; ++c) {
     const Chunk at(x, c);
-    const Reader<S, D> reader(x, at, true);
+    Reader<S, D> reader(x, at, true);
     if (call.beta_scale != nullptr) prepare(call.beta_scale[at.pair]);
     for (int k = 0; k < call.terms; ++k) {
       if (with_gradients) stages[k].scale = S(call.scale[at.pair] * weights[k]);
@@ -584,15 +637,16 @@ void elements(const Pair& x, const Elements& call, int64_t begin, int64_t end) {
     Sums<V, OBJECTIVE_SUMS> terms;
     for (int first = 0; first < at.count; first += BLOCK) {
       const int count = lesser(BLOCK, at.count - first);
-      reader.prefetch(first);
+      reader.begin_block(first, at.count);
       V part[ERROR_SUMS];
       memcpy(part, errors.narrow, sizeof(part));
       const auto hold = [&](const Differences<V>& d, int i) PGDPO_LAMBDA {
         const V gap_w = d.minus_w * d.plus_w, gap_l = d.minus_l * d.plus_l;
-        part[OF_ERROR_W] = part[OF_ERROR_W] + d.u_w * d.u_w;
-        part[OF_ERROR_L] = part[OF_ERROR_L] + d.u_l * d.u_l;
-        part[OF_GAP_W] = part[OF_GAP_W] + gap_w;
-        part[OF_GAP_L] = part[OF_GAP_L] + gap_l;
+        part[OF_ERROR_W] = part[OF_ERROR_W] + weighted<D>(d, d.u_w) * d.u_w;
+        part[OF_ERROR_L] = part[OF_ERROR_L] + weighted<D>(d, d.u_l) * d.u_l;
+        part[OF_GAP_W] = part[OF_GAP_W] + weighted<D>(d, gap_w);
+        part[OF_GAP_L] = part[OF_GAP_L] + weighted<D>(d, gap_l);
+        if constexpr (D == WEIGHTED) d.weight.to(block.weight + i);
         d.u_w.to(block.u_w + i);
         d.u_l.to(block.u_l + i);
         gap_w.to(block.gap_w + i);
@@ -633,8 +687,9 @@ void elements(const Pair& x, const Elements& call, int64_t begin, int64_t end) {
   }
 }
 
-// The storage type all operands of a pass share, or MIXED.
+// The storage type all operands of a pass share, or MIXED, or WEIGHTED.
 int common_storage(const Pair& x, bool with_reference, const MutableRows* gradient) {
+  if (x.latent_weight.data != nullptr) return WEIGHTED;
   const int dtype = x.policy[0].dtype;
   const bool same = x.target[0].dtype == dtype && (!x.built_target || x.noise.dtype == dtype) &&
                     (!with_reference || x.reference_form != REFERENCE_PREDICTION || x.reference[0].dtype == dtype) &&
@@ -649,20 +704,21 @@ void specialised(int storage, const Run& run) {
     if (storage == BFLOAT16) return run(std::integral_constant<int, BFLOAT16>{});
     if (storage == FLOAT32) return run(std::integral_constant<int, FLOAT32>{});
   }
+  if (storage == WEIGHTED) return run(std::integral_constant<int, WEIGHTED>{});
   run(std::integral_constant<int, MIXED>{});
 }
 
 template <class S>
-void run_errors(const Pair& x, bool anchor, bool cross, double* sums, int64_t begin, int64_t end) {
+void run_errors(const Pair& x, Wishes wanted, double* sums, int64_t begin, int64_t end) {
   specialised<S>(common_storage(x, true, nullptr),
-                 [&](auto storage) { errors<S, decltype(storage)::value>(x, anchor, cross, sums, begin, end); });
+                 [&](auto storage) { errors<S, decltype(storage)::value>(x, wanted, sums, begin, end); });
 }
 
 template <class S>
-void run_gradients(const Pair& x, bool anchor, const double* coefficients, const MutableRows gradient[2], int64_t begin,
-                   int64_t end) {
-  specialised<S>(common_storage(x, anchor, gradient), [&](auto storage) {
-    gradients<S, decltype(storage)::value>(x, anchor, coefficients, gradient, begin, end);
+void run_gradients(const Pair& x, Wishes wanted, const double* coefficients, const MutableRows gradient[2],
+                   int64_t begin, int64_t end) {
+  specialised<S>(common_storage(x, wanted.anchor || wanted.anchor_rejected, gradient), [&](auto storage) {
+    gradients<S, decltype(storage)::value>(x, wanted, coefficients, gradient, begin, end);
   });
 }
 

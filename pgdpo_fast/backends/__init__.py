@@ -92,7 +92,7 @@ def warn_once(message: str) -> None:
     """A RuntimeWarning that a process shows once; where a graph is compiled, while it is."""
     if message not in _warned:
         _warned.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
+        warnings.warn(message, RuntimeWarning, stacklevel=5)
 
 
 def select(name: str, device: torch.device) -> str:

@@ -42,29 +42,51 @@ def unpack(rows: Tensor, scale: Tensor | None) -> Tensor:
     return (flat * scale.repeat_interleave(PACK_BLOCK, 1)[:, : flat.shape[1]]).view(rows.shape)
 
 
+def latent_weights(x: PairRows) -> Tensor | None:
+    """The weights of all elements of a pair's videos, `[B, ...]`."""
+    if x.latent_weight is None:
+        return None
+    pairs, spans, length = x.latent_weight.shape
+    wide = x.latent_weight[:, :, None].expand(-1, -1, x.numel // (spans * length), -1)
+    return wide.reshape(x.policy.chosen.shape)
+
+
 def group_errors(call: Call) -> GroupErrors:
     """Statistics `[B, G]` of every group (G: 1, frames or elements), differentiable but for `cross`."""
 
-    def mean(values: Tensor) -> Tensor:
-        if call.granularity == "sample":
-            return values.flatten(1).mean(1, keepdim=True)
-        if call.granularity == "frame":
-            return values.mean((1, 3, 4))
-        return values.flatten(1)
-
     x = pair_rows(call.operands)
+    weight = latent_weights(x)
+
+    def counted(difference: Tensor) -> Tensor:
+        return difference if weight is None else torch.where(weight == 0, 0.0, difference)
+
+    def mean(values: Tensor) -> Tensor:
+        if call.granularity == "element":
+            return values.flatten(1)
+        if weight is not None:
+            values = weight * values
+        if call.frame_dim is None:
+            return values.flatten(1).mean(1, keepdim=True)
+        others = [dim for dim in range(1, values.ndim) if dim != call.frame_dim]
+        return values.mean(others) if others else values
+
     p = Side(*(t.to(x.compute_dtype) for t in x.policy))
     y = targets(x)
     q = references(x, call.plan.reference_form, y)
     gaps: tuple[Tensor | None, ...] = (None, None)
     if q is not None:
-        gaps = tuple(mean((a - b) * ((a - t) + (b - t))) for a, b, t in zip(p, q, y, strict=True))
+        gaps = tuple(mean(counted(a - b) * counted((a - t) + (b - t))) for a, b, t in zip(p, q, y, strict=True))
     gap_chosen, gap_rejected = gaps
     return GroupErrors(
-        policy_chosen=mean((p.chosen - y.chosen) ** 2),
-        policy_rejected=mean((p.rejected - y.rejected) ** 2),
+        policy_chosen=mean(counted(p.chosen - y.chosen) ** 2),
+        policy_rejected=mean(counted(p.rejected - y.rejected) ** 2),
         gap_chosen=gap_chosen,
         gap_rejected=gap_rejected,
-        anchor=mean((p.chosen - q.chosen) ** 2) if call.plan.anchor and q is not None else None,
-        cross=mean((p.chosen - y.chosen) * (p.rejected - y.rejected)).detach() if call.plan.cross else None,
+        anchor=mean(counted(p.chosen - q.chosen) ** 2) if call.plan.anchor and q is not None else None,
+        cross=mean(counted(p.chosen - y.chosen) * counted(p.rejected - y.rejected)).detach()
+        if call.plan.cross
+        else None,
+        anchor_rejected=mean(counted(p.rejected - q.rejected) ** 2)
+        if call.plan.anchor_rejected and q is not None
+        else None,
     )

@@ -114,23 +114,41 @@ class _Errors(torch.autograd.Function):
     @staticmethod
     def forward(ctx, policy, policy_rejected, call: Call):
         statistics = _OPERATORS[call.backend].pair_errors.default(*call.operands, *call.plan)
-        ctx.plan, ctx.backend = call.plan, call.backend
+        ctx.plan, ctx.backend, ctx.samples = call.plan, call.backend, policy.shape[0]
         ctx.save_for_backward(*call.operands)
         return statistics
 
     @staticmethod
     @_first_derivative
     def backward(ctx, incoming):
-        operands, by = Operands._make(ctx.saved_tensors), dict(zip(GroupErrors._fields, incoming, strict=True))
-        numel = operands.policy[0].numel() // ctx.plan.groups
-        coefficients = torch.stack(
-            Coefficients(
-                chosen=by["policy_chosen"] + by["gap_chosen"],
-                rejected=by["policy_rejected"] + by["gap_rejected"],
-                anchor=by["anchor"],
-            )
-        ) * (2.0 / numel)
-        return *_input_gradients(ctx, operands, coefficients, coefficients.new_ones(())), None
+        return *_error_gradients(ctx, incoming), None
+
+
+class _SampleErrors(_Errors):
+    """`_Errors` of samples that stand for themselves, `policy` all of them and `call` made of views of it."""
+
+    @staticmethod
+    @_first_derivative
+    def backward(ctx, incoming):
+        chosen, rejected = _error_gradients(ctx, incoming)
+        if rejected is not None and len(chosen) < ctx.samples:  # halves that have one sample in common
+            chosen = torch.cat([chosen, rejected[1:]])
+        return chosen, None, None
+
+
+def _error_gradients(ctx: Any, incoming: Tensor):
+    """The gradients by `policy` and `policy_rejected` from those by the statistics."""
+    operands, by = Operands._make(ctx.saved_tensors), dict(zip(GroupErrors._fields, incoming, strict=True))
+    numel = operands.policy[0].numel() // ctx.plan.groups
+    coefficients = torch.stack(
+        Coefficients(
+            chosen=by["policy_chosen"] + by["gap_chosen"],
+            rejected=by["policy_rejected"] + by["gap_rejected"],
+            anchor=by["anchor"],
+            anchor_rejected=by["anchor_rejected"],
+        )
+    ) * (2.0 / numel)
+    return _input_gradients(ctx, operands, coefficients, coefficients.new_ones(()))
 
 
 def _input_gradients(ctx: Any, operands: Operands, coefficients: Tensor, incoming: Tensor):
@@ -156,12 +174,18 @@ def elements(call: Call, epilogue: Epilogue, outer: bool) -> tuple[Tensor, Tenso
     return _apply(_Elements, chosen, rejected, call, epilogue, outer)
 
 
-def group_errors(call: Call) -> GroupErrors:
+def group_errors(call: Call, samples: Tensor | None = None) -> GroupErrors:
     """Statistics `[B, G]`, differentiable by the predictions (the cross term is not): two launches, one in backward.
 
-    Those without operands to make them from, or that the plan does not ask for, are None.
+    Those without operands to make them from, or that the plan does not ask for, are None. With `samples` the
+    predictions of `call` are views of it, and the gradient is made whole: both halves (chosen and rejected), halves
+    that have their middle sample in common, or all samples twice, of which the rejected ones are nobody's.
     """
-    errors = GroupErrors._make(_apply(_Errors, call.operands.policy, call.operands.policy_rejected, call))
+    if samples is None:
+        statistics = _apply(_Errors, call.operands.policy, call.operands.policy_rejected, call)
+    else:
+        statistics = _apply(_SampleErrors, samples, None, call)
+    errors = GroupErrors._make(statistics)
     gaps = call.plan.reference_form != ReferenceForm.NONE
     return GroupErrors(
         policy_chosen=errors.policy_chosen,
@@ -170,4 +194,5 @@ def group_errors(call: Call) -> GroupErrors:
         gap_rejected=errors.gap_rejected if gaps else None,
         anchor=errors.anchor if call.plan.anchor else None,
         cross=errors.cross.detach() if errors.cross is not None and call.plan.cross else None,
+        anchor_rejected=errors.anchor_rejected if call.plan.anchor_rejected else None,
     )

@@ -144,7 +144,7 @@ def pack(operands: Operands, out: Mapping[str, Tensor]) -> Tensor:
         rejected=out["rejected"],
         chosen_scale=out.get("chosen_scale"),
         rejected_scale=out.get("rejected_scale"),
-        length=segment_length(operands.policy.shape[1:], 1),
+        length=segment_length(operands.policy.shape[1:]),
     )
     _keep(list(out.values()), operands.policy.device)
     return errors

@@ -36,6 +36,7 @@ class Operands(NamedTuple):
     reference_rejected: Tensor | None
     reference_scale: Tensor | None  # [B, ceil(C*F*H*W / PACK_BLOCK)] float32, with ReferenceForm.FLOAT8
     reference_scale_rejected: Tensor | None
+    latent_weight: Tensor | None = None  # [B, R, M] in the compute dtype: one for each element of [R, N / (R * M), M]
 
     @property
     def pairs(self) -> int:
@@ -60,9 +61,11 @@ class Plan(NamedTuple):
 
     reference_form: ReferenceForm
     groups: int  # 1 at element granularity, whose passes need none
-    length: int  # of the runs a video is cut into, see `segment_length`
+    length: int  # of the runs a video is cut into, see `runs_of`
     anchor: bool  # whether the sums of these statistics are wanted
     cross: bool
+    anchor_rejected: bool = False
+    consecutive: int = 1  # runs in a row that belong to one group
 
 
 class Call(NamedTuple):
@@ -73,6 +76,7 @@ class Call(NamedTuple):
     reference_errors: Tensor | None  # [2, B, G] in the compute dtype: chosen and rejected
     plan: Plan
     granularity: str
+    frame_dim: int | None  # at frame granularity
     backend: str
 
     @property
@@ -95,11 +99,12 @@ class Telemetry(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """What the differences at an element are multiplied with for its gradient, `[B, G]` each or stacked `[3, B, G]`."""
+    """What the differences at an element are multiplied with for its gradient, `[B, G]` each or stacked `[4, B, G]`."""
 
     chosen: Tensor  # of p_w - y_w
     rejected: Tensor  # of p_l - y_l
     anchor: Tensor  # of p_w - q_w
+    anchor_rejected: Tensor  # of p_l - q_l
 
 
 class ElementMeans(NamedTuple):
@@ -131,6 +136,7 @@ class PairRows(NamedTuple):
     reference_scale: Side | None
     noise: Tensor | None
     target_scale: Tensor | None
+    latent_weight: Tensor | None
 
     @property
     def pairs(self) -> int:
@@ -173,6 +179,7 @@ def pair_rows(x: Operands) -> PairRows:
         reference_scale=None if scale is None else side(scale, x.reference_scale_rejected, x.pairs),
         noise=None if x.noise is None else rows_contiguous(x.noise),
         target_scale=x.target_scale,
+        latent_weight=x.latent_weight,
     )
 
 
@@ -181,13 +188,29 @@ MIN_CHUNK = 4096
 MAX_CHUNKS = 512
 
 
-def segment_length(shape: torch.Size, groups: int) -> int:
-    """Elements of the runs that one video `[C, F, H, W]` (any shape when groups == 1) is cut into, the last may be
-    short; run s belongs to group s % groups. Depends on nothing but the shape."""
+def segment_length(shape: torch.Size) -> int:
+    """Elements of the runs that one video of `shape` is cut into where it is one group, the last may be short. Depends
+    on nothing but the shape."""
     numel = shape.numel()
-    if groups > 1:
-        return shape[2:].numel()
     length = MIN_CHUNK
     while length * MAX_CHUNKS < numel:
         length *= 2
     return min(length, numel)
+
+
+def runs_of(shape: torch.Size, frame_axis: int | None) -> tuple[int, int]:
+    """The runs one video of `shape` is cut into: their length, and how many in a row belong to one group.
+
+    With `frame_axis` (an axis of `shape`) run s belongs to frame s // consecutive % frames: what lies inside a frame is
+    cut along its outermost axes into runs of MIN_CHUNK elements or more. `[C, F, H, W]` has runs of H*W, `[F, C, H, W]`
+    the same, C of them in a row.
+    """
+    if frame_axis is None or shape[frame_axis] == 1:
+        return segment_length(shape), 1
+    inside = shape[frame_axis + 1 :].numel()
+    length = inside
+    for size in shape[frame_axis + 1 :]:
+        if length // size < MIN_CHUNK:
+            break
+        length //= size
+    return length, inside // length

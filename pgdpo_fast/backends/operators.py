@@ -100,14 +100,14 @@ def _planes(x: Operands, planes: type[NamedTuple], groups: int) -> Tensor:
 
 
 def pair_errors(operands: Operands, plan: Plan) -> Tensor:
-    """Means over each group, `[6, B, G]`: the fields of `GroupErrors`."""
+    """Means over each group, `[7, B, G]`: the fields of `GroupErrors`."""
     return _planes(operands, GroupErrors, plan.groups)
 
 
 def pair_objective(
     operands: Operands, reference_errors: Tensor | None, numbers: PairNumbers, plan: Plan, epilogue: Epilogue
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss `[]`, `Telemetry` `[9, B, G]` and `Coefficients` `[3, B, G]`; reference errors `[2, B, G]`."""
+    """Loss `[]`, `Telemetry` `[9, B, G]` and `Coefficients` `[4, B, G]`; reference errors `[2, B, G]`."""
     telemetry = _planes(operands, Telemetry, plan.groups)
     return telemetry.new_empty(()), telemetry, _planes(operands, Coefficients, plan.groups)
 

@@ -122,7 +122,11 @@ def _arguments(x: PairRows, plan: Plan):
 
     absent = Side(x.policy.chosen, x.policy.chosen)
     reference, scale = x.reference or absent, x.reference_scale or absent
-    noise = absent.chosen if x.noise is None else x.noise
+    noise, weight = absent.chosen if x.noise is None else x.noise, x.latent_weight
+    latent_weight = pair.LATENT_WEIGHT_NONE
+    if weight is not None:
+        each = weight.shape[1:].numel() == x.numel
+        latent_weight = pair.LATENT_WEIGHT_EACH if each else pair.LATENT_WEIGHT_SHARED
     operands = pair.Operands(
         pw_ptr=x.policy.chosen,
         pl_ptr=x.policy.rejected,
@@ -134,6 +138,9 @@ def _arguments(x: PairRows, plan: Plan):
         sw_ptr=scale.chosen,
         sl_ptr=scale.rejected,
         target_scale_ptr=absent.chosen if x.target_scale is None else x.target_scale,
+        latent_weight_ptr=absent.chosen if weight is None else weight,
+        weight_length=0 if weight is None else weight.shape[2],
+        weight_span=0 if weight is None else x.numel // weight.shape[1],
         pw_stride=x.policy.chosen.stride(0),
         pl_stride=x.policy.rejected.stride(0),
         yw_stride=x.target.chosen.stride(0),
@@ -143,11 +150,13 @@ def _arguments(x: PairRows, plan: Plan):
         ql_stride=0 if x.reference is None else reference.rejected.stride(0),
         sw_stride=0 if x.reference_scale is None else scale.chosen.stride(0),
         sl_stride=0 if x.reference_scale is None else scale.rejected.stride(0),
+        latent_weight_stride=0 if weight is None else weight.stride(0),
     )
     switches = dict(
         REFERENCE=int(plan.reference_form),
         SHARED_TARGET=x.shared_target,
         TARGET_BUILT=x.noise is not None,
+        LATENT_WEIGHT=latent_weight.value,
         PACK_BLOCK=PACK_BLOCK,
         COMPUTE=_triton_dtype(x.compute_dtype),
         ALIGN=_alignment(plan.length),
@@ -194,8 +203,11 @@ def partial_sums(x: PairRows, plan: Plan) -> Partial:
             pairs=x.pairs,
             n=x.numel,
             seg_len=plan.length,
+            groups=plan.groups,
+            consecutive=plan.consecutive,
             ANCHOR=plan.anchor,
             CROSS=plan.cross,
+            ANCHOR_REJECTED=plan.anchor_rejected,
             LANES=_lanes(x),
             **switches,
         )
@@ -203,7 +215,7 @@ def partial_sums(x: PairRows, plan: Plan) -> Partial:
 
 
 def fold(partial: Tensor, groups: int, count: int) -> Tensor:
-    """Partial sums `[6, B, segments]` as means over each group, `[6, B, G]`, always added in the same order."""
+    """Partial sums `[7, B, segments]` as means over each group, `[7, B, G]`, always added in the same order."""
     from pgdpo_fast.kernels.pair import fold_means_kernel
 
     statistics, pairs, segments = partial.shape
@@ -245,7 +257,7 @@ def fold_objective(
     numbers: PairNumbers,
     epilogue: Epilogue,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Partial sums to loss `[]`, `Telemetry` `[9, B, G]` and `Coefficients` `[3, B, G]` in one launch."""
+    """Partial sums to loss `[]`, `Telemetry` `[9, B, G]` and `Coefficients` `[4, B, G]` in one launch."""
     from pgdpo_fast.kernels.pair import fold_kernel
 
     sums = partial.sums
@@ -314,7 +326,9 @@ def pair_gradient(operands: Operands, coefficients: Tensor, incoming: Tensor, pl
             groups=plan.groups,
             n=x.numel,
             seg_len=plan.length,
+            consecutive=plan.consecutive,
             ANCHOR=plan.anchor,
+            ANCHOR_REJECTED=plan.anchor_rejected,
             **switches,
         )
     return gradients
