@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 GRANULARITIES = ("sample", "frame", "element")
+FRAME_DIM = 2  # of latents [B, C, F, H, W], as the stores and the networks of this package have them
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 # Latents of a batch of pairs: stacked `[2B, ...]`, chosen half first, or (chosen, rejected).
@@ -308,7 +309,7 @@ def _frame_dim(granularity: str, frame_dim: int | None, video: torch.Size) -> in
             f"granularity='frame' takes axis 2 of [B, {', '.join(map(str, video))}] as {video[1]} frames, which may as "
             "well be channels: pass frame_dim=2 if they are frames, frame_dim=1 for latents [B, F, C, H, W]"
         )
-    return 2
+    return FRAME_DIM
 
 
 def _latent_weights(

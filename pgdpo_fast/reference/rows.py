@@ -16,7 +16,7 @@ from pgdpo_fast.backends import native
 from pgdpo_fast.backends.operands import PACK_BLOCK
 from pgdpo_fast.diffusion import Visit
 from pgdpo_fast.errors import NonFiniteError
-from pgdpo_fast.loss import NoisedTarget, PackedReference, ReferenceErrors, reference_errors
+from pgdpo_fast.loss import FRAME_DIM, NoisedTarget, PackedReference, ReferenceErrors, reference_errors
 
 __all__ = ["FORMATS", "Rows", "as_reference", "bring", "check_finite", "gather", "pack", "row_tensors"]
 
@@ -61,7 +61,7 @@ def pack(
         backend: as in `preference_loss` and `PackedReference.pack`.
     """
     if format == "errors":
-        errors = reference_errors(prediction, target, granularity=granularity, backend=backend)
+        errors = reference_errors(prediction, target, granularity=granularity, frame_dim=FRAME_DIM, backend=backend)
         return {"chosen": errors.chosen.float(), "rejected": errors.rejected.float()}
     if format == "predictions":
         pairs = prediction.shape[0] // 2

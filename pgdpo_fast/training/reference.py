@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from pgdpo_fast.loss import PackedReference, ReferenceErrors, reference_errors
+from pgdpo_fast.loss import FRAME_DIM, PackedReference, ReferenceErrors, reference_errors
 from pgdpo_fast.models import ModelAdapter, adapters_off
 from pgdpo_fast.objectives import Objective
 from pgdpo_fast.training.batches import Batch, Visit
@@ -47,7 +47,7 @@ class _NetworkReference:
     def __init__(self, adapter: ModelAdapter, model: nn.Module, objective: Objective, granularity: str, backend: str):
         self.adapter, self.model = adapter, model
         self.predictions = needs_predictions(objective, granularity)
-        self.options = {"granularity": granularity, "backend": backend}
+        self.options = {"granularity": granularity, "frame_dim": FRAME_DIM, "backend": backend}
 
     @property
     def networks(self) -> tuple[nn.Module, ...]:

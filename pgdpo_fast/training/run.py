@@ -20,7 +20,7 @@ from torch import nn
 from pgdpo_fast.data.latent_store import LatentStore
 from pgdpo_fast.devices import select_device
 from pgdpo_fast.errors import ConfigError
-from pgdpo_fast.loss import ReferenceErrors
+from pgdpo_fast.loss import FRAME_DIM, ReferenceErrors
 from pgdpo_fast.metrics import CHOSEN, MARGINS
 from pgdpo_fast.models import ModelAdapter
 from pgdpo_fast.objectives import REGISTRY, Objective
@@ -249,6 +249,7 @@ class Run:
         return {
             "objective": self.objective,
             "granularity": self.config.training.granularity,
+            "frame_dim": FRAME_DIM,
             "backend": self.config.training.backend,
             "posterior_scale": scale,
         }
