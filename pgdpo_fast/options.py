@@ -45,6 +45,7 @@ def setting(
     decides: Literal["numbers", "reference", "nothing"],
     minimum: float | None = None,
     above: float | None = None,
+    maximum: float | None = None,
     content: str | None = None,
 ) -> Any:
     """A dataclass field that is a setting: its help text, its bounds, and what it decides.
@@ -52,12 +53,13 @@ def setting(
     Args:
         decides: "numbers", those of the run but not of its reference; "reference", both; "nothing", neither. Run
             identity, cache fingerprint and sweep key follow from it.
-        minimum, above: for numbers, the smallest allowed value or an exclusive lower bound.
+        minimum, above: for numbers, the smallest allowed value or an exclusive lower bound. maximum: the largest.
         content: the setting says only where something is, such as the "weights", whose content is what decides.
     """
     if decides not in DECISIONS:
         raise wrong("decides", decides, f"one of {', '.join(DECISIONS)}")
-    metadata = {"help": help, "decides": decides, "minimum": minimum, "above": above, "content": content}
+    bounds = {"minimum": minimum, "above": above, "maximum": maximum}
+    metadata = {"help": help, "decides": decides, **bounds, "content": content}
     if isinstance(default, Mapping):
         return field(default_factory=lambda: dict(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -164,9 +166,9 @@ def convert(where: str, value: Any, kind: Any, bounds: Mapping[str, Any]) -> Any
     except TypeError:
         raise wrong(where, value, type_name(kind)) from None
     minimum, above = bounds.get("minimum"), bounds.get("above")
-    bound = minimum if above is None else above
+    bound, most = minimum if above is None else above, bounds.get("maximum")
     if value is not None and bound is not None:
-        number(where, value, bound, open_low=above is not None)
+        number(where, value, bound, math.inf if most is None else most, open_low=above is not None)
     return value
 
 

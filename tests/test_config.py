@@ -60,6 +60,25 @@ def test_a_key_in_the_wrong_section_is_found(tmp_path):
     assert "training.evaluation_pairs: unknown key; did you mean data.evaluation_pairs?" in message
 
 
+@pytest.mark.parametrize(
+    "given, meant",
+    [
+        ("training.lr", "training.learning_rate"),
+        ("lr", "training.learning_rate"),
+        ("optimizer", None),
+        ("training.batch_size", "training.pairs_per_step"),
+        ("training.max_grad_norm", "training.clip_norm"),
+        ("model.lora_rank", "model.lora.rank"),
+        ("training.xyz", None),
+        ("data.shuffle", None),
+        ("training.evaluation", "training.evaluation_every"),
+    ],
+)
+def test_what_was_meant_is_a_setting_or_left_open_never_the_section_itself(tmp_path, given, meant):
+    message = problems_of(write(tmp_path, ""), [*NEEDED, f"{given}=1"])
+    assert message.endswith(f"{given}: unknown key" + (f"; did you mean {meant}?" if meant else ""))
+
+
 def test_numbers_are_read_as_people_write_them(tmp_path):
     path = write(tmp_path, "training: {learning_rate: 1e-4, adam_eps: 1E-7}\nobjective: {name: dpo, beta: 5e3}\n")
     config = load_config(path, NEEDED)

@@ -112,8 +112,14 @@ def test_the_table_shows_every_reason_and_count(folder):
 
 
 def test_unknown_columns_are_errors_with_a_suggestion(folder):
-    with pytest.raises(DataError, match=r"'choosen'.*did you mean 'chosen'"):
+    misspelt = row(id="two")
+    misspelt["choosen"] = misspelt.pop("chosen")
+    with pytest.raises(DataError, match=r"'choosen'; did you mean 'chosen'\?"):
+        read_manifest(jsonl(folder, row(), misspelt))
+    with pytest.raises(DataError, match=r"unknown column 'choosen'; remove it\."):  # it has a "chosen" already
         read_manifest(jsonl(folder, {**row(), "choosen": "a.mp4"}))
+    with pytest.raises(DataError, match=r"'caption'; rename it if it holds the prompt\."):
+        read_manifest(table(folder, {"caption": "a", "chosen": "a.mp4", "rejected": "b.mp4"}))
     with pytest.raises(DataError, match="rejected missing"):
         read_manifest(table(folder, {"prompt": "a", "chosen": "a.mp4"}))
 

@@ -327,6 +327,54 @@ def test_held_out_pairs_are_the_same_whatever_else_is_in_the_store():
     assert hold_out(ids[::-1], 5, seed=0)[1] == held[::-1]
 
 
+def test_what_shares_a_prompt_or_a_clip_is_held_out_together(tmp_path):
+    from pgdpo_fast.data.latent_store import LatentStore
+
+    rows = {"a": ("cat", "1", "2"), "b": ("cat", "3", "4"), "c": ("dog", "4", "5"), "d": ("owl", "6", "7"),
+            "e": ("fox", "8", "9"), "f": ("elk", "9", "10")}  # fmt: skip
+    store = LatentStore.__new__(LatentStore)
+    store._rows = {id: dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for id, row in rows.items()}
+    assert store.kin == {"a": "a", "b": "a", "c": "a", "d": "d", "e": "e", "f": "e"}
+    for seed in range(20):
+        for count in range(1, 6):
+            training, held = hold_out(store.ids, count, seed, store.kin)
+            assert 0 < len(held) <= count and not {store.kin[i] for i in held} & {store.kin[i] for i in training}
+    with pytest.raises(ConfigError, match="evaluation_pairs=2: no pairs can be held out.*at least 3"):
+        hold_out(["a", "b", "c", "x", "y", "z"], 2, 0, dict(zip("abcxyz", "aaaxxx", strict=True)))
+
+
+def test_a_run_holds_out_by_content_unless_told_otherwise(tiny_config):
+    from pgdpo_fast.data.latent_store import LatentStore
+    from pgdpo_fast.training.batches import split, split_setting
+
+    config, by_pair = tiny_config(), tiny_config(data={"split": "pair"})
+    store = LatentStore(config.data.store)
+    own = {id: row | {"prompt": id} for id, row in store._rows.items()}
+    store._rows = own
+    assert split(config, store) == split(by_pair, store)
+    assert split_setting(config, store) == split_setting(by_pair, store) == {}  # folders of either serve both
+
+    store = LatentStore(config.data.store)
+    _, held = split(by_pair, store)
+    trained = next(id for id in own if id not in held)
+    store._rows = own | {held[0]: own[held[0]] | {"prompt": trained}}
+    assert store.kin[held[0]] == store.kin[trained]
+    training, kept = split(config, store)
+    assert len({held[0], trained} & set(kept)) in (0, 2) and len(training) + len(kept) == 10
+    assert split_setting(config, store) == {"data.split": "content"} and split_setting(by_pair, store) == {}
+
+    store = LatentStore(config.data.store)
+    store._rows = {id: row | {"prompt": "the same"} for id, row in own.items()}
+    with pytest.raises(ConfigError, match="data.split=pair"):
+        split(config, store)
+    assert [len(part) for part in split(by_pair, store)] == [8, 2]
+
+
+def test_evaluation_draws_have_a_limit(tiny_config):
+    with pytest.raises(ConfigError, match="evaluation_draws=100000000"):
+        tiny_config(training={"evaluation_draws": 10**8})
+
+
 def health_of(chosen, margins, factor=0.4, beta=100.0):
     health = PreferenceHealth(beta)
     for step, (c, m) in enumerate(zip(chosen, margins, strict=True)):

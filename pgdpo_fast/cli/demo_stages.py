@@ -341,6 +341,7 @@ def _config(demo: DemoSettings, store: LatentStore, base: Path, out: Path, objec
             "data": {
                 "store": str(store.path),
                 "evaluation_pairs": demo.held_out,
+                "split": "pair",  # 32 prompts, and clips of their own for every pair
                 "reference_cache": str(out / "reference"),
             },
             "process": PROCESS,

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -106,6 +107,24 @@ class LatentStore:
     def ids(self) -> list[str]:
         """Pair ids in manifest order."""
         return list(self._rows)
+
+    @cached_property
+    def kin(self) -> dict[str, str]:
+        """Of every pair the smallest id among those it is tied to by a prompt or a clip, directly or through others."""
+        parent: dict[object, object] = {}
+
+        def root(node: object) -> object:
+            while (above := parent.setdefault(node, node)) != node:
+                parent[node] = node = parent[above]
+            return node
+
+        for id, row in self._rows.items():
+            for key in (("prompt", row["prompt"]), ("clip", row["chosen"]), ("clip", row["rejected"])):
+                parent[root(key)] = root(("id", id))
+        smallest: dict[object, str] = {}
+        for id in sorted(self._rows):
+            smallest.setdefault(root(("id", id)), id)
+        return {id: smallest[root(("id", id))] for id in self._rows}
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pgdpo_fast.errors import ConfigError, DataError
-from pgdpo_fast.options import choice, did_you_mean
+from pgdpo_fast.options import choice, close_to
 from pgdpo_fast.printable import printable
 from pgdpo_fast.storage import atomic_file
 
@@ -163,7 +163,7 @@ def read_manifest(
         if format == "videoalign":
             rows, notes = _videoalign_rows(path, records, columns, criterion or "majority")
         else:
-            _check_columns(path, columns)
+            _check_columns(path, records, columns)
             rows, notes = records, []
     if criterion is not None and format != "videoalign":
         raise ConfigError(
@@ -363,13 +363,17 @@ def _parquet_records(path: Path) -> Iterator[tuple[str, dict]]:
         yield f"{path.name} row {number}", row
 
 
-def _check_columns(path: Path, columns: list[str]) -> None:
+def _check_columns(path: Path, records: list[tuple[str, dict]], columns: list[str]) -> None:
     known = REQUIRED + OPTIONAL
+    missing = [name for name in REQUIRED if name not in columns]
     for name in columns:
         if name not in known:
-            hint = did_you_mean(name, known, cutoff=0.5) or "; remove it."
+            near = close_to(name, known, cutoff=0.5)
+            if near and not any(name in row and near in row for _, row in records):
+                hint = f"; did you mean {near!r}?"
+            else:
+                hint = f"; rename it if it holds the {' or '.join(missing)}." if missing else "; remove it."
             raise DataError(f"{path}: unknown column {name!r}{hint} Known columns: {', '.join(known)}")
-    missing = [name for name in REQUIRED if name not in columns]
     if missing:
         raise DataError(
             f"{path}: column(s) {', '.join(missing)} missing, found {', '.join(columns)}; a pair needs "

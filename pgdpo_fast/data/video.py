@@ -111,7 +111,8 @@ def read_video(
     too short or beyond `limits`; ConfigError on impossible arguments.
 
     A file is truncated when it has fewer frames, bytes or seconds than its header promises. MPEG-TS promises nothing:
-    there an incomplete last packet or last picture tells, and a cut exactly between two pictures cannot be seen.
+    there an incomplete last packet of 188 bytes tells, and often an incomplete last picture; a cut that keeps whole
+    packets may pass as a shorter clip.
     """
     check_clip_options(frames=frames, height=height, width=width, fps=fps, start=start, short=short, limits=limits)
     path = Path(path)

@@ -20,8 +20,9 @@ from pgdpo_fast.diffusion import DiffusionProcess, Visit, draw_noise, draw_unifo
 from pgdpo_fast.errors import ConfigError
 from pgdpo_fast.loss import NoisedTarget
 from pgdpo_fast.models import NoisedBatch
+from pgdpo_fast.training.config import TrainConfig
 
-__all__ = ["Batch", "HostBatch", "PairLoader", "PairOrder", "Visit", "hold_out"]
+__all__ = ["Batch", "HostBatch", "PairLoader", "PairOrder", "Visit", "hold_out", "split", "split_setting"]
 
 
 class HostBatch(NamedTuple):
@@ -63,18 +64,49 @@ def _rank(seed: int, purpose: str, pair_id: str) -> bytes:
     return hashlib.blake2b(f"{seed}\0{purpose}\0{pair_id}".encode(), digest_size=8).digest()
 
 
-def hold_out(ids: Sequence[str], count: int, seed: int) -> tuple[list[str], list[str]]:
+def hold_out(
+    ids: Sequence[str], count: int, seed: int, kin: Mapping[str, str] | None = None
+) -> tuple[list[str], list[str]]:
     """Split ids into (training, held out); which are held out depends on the seed and each id, not on their order.
 
+    Args:
+        kin: the name of the family of every pair, such as `LatentStore.kin`. Families are held out whole, so fewer
+            than `count` pairs may be. None: every pair is a family of its own.
+
     Raises:
-        ConfigError: no pair would be left to train on.
+        ConfigError: no pair would be left to train on, or no family is small enough to be held out.
     """
     if count >= len(ids):
         raise ConfigError(
             f"data.evaluation_pairs={count}: the store has {len(ids)} pairs, at least one must be left to train on"
         )
-    held = set(sorted(ids, key=lambda pair_id: _rank(seed, "hold out", pair_id))[:count])
+    families: dict[str, list[str]] = {}
+    for pair in ids:
+        families.setdefault(kin[pair] if kin else pair, []).append(pair)
+    held: set[str] = set()
+    for name in sorted(families, key=lambda name: _rank(seed, "hold out", name)):
+        if len(held) + len(families[name]) <= count:
+            held.update(families[name])
+    if count and not held:
+        raise ConfigError(
+            f"data.evaluation_pairs={count}: no pairs can be held out whose prompts and clips are not trained on too; "
+            f"expected at least {min(map(len, families.values()))}, the smallest number that shares them, or "
+            "data.split=pair to train on them"
+        )
     return [i for i in ids if i not in held], [i for i in ids if i in held]
+
+
+def split(config: TrainConfig, store: LatentStore) -> tuple[list[str], list[str]]:
+    """The pairs a run trains on, and those it holds out, as its configuration says. Raises as `hold_out` does."""
+    kin = store.kin if config.data.split == "content" and config.data.evaluation_pairs else None
+    return hold_out(store.ids, config.data.evaluation_pairs, config.training.seed, kin)
+
+
+def split_setting(config: TrainConfig, store: LatentStore) -> dict[str, str]:
+    """`data.split` by its dotted key, for fingerprints: {} where it makes no difference to this store, so that what was
+    made before it was a setting, or with its other value, is the same."""
+    by_pair = hold_out(store.ids, config.data.evaluation_pairs, config.training.seed)
+    return {} if split(config, store) == by_pair else {"data.split": config.data.split}
 
 
 class PairOrder:

@@ -41,9 +41,7 @@ class CachedReference:
             DataError: it was made for something else (naming every field), does not cover the run, or is damaged.
         """
         cache, options = ReferenceCache(config.data.reference_cache), config.training
-        cache.require(
-            reference_fingerprint(config, store, adapter, network), reference_visits(config, store.ids)[0].draws
-        )
+        cache.require(reference_fingerprint(config, store, adapter, network), reference_visits(config, store)[0].draws)
         layout, size = cache.layout, options.pairs_per_step // options.accumulation
         if layout.format == "errors":
             if needs_predictions(config.build_objective(), options.granularity):

@@ -55,6 +55,11 @@ class DataConfig:
     evaluation_pairs: int = setting(
         0, "pairs held out of training and used for evaluation", minimum=0, decides="reference"
     )
+    split: Literal["content", "pair"] = setting(
+        "content",
+        '"content": held-out pairs share no prompt and no clip with those trained on; "pair": they may',
+        decides="reference",
+    )
     reference_cache: str = setting("", "folder written by `pgdpo-fast cache-reference`; empty: none", decides="nothing")
 
 
@@ -94,7 +99,11 @@ class TrainingConfig:
         100, "steps between evaluations, with data.evaluation_pairs > 0", minimum=1, decides="nothing"
     )
     evaluation_draws: int = setting(
-        8, "fixed draws of every held-out pair, spread over the timesteps", minimum=1, decides="reference"
+        8,
+        "fixed draws of every held-out pair, spread over the timesteps",
+        minimum=1,
+        maximum=10_000,
+        decides="reference",
     )
     device: str = setting("auto", "auto, cpu, cuda or cuda:N", decides="nothing")
 
@@ -175,7 +184,9 @@ class TrainConfig:
             keys |= {key for key in _DECLARED if key.startswith("model.lora.")}
             keys |= {"model.init_seed"} if model.path else set()
         if not data.evaluation_pairs:
-            keys |= {"training.evaluation_draws"} | (set() if self.callbacks else {"training.evaluation_every"})
+            keys |= {"training.evaluation_draws", "data.split"} | (
+                set() if self.callbacks else {"training.evaluation_every"}
+            )
         return keys
 
     def to_yaml(self) -> str:
@@ -577,13 +588,35 @@ _DECLARED, _SECTIONS = _declarations()
 _KEYS = [key for key in _DECLARED if key not in _SECTIONS]
 
 
+# What other trainers call a setting, where the letters do not tell.
+_ELSEWHERE = {
+    "lr": "learning_rate",
+    "batch_size": "pairs_per_step",
+    "gradient_accumulation_steps": "accumulation",
+    "grad_accum": "accumulation",
+    "max_grad_norm": "clip_norm",
+    "grad_clip": "clip_norm",
+    "save_every": "checkpoint_every",
+    "save_steps": "checkpoint_every",
+    "eval_every": "evaluation_every",
+    "eval_steps": "evaluation_every",
+    "eval_pairs": "evaluation_pairs",
+    "lora_rank": "rank",
+    "lora_alpha": "alpha",
+    "output_dir": "dir",
+}
+
+
 def _suggest(dotted: str) -> str:
-    last = dotted.rsplit(".", 1)[-1]
-    close = [key for key in _KEYS if key.rsplit(".", 1)[-1] == last]  # the right word in the wrong section
-    close = close or [close_to(dotted, _KEYS + _SECTIONS, cutoff=0.75)]
-    if close == [None]:
-        near = close_to(last, [key.rsplit(".", 1)[-1] for key in _KEYS])
-        close = [key for key in _KEYS if key.rsplit(".", 1)[-1] == near]
+    section, _, word = dotted.rpartition(".")
+    word = _ELSEWHERE.get(word, word)
+    words = {key: key.rpartition(".")[2] for key in _KEYS + _SECTIONS}
+    close = [key for key in _KEYS if words[key] == word]  # the right word in the wrong section
+    if not close:  # a word of the same section before those of others, and these only when they are very like it
+        here = {words[key]: key for key in words if key.rpartition(".")[0] == section}
+        near = close_to(word, here)
+        everywhere = {name: key for key, name in words.items()}
+        close = [here[near]] if near else [everywhere[near]] if (near := close_to(word, everywhere, 0.75)) else []
     return f"; did you mean {close[0]}?" if close else ""
 
 

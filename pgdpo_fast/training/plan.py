@@ -145,7 +145,7 @@ def make_plan(config: TrainConfig, store: LatentStore | ComingStore | None = Non
         config.training,
     )
     model = adapter.on_meta_device()
-    blocks = reference_visits(config, store.ids)
+    blocks = reference_visits(config, store)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     count = sum(parameter.numel() for parameter in trained)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

@@ -23,7 +23,7 @@ from pgdpo_fast.reference.cache import Block, Layout, ReferenceCache
 from pgdpo_fast.reference.fingerprint import architecture_digest
 from pgdpo_fast.reference.rows import FORMATS, Rows, pack
 from pgdpo_fast.storage import weights_digest
-from pgdpo_fast.training.batches import PairLoader, Visit, hold_out
+from pgdpo_fast.training.batches import PairLoader, Visit, split, split_setting
 from pgdpo_fast.training.config import TrainConfig
 from pgdpo_fast.training.network import open_network
 from pgdpo_fast.training.reference import needs_predictions
@@ -38,10 +38,10 @@ __all__ = [
 ]
 
 
-def reference_visits(config: TrainConfig, ids: Sequence[str]) -> list[Block]:
+def reference_visits(config: TrainConfig, store: LatentStore) -> list[Block]:
     """Every (pair, draw) a run asks its reference for: training pairs, then held-out ones if there are any."""
     options = config.training
-    training, held_out = hold_out(ids, config.data.evaluation_pairs, options.seed)
+    training, held_out = split(config, store)
     visits = -(-options.steps * options.pairs_per_step // len(training))
     blocks = [Block(tuple(training), options.draws_per_pair or visits)]
     return blocks + [Block(tuple(held_out), options.evaluation_draws)] * bool(held_out)
@@ -53,6 +53,7 @@ def reference_settings(config: TrainConfig, without: Sequence[str] = ()) -> dict
     found = config.deciding("reference", without=without)
     settings = {key: value for key, value in found.items() if not key.startswith("process.")}
     draws = settings.pop("training.draws_per_pair")
+    del settings["data.split"]  # decides with the store: `split_setting`
     return settings | {
         "process": repr(config.build_process()),
         "training.draws_per_pair (strata of the timesteps)": max(1, draws),
@@ -70,6 +71,7 @@ def reference_fingerprint(
         "model.adapters": "off",
         "model.text_tokens": adapter.text_tokens,
         "data.store (content)": store.fingerprint,
+        **split_setting(config, store),
     }
 
 
@@ -130,7 +132,7 @@ def cache_reference(
     network.eval()
     if config.model.compile:
         adapter.compile(network)
-    blocks, size = reference_visits(config, store.ids), options.pairs_per_step // options.accumulation
+    blocks, size = reference_visits(config, store), options.pairs_per_step // options.accumulation
     held_out = frozenset(blocks[1].ids) if len(blocks) > 1 else frozenset()
     loader, evaluation_loader = (
         PairLoader(store, config.build_process(), adapter.collate, options.seed, device, strata)

@@ -28,7 +28,7 @@ from pgdpo_fast.options import as_typed, choice
 from pgdpo_fast.preemption import Stopping
 from pgdpo_fast.storage import atomic_file, sha256_file
 from pgdpo_fast.training import checkpoint
-from pgdpo_fast.training.batches import Batch, HostBatch, PairLoader, PairOrder, Visit, hold_out
+from pgdpo_fast.training.batches import Batch, HostBatch, PairLoader, PairOrder, Visit, split, split_setting
 from pgdpo_fast.training.cached_reference import CachedReference
 from pgdpo_fast.training.callbacks import CALLBACKS
 from pgdpo_fast.training.config import CHANGEABLE, TrainConfig
@@ -111,12 +111,13 @@ class Run:
             weight_decay=options.weight_decay,
             warmup_steps=options.warmup_steps,
         )
-        training, held_out = hold_out(store.ids, config.data.evaluation_pairs, options.seed)
+        training, held_out = split(config, store)
         root = Path(config.output.dir)
         loader = partial(PairLoader, store, process, adapter.collate, options.seed, device)
         # what decides nothing may change between the parts of a run
         identity = config.deciding("numbers", "reference", without=["store"])
-        identity["store.fingerprint"] = store.fingerprint
+        del identity["data.split"]
+        identity |= {"store.fingerprint": store.fingerprint, **split_setting(config, store)}
         if config.model.start:
             files = sorted(started_from(config.model.start).glob("*.safetensors"))
             identity["model.start (content)"] = [sha256_file(file) for file in files]
