@@ -674,6 +674,7 @@ def sample_errors(
             return x
         return x[:half], x[samples - half :]
 
+    targets: Latents | NoisedTarget
     if isinstance(target, NoisedTarget):
         clean = (target.clean, target.clean) if isinstance(target.clean, Tensor) else target.clean
         targets = NoisedTarget(clean, target.noise, target.noise_scale, target.clean_scale)
@@ -692,15 +693,16 @@ def sample_errors(
     )
     errors = _group_errors(call, prediction)
 
-    def joined(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-        if first is None or second is None or alone:
-            return first
-        return torch.cat([first, second[samples % 2 :]])
+    def joined(first: Tensor, second: Tensor) -> Tensor:
+        return first if alone else torch.cat([first, second[samples % 2 :]])
+
+    def joined_if_there(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+        return None if first is None or second is None else joined(first, second)
 
     return SampleErrors(
         error=joined(errors.policy_chosen, errors.policy_rejected),
-        gap=joined(errors.gap_chosen, errors.gap_rejected),
-        anchor=joined(errors.anchor, errors.anchor_rejected),
+        gap=joined_if_there(errors.gap_chosen, errors.gap_rejected),
+        anchor=joined_if_there(errors.anchor, errors.anchor_rejected),
     )
 
 
@@ -829,9 +831,8 @@ def preference_loss(
     if frame_label is not None:
         errors = _relabel(errors, frame_label)
     terms = terms_of(objective, errors, call.numbers.posterior_scale, call.numbers.beta_scale)
-    of_elements = None
-    if granularity == "element" and call.operands.latent_weight is not None:
-        of_elements = eager.latent_weights(pair_rows(call.operands)).flatten(1)
+    weights = eager.latent_weights(pair_rows(call.operands)) if granularity == "element" else None
+    of_elements = None if weights is None else weights.flatten(1)
     losses = terms.loss if of_elements is None else of_elements * terms.loss
     loss = (losses if call.numbers.weight is None else call.numbers.weight * losses).mean()
     nan = torch.full_like(terms.loss, float("nan"))
