@@ -56,6 +56,7 @@ def one_step_advantage(
     learning_rate: float,
     exact: bool = True,
     granularity: str = "sample",
+    frame_dim: int | None = None,
     backend: str = "auto",
     posterior_scale: Tensor | None = None,
     pair_weight: Tensor | None = None,
@@ -66,7 +67,7 @@ def one_step_advantage(
         predict: the network's prediction `[2B, C, F, H, W]`, chosen half first, at the parameters' current values,
             always of the same noised latents.
         parameters: the trained ones. They come back bit for bit, and their `.grad` is not touched.
-        target, reference, granularity, backend, posterior_scale, pair_weight: as in `pf.preference_loss`.
+        target, reference, granularity, frame_dim, backend, posterior_scale, pair_weight: as in `pf.preference_loss`.
         exact: also take both steps; two more forwards. Needs fp32 parameters, coarser ones would swallow the step.
 
     Raises:
@@ -81,6 +82,7 @@ def one_step_advantage(
     prediction = predict()
     options = {
         "granularity": granularity,
+        "frame_dim": frame_dim,
         "backend": backend,
         "posterior_scale": posterior_scale,
         "pair_weight": pair_weight,
