@@ -229,6 +229,8 @@ def pair_elements_kernel(
     params_ptr,  # [TERMS, PARAMETERS] COMPUTE
     mean_ptr,  # [MEANS, B] COMPUTE, with OUTER and GRADS
     incoming_ptr,  # [] fp32 or fp64, with INCOMING
+    last_ptr,  # [1] COMPUTE, with BET: the incoming gradient seen last; with INCOMING written
+    bets_ptr,  # [B, segments] COMPUTE, with BET written: the one every segment's gradients are for; with INCOMING read
     partial_ptr,  # [SUMS, B, segments] COMPUTE, written with WITH_SUMS
     arrived_ptr,  # [] int32, written with WITH_SUMS: zero, for the fold
     gw_stride,  # elements between rows
@@ -244,7 +246,7 @@ def pair_elements_kernel(
     WITH_SUMS: tl.constexpr,
     GRADS: tl.constexpr,
     INCOMING: tl.constexpr,
-    SPECULATIVE: tl.constexpr,
+    BET: tl.constexpr,
     WEIGHTED: tl.constexpr,
     BETA_SCALED: tl.constexpr,
     REFERENCE: tl.constexpr,
@@ -259,20 +261,28 @@ def pair_elements_kernel(
 ):
     """Grid (segments, pairs). Writes gradients (GRADS) and partial sums (WITH_SUMS).
 
-    INCOMING scales the gradients by the incoming gradient `[]`; with SPECULATIVE the buffers already hold those for 1.
+    INCOMING scales the gradients by the incoming gradient `[]`, BET by the one seen last; with both, gradients are
+    written again where another one has come.
     """
     pair = tl.program_id(1).to(tl.int64)
+    segment = tl.program_id(0)
     scale = 2.0 / (tl.zeros([], COMPUTE) + n)
     scale /= pairs
+    bets_ptr += pair * tl.num_programs(0) + segment
     if INCOMING:
         incoming = tl.load(incoming_ptr).to(COMPUTE)
-        if SPECULATIVE:
-            if incoming == 1.0:
+        if BET:
+            if segment + pair == 0:
+                tl.store(last_ptr, incoming)
+            if tl.load(bets_ptr) == incoming:
                 return
         scale *= incoming
+    elif BET:
+        tl.store(bets_ptr, tl.load(last_ptr))
+        tl.debug_barrier()  # another stream may be writing: what counts is what was noted
+        scale *= tl.load(bets_ptr, cache_modifier=".cg")
     if WEIGHTED:
         scale *= tl.load(weight_ptr + pair).to(COMPUTE)
-    segment = tl.program_id(0)
     start = tl.multiple_of(segment.to(tl.int64) * seg_len, ALIGN)
     length = tl.minimum(n - start, seg_len).to(tl.int32)
     gw_ptr += pair * gw_stride + start

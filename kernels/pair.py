@@ -43,6 +43,7 @@ COEFFICIENT_CHOSEN = tl.constexpr(0)
 COEFFICIENT_REJECTED = tl.constexpr(1)
 COEFFICIENT_ANCHOR = tl.constexpr(2)
 COEFFICIENT_ANCHOR_REJECTED = tl.constexpr(3)
+COEFFICIENTS = tl.constexpr(4)
 LATENT_WEIGHT_NONE = tl.constexpr(0)
 LATENT_WEIGHT_EACH = tl.constexpr(1)  # one for every element of a video
 LATENT_WEIGHT_SHARED = tl.constexpr(2)  # `weight_length` of them for every `weight_span` elements, over and over
@@ -157,20 +158,23 @@ def place(segment, groups, consecutive):
 
 
 @triton.jit
-def load(ptr, offsets, mask, MASKED: tl.constexpr, COMPUTE: tl.constexpr):
-    """A block in the accumulation dtype. The cast follows the load at once: no low-precision arithmetic creeps in."""
+def load(ptr, offsets, mask, MASKED: tl.constexpr, COMPUTE: tl.constexpr, EVICT: tl.constexpr = ""):
+    """A block in the accumulation dtype. The cast follows the load at once: no low-precision arithmetic creeps in.
+    EVICT is what the caches are told of the line."""
     if MASKED:
-        return tl.load(ptr + offsets, mask=mask, other=0.0).to(COMPUTE)
-    return tl.load(ptr + offsets).to(COMPUTE)
+        return tl.load(ptr + offsets, mask=mask, other=0.0, eviction_policy=EVICT).to(COMPUTE)
+    return tl.load(ptr + offsets, eviction_policy=EVICT).to(COMPUTE)
 
 
 @triton.jit
-def load_latent_weights(x, offsets, mask, LATENT_WEIGHT: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr):
+def load_latent_weights(
+    x, offsets, mask, LATENT_WEIGHT: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr, EVICT: tl.constexpr = ""
+):
     """The elements' weights, with LATENT_WEIGHT."""
     if LATENT_WEIGHT == LATENT_WEIGHT_SHARED:
         at = offsets + x.weight_phase
         offsets = at // x.weight_span * x.weight_length + at % x.weight_length
-    return load(x.latent_weight_ptr, offsets, mask, MASKED, COMPUTE)
+    return load(x.latent_weight_ptr, offsets, mask, MASKED, COMPUTE, EVICT)
 
 
 @triton.jit
@@ -187,17 +191,25 @@ def thread_sums(x, BLOCK: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def load_float8(
-    ptr, scale_ptr, phase, offsets, mask, PACK_BLOCK: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr
+    ptr,
+    scale_ptr,
+    phase,
+    offsets,
+    mask,
+    PACK_BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    EVICT: tl.constexpr = "",
 ):
     """e4m3 bytes times their block's scale; `phase` is where in its block the segment starts.
 
     Decoded by bit moves, so every architecture and the interpreter agree.
     """
     if MASKED:
-        byte = tl.load(ptr + offsets, mask=mask, other=0).to(tl.int32)
+        byte = tl.load(ptr + offsets, mask=mask, other=0, eviction_policy=EVICT).to(tl.int32)
         scale = tl.load(scale_ptr + (offsets + phase) // PACK_BLOCK, mask=mask, other=0.0)
     else:
-        byte = tl.load(ptr + offsets).to(tl.int32)
+        byte = tl.load(ptr + offsets, eviction_policy=EVICT).to(tl.int32)
         scale = tl.load(scale_ptr + (offsets + phase) // PACK_BLOCK)
     bits = ((byte & 0x80) << 24) | ((byte & 0x7F) << 20)
     # exponent and mantissa now sit as a float32 whose bias is off by 127 - 7
@@ -217,15 +229,16 @@ def reference_terms(
     PACK_BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
     COMPUTE: tl.constexpr,
+    EVICT: tl.constexpr = "",
 ):
     """p - q and p + q - 2y; their product is the gap, exact to full relative accuracy where p is close to q."""
     if REFERENCE == REFERENCE_PREDICTION:
-        q = load(q_ptr, offsets, mask, MASKED, COMPUTE)
+        q = load(q_ptr, offsets, mask, MASKED, COMPUTE, EVICT)
         return p - q, (p - y) + (q - y)
     if REFERENCE == REFERENCE_BFLOAT16:
-        residual = load(q_ptr, offsets, mask, MASKED, COMPUTE)
+        residual = load(q_ptr, offsets, mask, MASKED, COMPUTE, EVICT)
     else:
-        residual = load_float8(q_ptr, scale_ptr, phase, offsets, mask, PACK_BLOCK, MASKED, COMPUTE)
+        residual = load_float8(q_ptr, scale_ptr, phase, offsets, mask, PACK_BLOCK, MASKED, COMPUTE, EVICT)
     return (p - y) - residual, (p - y) + residual
 
 
@@ -238,14 +251,15 @@ def load_targets(
     TARGET_BUILT: tl.constexpr,
     MASKED: tl.constexpr,
     COMPUTE: tl.constexpr,
+    EVICT: tl.constexpr = "",
 ):
     """Targets of the chosen and the rejected video; what the pair shares is read once."""
-    y_w = load(x.yw_ptr, offsets, mask, MASKED, COMPUTE)
+    y_w = load(x.yw_ptr, offsets, mask, MASKED, COMPUTE, EVICT)
     y_l = y_w
     if not SHARED_TARGET:
-        y_l = load(x.yl_ptr, offsets, mask, MASKED, COMPUTE)
+        y_l = load(x.yl_ptr, offsets, mask, MASKED, COMPUTE, EVICT)
     if TARGET_BUILT:
-        noise = x.noise_scale * load(x.noise_ptr, offsets, mask, MASKED, COMPUTE)
+        noise = x.noise_scale * load(x.noise_ptr, offsets, mask, MASKED, COMPUTE, EVICT)
         y_w = noise + x.clean_scale * y_w
         y_l = noise + x.clean_scale * y_l
     return y_w, y_l
@@ -269,12 +283,15 @@ def accumulate(
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
+    KEEP: tl.constexpr = "",
+    PASS: tl.constexpr = "",
 ):
-    """One block into the seven running sums. Masked lanes load zeros everywhere, hence add zero."""
+    """One block into the seven running sums. Masked lanes load zeros everywhere, hence add zero. KEEP and PASS are what
+    the caches are told of what the gradients need again, and of the rest."""
     e_w, e_l, d_w, d_l, anchor, cross, anchor_l = sums
-    p_w = load(x.pw_ptr, offsets, mask, MASKED, COMPUTE)
-    p_l = load(x.pl_ptr, offsets, mask, MASKED, COMPUTE)
-    y_w, y_l = load_targets(x, offsets, mask, SHARED_TARGET, TARGET_BUILT, MASKED, COMPUTE)
+    p_w = load(x.pw_ptr, offsets, mask, MASKED, COMPUTE, KEEP)
+    p_l = load(x.pl_ptr, offsets, mask, MASKED, COMPUTE, KEEP)
+    y_w, y_l = load_targets(x, offsets, mask, SHARED_TARGET, TARGET_BUILT, MASKED, COMPUTE, KEEP)
     u_w = p_w - y_w
     u_l = p_l - y_l
     v_w = u_w
@@ -291,10 +308,21 @@ def accumulate(
         cross += thread_sums(v_w * u_l, BLOCK, LANES)
     if REFERENCE != REFERENCE_NONE:
         minus_w, plus_w = reference_terms(
-            p_w, y_w, x.qw_ptr, x.sw_ptr, x.phase, offsets, mask, REFERENCE, PACK_BLOCK, MASKED, COMPUTE
+            p_w,
+            y_w,
+            x.qw_ptr,
+            x.sw_ptr,
+            x.phase,
+            offsets,
+            mask,
+            REFERENCE,
+            PACK_BLOCK,
+            MASKED,
+            COMPUTE,
+            KEEP if ANCHOR else PASS,
         )
         minus_l, plus_l = reference_terms(
-            p_l, y_l, x.ql_ptr, x.sl_ptr, x.phase, offsets, mask, REFERENCE, PACK_BLOCK, MASKED, COMPUTE
+            p_l, y_l, x.ql_ptr, x.sl_ptr, x.phase, offsets, mask, REFERENCE, PACK_BLOCK, MASKED, COMPUTE, PASS
         )
         weighted_w = minus_w
         weighted_l = minus_l
@@ -312,6 +340,78 @@ def accumulate(
         if ANCHOR_REJECTED:
             anchor_l += thread_sums(weighted_l * minus_l, BLOCK, LANES)
     return e_w, e_l, d_w, d_l, anchor, cross, anchor_l
+
+
+@triton.jit
+def segment_sums(
+    x,
+    length,
+    REFERENCE: tl.constexpr,
+    SHARED_TARGET: tl.constexpr,
+    TARGET_BUILT: tl.constexpr,
+    LATENT_WEIGHT: tl.constexpr,
+    ANCHOR: tl.constexpr,
+    CROSS: tl.constexpr,
+    ANCHOR_REJECTED: tl.constexpr,
+    PACK_BLOCK: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    KEEP: tl.constexpr = "",
+    PASS: tl.constexpr = "",
+):
+    """The seven sums over the `length` elements from a segment's start on."""
+    zero = tl.zeros([BLOCK // LANES], COMPUTE)
+    sums = (zero, zero, zero, zero, zero, zero, zero)
+    lanes = tl.arange(0, BLOCK)
+    whole = length // BLOCK * BLOCK
+    for begin in range(0, whole, BLOCK):
+        sums = accumulate(
+            sums,
+            x,
+            begin + lanes,
+            None,
+            REFERENCE,
+            SHARED_TARGET,
+            TARGET_BUILT,
+            LATENT_WEIGHT,
+            ANCHOR,
+            CROSS,
+            ANCHOR_REJECTED,
+            PACK_BLOCK,
+            False,
+            COMPUTE,
+            BLOCK,
+            LANES,
+            KEEP,
+            PASS,
+        )
+    if whole < length:
+        offsets = whole + lanes
+        sums = accumulate(
+            sums,
+            x,
+            offsets,
+            offsets < length,
+            REFERENCE,
+            SHARED_TARGET,
+            TARGET_BUILT,
+            LATENT_WEIGHT,
+            ANCHOR,
+            CROSS,
+            ANCHOR_REJECTED,
+            PACK_BLOCK,
+            True,
+            COMPUTE,
+            BLOCK,
+            LANES,
+            KEEP,
+            PASS,
+        )
+    added = ()
+    for k in tl.static_range(len(sums)):
+        added = added + (tl.sum(sums[k], 0),)
+    return added
 
 
 @triton.jit(do_not_specialize=["pairs"])  # one binary for every B: the same bits
@@ -347,56 +447,27 @@ def pair_errors_kernel(
     start = tl.multiple_of(segment.to(tl.int64) * seg_len, ALIGN)
     length = tl.minimum(n - start, seg_len).to(tl.int32)
     x = segment_at(operands, pair, start, pairs, TARGET_BUILT, LATENT_WEIGHT, PACK_BLOCK, COMPUTE)
-
-    zero = tl.zeros([BLOCK // LANES], COMPUTE)
-    sums = (zero, zero, zero, zero, zero, zero, zero)
-    lanes = tl.arange(0, BLOCK)
-    whole = length // BLOCK * BLOCK
-    for begin in range(0, whole, BLOCK):
-        sums = accumulate(
-            sums,
-            x,
-            begin + lanes,
-            None,
-            REFERENCE,
-            SHARED_TARGET,
-            TARGET_BUILT,
-            LATENT_WEIGHT,
-            ANCHOR,
-            CROSS,
-            ANCHOR_REJECTED,
-            PACK_BLOCK,
-            False,
-            COMPUTE,
-            BLOCK,
-            LANES,
-        )
-    if whole < length:
-        offsets = whole + lanes
-        sums = accumulate(
-            sums,
-            x,
-            offsets,
-            offsets < length,
-            REFERENCE,
-            SHARED_TARGET,
-            TARGET_BUILT,
-            LATENT_WEIGHT,
-            ANCHOR,
-            CROSS,
-            ANCHOR_REJECTED,
-            PACK_BLOCK,
-            True,
-            COMPUTE,
-            BLOCK,
-            LANES,
-        )
+    sums = segment_sums(
+        x,
+        length,
+        REFERENCE,
+        SHARED_TARGET,
+        TARGET_BUILT,
+        LATENT_WEIGHT,
+        ANCHOR,
+        CROSS,
+        ANCHOR_REJECTED,
+        PACK_BLOCK,
+        COMPUTE,
+        BLOCK,
+        LANES,
+    )
     if segment + pair == 0:
         tl.store(arrived_ptr, 0)
     plane = tl.cast(pairs, tl.int64) * segments
     partial_ptr += pair * segments + place(segment, groups, consecutive)
     for k in tl.static_range(len(sums)):
-        tl.store(partial_ptr + k * plane, tl.sum(sums[k], 0))
+        tl.store(partial_ptr + k * plane, sums[k])
 
 
 @triton.jit
@@ -673,51 +744,48 @@ def scaled_gradients(
     PACK_BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
     COMPUTE: tl.constexpr,
+    PASS: tl.constexpr = "",
 ):
     """One block of c_w (p_w - y_w) + c_anchor (p_w - q_w) and the same of the other
     video, each times the element's weight."""
-    p_w = load(x.pw_ptr, offsets, mask, MASKED, COMPUTE)
-    p_l = load(x.pl_ptr, offsets, mask, MASKED, COMPUTE)
-    y_w, y_l = load_targets(x, offsets, mask, SHARED_TARGET, TARGET_BUILT, MASKED, COMPUTE)
+    p_w = load(x.pw_ptr, offsets, mask, MASKED, COMPUTE, PASS)
+    p_l = load(x.pl_ptr, offsets, mask, MASKED, COMPUTE, PASS)
+    y_w, y_l = load_targets(x, offsets, mask, SHARED_TARGET, TARGET_BUILT, MASKED, COMPUTE, PASS)
     g_w = c_w * (p_w - y_w)
     if ANCHOR:
         minus_w, _ = reference_terms(
-            p_w, y_w, x.qw_ptr, x.sw_ptr, x.phase, offsets, mask, REFERENCE, PACK_BLOCK, MASKED, COMPUTE
+            p_w, y_w, x.qw_ptr, x.sw_ptr, x.phase, offsets, mask, REFERENCE, PACK_BLOCK, MASKED, COMPUTE, PASS
         )
         g_w += c_anchor * minus_w
     # An objective that takes no notice of the rejected video must not take its NaN.
     g_l = tl.where(c_l == 0.0, 0.0, c_l * (p_l - y_l))
     if ANCHOR_REJECTED:
         minus_l, _ = reference_terms(
-            p_l, y_l, x.ql_ptr, x.sl_ptr, x.phase, offsets, mask, REFERENCE, PACK_BLOCK, MASKED, COMPUTE
+            p_l, y_l, x.ql_ptr, x.sl_ptr, x.phase, offsets, mask, REFERENCE, PACK_BLOCK, MASKED, COMPUTE, PASS
         )
         g_l += c_anchor_rejected * minus_l
     if LATENT_WEIGHT:
-        weight = load_latent_weights(x, offsets, mask, LATENT_WEIGHT, MASKED, COMPUTE)
+        weight = load_latent_weights(x, offsets, mask, LATENT_WEIGHT, MASKED, COMPUTE, PASS)
         g_w = counted(weight * g_w, weight)
         g_l = counted(weight * g_l, weight)
     if MASKED:
-        tl.store(gw_ptr + offsets, g_w.to(gw_ptr.dtype.element_ty), mask=mask)
-        tl.store(gl_ptr + offsets, g_l.to(gl_ptr.dtype.element_ty), mask=mask)
+        tl.store(gw_ptr + offsets, g_w.to(gw_ptr.dtype.element_ty), mask=mask, eviction_policy=PASS)
+        tl.store(gl_ptr + offsets, g_l.to(gl_ptr.dtype.element_ty), mask=mask, eviction_policy=PASS)
     else:
-        tl.store(gw_ptr + offsets, g_w.to(gw_ptr.dtype.element_ty))
-        tl.store(gl_ptr + offsets, g_l.to(gl_ptr.dtype.element_ty))
+        tl.store(gw_ptr + offsets, g_w.to(gw_ptr.dtype.element_ty), eviction_policy=PASS)
+        tl.store(gl_ptr + offsets, g_l.to(gl_ptr.dtype.element_ty), eviction_policy=PASS)
 
 
-@triton.jit(do_not_specialize=["pairs"])  # one binary for every B: the same bits
-def pair_gradient_kernel(
-    gw_ptr,  # [B, n] in the predictions' dtype, written
-    gl_ptr,  # the same
-    operands,  # Operands
-    coefficient_ptr,  # [COEFFICIENTS, B, G] COMPUTE
-    incoming_ptr,  # [] fp32 or fp64
-    gw_stride,  # elements between rows
-    gl_stride,
-    pairs,  # B
-    groups,  # G
-    n,  # elements of a video
-    seg_len,  # elements of a segment; the last may be shorter
-    consecutive,  # segments in a row that belong to one group
+@triton.jit
+def segment_gradients(
+    gw_ptr,
+    gl_ptr,
+    x,
+    length,
+    coefficient_ptr,
+    row,
+    rows,
+    incoming,
     REFERENCE: tl.constexpr,
     SHARED_TARGET: tl.constexpr,
     TARGET_BUILT: tl.constexpr,
@@ -725,30 +793,17 @@ def pair_gradient_kernel(
     ANCHOR: tl.constexpr,
     ANCHOR_REJECTED: tl.constexpr,
     PACK_BLOCK: tl.constexpr,
-    ALIGN: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
+    PASS: tl.constexpr = "",
 ):
-    """Gradients by both predictions from the coefficients and the incoming gradient.
-
-    Grid (segments, pairs), walked backwards: the error pass ended on the last segments, so those are still in L2.
-    Reads predictions and targets once (and the reference where the anchor needs it), writes each gradient once.
-    """
-    segment = tl.num_programs(0) - 1 - tl.program_id(0)
-    pair = tl.program_id(1).to(tl.int64)
-    start = tl.multiple_of(segment.to(tl.int64) * seg_len, ALIGN)
-    length = tl.minimum(n - start, seg_len).to(tl.int32)
-    gw_ptr += pair * gw_stride + start
-    gl_ptr += pair * gl_stride + start
-    x = segment_at(operands, pair, start, pairs, TARGET_BUILT, LATENT_WEIGHT, PACK_BLOCK, COMPUTE)
-    incoming = tl.load(incoming_ptr).to(COMPUTE)
-    rows = tl.cast(pairs, tl.int64) * groups
-    row = pair * groups + group_of(segment, groups, consecutive)
-    c_w = incoming * tl.load(coefficient_ptr + COEFFICIENT_CHOSEN * rows + row)
-    c_l = incoming * tl.load(coefficient_ptr + COEFFICIENT_REJECTED * rows + row)
-    c_anchor = incoming * tl.load(coefficient_ptr + COEFFICIENT_ANCHOR * rows + row)
-    c_anchor_rejected = incoming * tl.load(coefficient_ptr + COEFFICIENT_ANCHOR_REJECTED * rows + row)
-
+    """The gradients of the `length` elements from a segment's start on, with the coefficients of group `row`."""
+    c_w = incoming * tl.load(coefficient_ptr + COEFFICIENT_CHOSEN * rows + row, cache_modifier=".cg")
+    c_l = incoming * tl.load(coefficient_ptr + COEFFICIENT_REJECTED * rows + row, cache_modifier=".cg")
+    c_anchor = incoming * tl.load(coefficient_ptr + COEFFICIENT_ANCHOR * rows + row, cache_modifier=".cg")
+    c_anchor_rejected = incoming * tl.load(
+        coefficient_ptr + COEFFICIENT_ANCHOR_REJECTED * rows + row, cache_modifier=".cg"
+    )
     lanes = tl.arange(0, BLOCK)
     whole = length // BLOCK * BLOCK
     for begin in range(0, whole, BLOCK):
@@ -771,6 +826,7 @@ def pair_gradient_kernel(
             PACK_BLOCK,
             False,
             COMPUTE,
+            PASS,
         )
     if whole < length:
         offsets = whole + lanes
@@ -793,4 +849,74 @@ def pair_gradient_kernel(
             PACK_BLOCK,
             True,
             COMPUTE,
+            PASS,
         )
+
+
+@triton.jit(do_not_specialize=["pairs"])  # one binary for every B: the same bits
+def pair_gradient_kernel(
+    gw_ptr,  # [B, n] in the predictions' dtype, written
+    gl_ptr,  # the same
+    operands,  # Operands
+    coefficient_ptr,  # [COEFFICIENTS, B, G] COMPUTE
+    incoming_ptr,  # [] fp32 or fp64
+    bets_ptr,  # [B] COMPUTE, with BET: the incoming gradient the gradients of each pair are already there for
+    last_ptr,  # [1] COMPUTE, written with BET
+    gw_stride,  # elements between rows
+    gl_stride,
+    pairs,  # B
+    groups,  # G
+    n,  # elements of a video
+    seg_len,  # elements of a segment; the last may be shorter
+    consecutive,  # segments in a row that belong to one group
+    REFERENCE: tl.constexpr,
+    SHARED_TARGET: tl.constexpr,
+    TARGET_BUILT: tl.constexpr,
+    LATENT_WEIGHT: tl.constexpr,
+    ANCHOR: tl.constexpr,
+    ANCHOR_REJECTED: tl.constexpr,
+    BET: tl.constexpr,
+    PACK_BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Gradients by both predictions from the coefficients and the incoming gradient.
+
+    Grid (segments, pairs), walked backwards: the error pass ended on the last segments, so those are still in L2.
+    Reads predictions and targets once (and the reference where the anchor needs it), writes each gradient once.
+    """
+    segment = tl.num_programs(0) - 1 - tl.program_id(0)
+    pair = tl.program_id(1).to(tl.int64)
+    incoming = tl.load(incoming_ptr).to(COMPUTE)
+    if BET:
+        if segment + pair == 0:
+            tl.store(last_ptr, incoming)
+        if tl.load(bets_ptr + pair) == incoming:
+            return
+    start = tl.multiple_of(segment.to(tl.int64) * seg_len, ALIGN)
+    length = tl.minimum(n - start, seg_len).to(tl.int32)
+    gw_ptr += pair * gw_stride + start
+    gl_ptr += pair * gl_stride + start
+    x = segment_at(operands, pair, start, pairs, TARGET_BUILT, LATENT_WEIGHT, PACK_BLOCK, COMPUTE)
+    rows = tl.cast(pairs, tl.int64) * groups
+    row = pair * groups + group_of(segment, groups, consecutive)
+    segment_gradients(
+        gw_ptr,
+        gl_ptr,
+        x,
+        length,
+        coefficient_ptr,
+        row,
+        rows,
+        incoming,
+        REFERENCE,
+        SHARED_TARGET,
+        TARGET_BUILT,
+        LATENT_WEIGHT,
+        ANCHOR,
+        ANCHOR_REJECTED,
+        PACK_BLOCK,
+        COMPUTE,
+        BLOCK,
+    )

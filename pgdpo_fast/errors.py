@@ -9,6 +9,7 @@ __all__ = [
     "ConfigError",
     "DamagedError",
     "DataError",
+    "KernelTimeout",
     "DerivativeError",
     "NonFiniteError",
     "OutOfMemoryError",
@@ -55,6 +56,10 @@ class NonFiniteError(PgdpoError, ArithmeticError):
     """A loss, gradient or error became NaN or infinite; nothing was updated."""
 
     exit_code = 4
+
+
+class KernelTimeout(PgdpoError, RuntimeError):
+    """A kernel gave up a wait that no healthy launch makes; the message names the setting that avoids it."""
 
 
 class OutOfMemoryError(PgdpoError, MemoryError):

@@ -224,9 +224,11 @@ class PreferenceLossOutput:
         return {name: getattr(self, attribute).mean() for name, attribute in METRICS.items()}
 
     def check_finite(self, pair_ids: Sequence[object] | None = None) -> None:
-        """Raise `NonFiniteError` naming the pairs whose loss is NaN or infinite (by index, or by `pair_ids`). Syncs."""
+        """Raise `NonFiniteError` naming the pairs whose loss is NaN or infinite (by index, or by `pair_ids`), and
+        `KernelTimeout` where the stream kernel gave up a wait. Syncs."""
         wrong = ~torch.isfinite(self.per_pair_loss)
         bad = (wrong.any(1) if wrong.ndim > 1 else wrong).nonzero().flatten().tolist()
+        fused.check_waits(self.loss.device)
         if bad:
             names = [pair_ids[i] for i in bad] if pair_ids is not None else bad
             raise NonFiniteError(

@@ -21,6 +21,8 @@ WIDE = {  # (call, kernel): 128-bit loads and stores of the main loop
     ("frames of 60x90", "pair_errors_kernel"): (6, 0),  # frames start on multiples of 8 elements, not of 16
     ("frames of 60x90", "pair_gradient_kernel"): (4, 2),
     ("elements", "pair_elements_kernel"): (6, 2),
+    ("stream", "stream_kernel"): (10, 2),
+    ("stream, cached errors, built target", "stream_kernel"): (10, 2),
 }
 
 
@@ -42,8 +44,9 @@ def compile_for(architectures, folder):
 
 
 def test_every_kernel_passes_every_gate_on_every_target(tmp_path):
-    """No local memory, few registers, no float64 in float32 builds, atomics in the folds alone, no flushed denormals,
-    wide loads, 120 instructions a pair-element."""
+    """No local memory, few registers, no float64 in float32 builds, atomics in the folds and the stream alone, no
+    flushed denormals, wide loads, those of the stream with a hint, sums as in two passes, 120 instructions an element.
+    """
     rows = compile_for(("80", "90", "100"), tmp_path)
     kernels = {
         "pair_errors_kernel",
@@ -51,6 +54,7 @@ def test_every_kernel_passes_every_gate_on_every_target(tmp_path):
         "pair_gradient_kernel",
         "pair_elements_kernel",
         "fold_elements_kernel",
+        "stream_kernel",
     }
     for arch in (80, 90, 100):
         assert {row["kernel"] for row in rows if row["arch"] == arch} == kernels
@@ -67,6 +71,13 @@ def test_every_kernel_passes_every_gate_on_every_target(tmp_path):
     assert {row["arch"] for row in budgeted} == {80, 90, 100}
     assert all(60 < row["per_element"] <= row["budget"] == 120 for row in budgeted)
     assert {row["atomics"] for row in rows if row["kernel"] == "fold_kernel"} == {1}
+
+    for arch in (80, 90, 100):  # one order of every sum: what is added in which layout is the same in both forms
+        sums = {(row["case"], row["kernel"]): set(row["reductions"]) for row in rows if row["arch"] == arch}
+        passes = sums["predictions", "pair_errors_kernel"] | sums["predictions", "fold_kernel"]
+        assert len(passes) >= 3 and sums["stream", "stream_kernel"] == passes
+        passes = sums["frames of 60x90", "pair_errors_kernel"] | sums["frames of 60x90", "fold_kernel"]
+        assert sums["stream, frames of 60x90", "stream_kernel"] == passes
 
     # The counts see what they count: odd rows allow no wide access, float64 builds use float64.
     odd = [row for row in rows if row["case"] == "odd video, one pair" and row["kernel"] == "pair_errors_kernel"]

@@ -18,7 +18,7 @@ import torch
 
 import pgdpo_fast as pf
 from pgdpo_fast import backends, objectives
-from pgdpo_fast.backends import operands
+from pgdpo_fast.backends import launches, operands
 from pgdpo_fast.backends import triton as triton_backend
 from pgdpo_fast.objectives import Terms
 
@@ -452,7 +452,10 @@ def test_launches_reads_and_writes_nothing_it_was_not_given(small_chunks, backen
 OPERATORS = {"pair_errors", "pair_objective", "pair_gradient", "pair_elements", "pair_elements_gradient"}
 
 
-def operator_calls(backend):
+STREAM = {"pair_stream", "pair_stream_gradient"}
+
+
+def operator_calls(backend, granularities=GRANULARITIES):
     """(operator, arguments) of a forward and backward in each of the ways the package calls them."""
     calls = []
 
@@ -463,7 +466,7 @@ def operator_calls(backend):
             return function(*args, **(kwargs or {}))
 
     with Recorder():
-        for granularity in GRANULARITIES:
+        for granularity in granularities:
             for target, reference in (("stacked", "stacked"), ("built", "fp8"), ("shared", "tuple")):
                 batch = Batch(target=target, reference=reference, shape=(2, 2, 3, 5))
                 batch.run(pf.PGDPO(ipr="anchor"), backend, granularity=granularity)
@@ -487,10 +490,16 @@ def operator_calls(backend):
 
 
 @pytest.mark.parametrize("backend", FUSED)
-def test_every_operator_passes_opcheck(backend):
+def test_every_operator_passes_opcheck(monkeypatch, backend):
     torch.use_deterministic_algorithms(False)  # opcheck compares two runs, and one poison is not equal to another
     calls = operator_calls(backend)
-    assert {str(f).split(".")[1] for f, _ in calls} == OPERATORS
+    found = {str(f).split(".")[1] for f, _ in calls}
+    if backend == "triton":
+        assert found == OPERATORS | STREAM
+        monkeypatch.setattr(launches, "FORM", "stream")
+        calls += [call for call in operator_calls(backend, ("frame",)) if str(call[0]).split(".")[1] in STREAM]
+    else:
+        assert found == OPERATORS
     seen, traced = set(), set()
     for function, args in calls:
         key = (function, *((a.shape, a.dtype) if isinstance(a, torch.Tensor) else str(a) for a in args))
@@ -587,8 +596,8 @@ def test_no_gradient_is_made_that_nobody_can_ask_for(backend):
     class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
-            if "pair_elements" in str(function):
-                written.append(sum(t.numel() for t in out[3:]))
+            if str(function).split(".")[1] in ("pair_elements", "pair_stream"):
+                written.append(sum(t.numel() for t in out[-2:]))
             return out
 
     batch = Batch()

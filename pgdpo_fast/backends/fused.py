@@ -8,6 +8,9 @@ vanishing before they are scaled, and allocates nothing in forward.
 Elements: `pair_elements` makes loss and gradients in one pass, betting on an incoming gradient of 1;
 `pair_elements_gradient` has nothing to do when the bet was right and writes them again when it was not.
 
+Triton's `pair_stream` does so at every granularity, and bets on the incoming gradient that the device saw last: right
+from the second step on, whatever scales or accumulates the loss. `pair_stream_gradient` checks on the device.
+
 Only the predictions have gradients, so each function takes them as arguments of their own; `call` holds them too.
 First derivatives in reverse mode are all there is: every other one is refused, never answered with a constant.
 """
@@ -29,6 +32,7 @@ from pgdpo_fast.backends.operands import Call, Coefficients, Operands, PairNumbe
 from pgdpo_fast.errors import DerivativeError
 from pgdpo_fast.objectives import Epilogue, GroupErrors
 
+check_waits = triton.check_waits
 _OPERATORS = {"triton": torch.ops.pgdpo_fast_triton, "native": torch.ops.pgdpo_fast_native}
 
 
@@ -110,6 +114,33 @@ class _Elements(torch.autograd.Function):
         return chosen, None if operands.policy_rejected is None else rejected, None, None, None
 
 
+class _Stream(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, policy, policy_rejected, call: Call, epilogue: Epilogue, elements: bool):
+        loss, telemetry, coefficients, bets, chosen, rejected = _OPERATORS[call.backend].pair_stream.default(
+            *call.operands, call.reference_errors, *call.numbers, *call.plan, *epilogue, elements
+        )
+        ctx.plan, ctx.backend, ctx.epilogue, ctx.elements, ctx.bet = call.plan, call.backend, epilogue, elements, True
+        ctx.save_for_backward(coefficients, bets, chosen, rejected, *call.numbers, *call.operands)
+        ctx.mark_non_differentiable(telemetry)
+        return loss, telemetry
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, incoming, _):
+        coefficients, bets, chosen, rejected, *saved = ctx.saved_tensors
+        rest = iter(saved)
+        numbers = PairNumbers._make(islice(rest, len(PairNumbers._fields)))
+        operands = Operands._make(rest)
+        if not ctx.bet:  # a second backward must not write over gradients already handed out
+            bets, (chosen, rejected) = None, operators.gradients_like(operands)
+        ctx.bet = False
+        _OPERATORS[ctx.backend].pair_stream_gradient.default(
+            *operands, *numbers, coefficients, bets, incoming, chosen, rejected, *ctx.plan, *ctx.epilogue, ctx.elements
+        )
+        return chosen, None if operands.policy_rejected is None else rejected, None, None, None
+
+
 class _Errors(torch.autograd.Function):
     @staticmethod
     def forward(ctx, policy, policy_rejected, call: Call):
@@ -157,8 +188,15 @@ def _input_gradients(ctx: Any, operands: Operands, coefficients: Tensor, incomin
     return chosen, None if operands.policy_rejected is None else rejected
 
 
+def _wants_gradients(x: Operands) -> bool:
+    rejected = x.policy_rejected
+    return torch.is_grad_enabled() and (x.policy.requires_grad or rejected is not None and rejected.requires_grad)
+
+
 def objective(call: Call, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
     """Loss `[]` (differentiable by the predictions) and `Telemetry` `[9, B, G]`, by the objective's kernel epilogue."""
+    if call.backend == "triton" and _wants_gradients(call.operands) and triton.streams(call, epilogue):
+        return _Stream.apply(call.operands.policy, call.operands.policy_rejected, call, epilogue, False)
     return _apply(_Objective, call.operands.policy, call.operands.policy_rejected, call, epilogue)
 
 
@@ -169,6 +207,8 @@ def elements(call: Call, epilogue: Epilogue, outer: bool) -> tuple[Tensor, Tenso
         outer: PG-DPO's combine="outer".
     """
     chosen, rejected = call.operands.policy, call.operands.policy_rejected
+    if call.backend == "triton" and not outer and _wants_gradients(call.operands):
+        return _Stream.apply(chosen, rejected, call, epilogue, True)
     if not torch.is_grad_enabled():  # else a prediction that requires a gradient would have one written for nothing
         chosen, rejected = chosen.detach(), None if rejected is None else rejected.detach()
     return _apply(_Elements, chosen, rejected, call, epilogue, outer)

@@ -142,6 +142,41 @@ def pair_elements_gradient(
     """Writes both gradients; with `speculative` they are already there for an incoming gradient of 1."""
 
 
+# What Triton has besides: gradients in forward, for the incoming gradient that was seen last on the device.
+
+
+def pair_stream(
+    operands: Operands,
+    reference_errors: Tensor | None,
+    numbers: PairNumbers,
+    plan: Plan,
+    epilogue: Epilogue,
+    elements: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss `[]`, `Telemetry` `[9, B, G]`, `Coefficients` `[3, B, G]` (empty with `elements`, every element its own
+    group), the incoming gradients that were bet on, `[B, 1]` or one for each segment, and both gradients."""
+    telemetry = _planes(operands, Telemetry, plan.groups)
+    coefficients = telemetry.new_empty(0) if elements else _planes(operands, Coefficients, plan.groups)
+    segments = -(-operands.policy[0].numel() // plan.length) if elements else 1
+    bets = telemetry.new_empty((operands.pairs, segments))
+    return telemetry.new_empty(()), telemetry, coefficients, bets, *gradients_like(operands)
+
+
+def pair_stream_gradient(
+    operands: Operands,
+    numbers: PairNumbers,
+    coefficients: Tensor,
+    bets: Tensor | None,
+    incoming: Tensor,
+    chosen: Annotated[Tensor, Written("a")],
+    rejected: Annotated[Tensor, Written("b")],
+    plan: Plan,
+    epilogue: Epilogue,
+    elements: bool,
+) -> None:
+    """Writes both gradients where they are not there already for `incoming`; without `bets` everywhere."""
+
+
 # What csrc/ has besides; called by native.py alone.
 
 
@@ -167,6 +202,7 @@ def instruction_set() -> str:
 
 
 FUSED = (pair_errors, pair_objective, pair_gradient, pair_elements, pair_elements_gradient)
+STREAM = (pair_stream, pair_stream_gradient)
 ROWS = (pack, gather_rows)
 
 
@@ -179,5 +215,5 @@ def define(namespace: str, operators: tuple[Callable, ...]) -> torch.library.Lib
     return library
 
 
-triton_library = define("pgdpo_fast_triton", FUSED)
+triton_library = define("pgdpo_fast_triton", (*FUSED, *STREAM))
 native_library = define("pgdpo_fast_native", (*FUSED, *ROWS, instruction_set))

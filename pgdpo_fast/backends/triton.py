@@ -1,7 +1,7 @@
 """The operators of operators.py as launches of the Triton kernels.
 
-On a CPU they run in Triton's interpreter, if TRITON_INTERPRET=1 was set before import. One launch table for all devices
-so far; no device has been measured that asks for another.
+On a CPU they run in Triton's interpreter, if TRITON_INTERPRET=1 was set before import. Block sizes and forms come from
+launches.py.
 """
 
 from __future__ import annotations
@@ -14,34 +14,44 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pgdpo_fast.backends import constant_when_compiled
+from pgdpo_fast.backends import constant_when_compiled, launches
+from pgdpo_fast.backends.launches import Key, Launch
 from pgdpo_fast.backends.operands import (
     PACK_BLOCK,
+    Call,
     Coefficients,
     ElementMeans,
     Operands,
     PairNumbers,
     PairRows,
     Plan,
+    ReferenceForm,
     Side,
     Telemetry,
     pair_rows,
 )
 from pgdpo_fast.backends.operators import gradients_like, triton_library, with_bundles
-from pgdpo_fast.objectives import Epilogue, GroupErrors, Parameters
-
-
-class Launch(NamedTuple):
-    """Elements a program handles at a time, and its warps: 1024 / (32 * 4) = 8 bfloat16 = one 128-bit load a thread."""
-
-    block: int = 1024
-    warps: int = 4
-
+from pgdpo_fast.errors import KernelTimeout
+from pgdpo_fast.objectives import (
+    FLAG_SAFEGUARD_BATCH,
+    TERM_FLAG_BITS,
+    TERM_LIMIT,
+    Epilogue,
+    GroupErrors,
+    Parameters,
+)
 
 DEFAULT_LAUNCH = Launch()
-# Partial sums a program of the folds adds up at a time, over one group or, where groups have fewer, several; its warps;
-# and the losses the last one adds at a time. 512 are all chunks of a video (MAX_CHUNKS): one trip to memory.
-FOLD_PARTS, FOLD_WARPS, FOLD_LOSSES = 512, 4, 128
+# Partial sums a program of the folds adds up at a time, over one group or, where groups have fewer, several, and the
+# losses the last one adds at a time. 512 are all chunks of a video (MAX_CHUNKS): one trip to memory.
+FOLD_PARTS, FOLD_LOSSES = 512, 128
+# How often a program of the stream looks for its coefficients before it gives up. A look takes about a microsecond and
+# a pair some ten: these are seconds. And its programs on a device that does not say how many multiprocessors it has.
+STREAM_POLLS, STREAM_PROGRAMS = 1 << 22, 4
+# Three blocks of 128 threads with it; without a stated limit some objectives spill on one target or another.
+STREAM_REGISTERS = 168
+# What the stream tells the caches: of predictions and targets, until their gradients are made, and of all else.
+STREAM_KEEP, STREAM_PASS = "evict_last", "evict_first"
 # Of the pass that rewrites elements' gradients. Without a stated limit the assembler spills a few registers to make
 # room for more blocks; 96 hold it on every target.
 REWRITE_REGISTERS = 96
@@ -116,7 +126,38 @@ def _lanes(x: PairRows) -> int:
     return 16 // x.policy.chosen.element_size()
 
 
-def _arguments(x: PairRows, plan: Plan):
+def _launch(x: PairRows, plan: Plan, elements: bool = False) -> Launch:
+    policy = x.policy.chosen
+    if policy.device.type != "cuda":
+        return DEFAULT_LAUNCH
+    capability = torch.cuda.get_device_capability(policy.device)
+    key = Key(
+        architecture=10 * capability[0] + capability[1],
+        granularity="element" if elements else "frame" if plan.groups > 1 else "sample",
+        reference=ReferenceForm(plan.reference_form).name.lower(),
+        dtype=str(policy.dtype).removeprefix("torch."),
+        elements=x.numel,
+        pairs=x.pairs,
+    )
+    return launches.find(key) or DEFAULT_LAUNCH
+
+
+def streams(call: Call, epilogue: Epilogue) -> bool:
+    """Whether a call of sample or frame granularity makes its gradients in forward, in one launch. Compiled graphs,
+    which must not depend on a size, do so only where it is forced; an objective whose coefficients need sums over the
+    whole batch never does, since gradients of a pair would have to wait for the last one.
+
+    Raises:
+        ConfigError: the form asked for is none.
+    """
+    if any(epilogue.flags >> TERM_FLAG_BITS * term & FLAG_SAFEGUARD_BATCH for term in range(TERM_LIMIT)):
+        return False
+    if launches.FORM == "auto" and torch.compiler.is_compiling():
+        return False
+    return launches.form(_launch(pair_rows(call.operands), call.plan)) == "stream"
+
+
+def _arguments(x: PairRows, plan: Plan, launch: Launch):
     """The operands as the kernels take them, and the switches common to all passes. What is absent is never read."""
     from pgdpo_fast.kernels import pair
 
@@ -160,8 +201,8 @@ def _arguments(x: PairRows, plan: Plan):
         PACK_BLOCK=PACK_BLOCK,
         COMPUTE=_triton_dtype(x.compute_dtype),
         ALIGN=_alignment(plan.length),
-        BLOCK=DEFAULT_LAUNCH.block,
-        num_warps=DEFAULT_LAUNCH.warps,
+        BLOCK=launch.block,
+        num_warps=launch.warps,
         enable_fp_fusion=True,
     )
     return operands, switches
@@ -181,19 +222,19 @@ def _partial(x: PairRows, plan: Plan, planes: int) -> Partial:
     return Partial(room[4:].view(shape), room[:1].view(torch.int32)[:1])
 
 
-def _fold_launch(groups: int, segments: int) -> tuple[int, dict[str, Any]]:
+def _fold_launch(groups: int, segments: int, launch: Launch) -> tuple[int, dict[str, Any]]:
     """Rows a program of the folds takes, and its switches: both follow from the video's shape alone."""
     parts = -(-segments // groups)
     width = min(1 << (parts - 1).bit_length(), FOLD_PARTS)
     rows = FOLD_PARTS // width
-    return rows, dict(ROWS=rows, FOLD=width, num_warps=FOLD_WARPS, enable_fp_fusion=True)
+    return rows, dict(ROWS=rows, FOLD=width, num_warps=launch.warps, enable_fp_fusion=True)
 
 
-def partial_sums(x: PairRows, plan: Plan) -> Partial:
+def partial_sums(x: PairRows, plan: Plan, launch: Launch) -> Partial:
     """Sums over every segment; planes are the fields of `GroupErrors`."""
     from pgdpo_fast.kernels.pair import pair_errors_kernel
 
-    operands, switches = _arguments(x, plan)
+    operands, switches = _arguments(x, plan, launch)
     partial = _partial(x, plan, len(GroupErrors._fields))
     with _guard(partial.sums.device):
         pair_errors_kernel[(_segments(x, plan.length), x.pairs)](
@@ -214,13 +255,13 @@ def partial_sums(x: PairRows, plan: Plan) -> Partial:
     return partial
 
 
-def fold(partial: Tensor, groups: int, count: int) -> Tensor:
+def fold(partial: Tensor, groups: int, count: int, launch: Launch) -> Tensor:
     """Partial sums `[7, B, segments]` as means over each group, `[7, B, G]`, always added in the same order."""
     from pgdpo_fast.kernels.pair import fold_means_kernel
 
     statistics, pairs, segments = partial.shape
     out = partial.new_empty((statistics, pairs, groups))
-    rows, switches = _fold_launch(groups, segments)
+    rows, switches = _fold_launch(groups, segments, launch)
     with _guard(partial.device):
         fold_means_kernel[(-(-pairs * groups // rows),)](
             partial_ptr=partial,
@@ -256,6 +297,7 @@ def fold_objective(
     reference_errors: Tensor | None,
     numbers: PairNumbers,
     epilogue: Epilogue,
+    launch: Launch,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Partial sums to loss `[]`, `Telemetry` `[9, B, G]` and `Coefficients` `[4, B, G]` in one launch."""
     from pgdpo_fast.kernels.pair import fold_kernel
@@ -265,7 +307,7 @@ def fold_objective(
     loss = sums.new_empty(())
     telemetry = sums.new_empty((len(Telemetry._fields), pairs, groups))
     coefficients = sums.new_empty((len(Coefficients._fields), pairs, groups))
-    rows, switches = _fold_launch(groups, segments)
+    rows, switches = _fold_launch(groups, segments, launch)
     with _guard(sums.device):
         fold_kernel[(-(-pairs * groups // rows),)](
             _numbers(reference_errors, numbers, epilogue, sums),
@@ -294,7 +336,8 @@ def fold_objective(
 
 def pair_errors(operands: Operands, plan: Plan) -> Tensor:
     x = pair_rows(operands)
-    return fold(partial_sums(x, plan).sums, plan.groups, x.numel // plan.groups)
+    launch = _launch(x, plan)
+    return fold(partial_sums(x, plan, launch).sums, plan.groups, x.numel // plan.groups, launch)
 
 
 def pair_objective(
@@ -303,16 +346,29 @@ def pair_objective(
     x = pair_rows(operands)
     gaps = x.reference is not None or reference_errors is not None
     count = x.numel // plan.groups
-    return fold_objective(partial_sums(x, plan), plan.groups, count, gaps, reference_errors, numbers, epilogue)
+    launch = _launch(x, plan)
+    partial = partial_sums(x, plan, launch)
+    return fold_objective(partial, plan.groups, count, gaps, reference_errors, numbers, epilogue, launch)
 
 
 def pair_gradient(operands: Operands, coefficients: Tensor, incoming: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    gradients = gradients_like(operands)
+    _launch_gradients(pair_rows(operands), plan, coefficients, incoming, _halves(*gradients), bets=None)
+    return gradients
+
+
+def _launch_gradients(
+    x: PairRows,
+    plan: Plan,
+    coefficients: Tensor,
+    incoming: Tensor,
+    gradients: tuple[Tensor, Tensor],
+    bets: Tensor | None,
+) -> None:
     from pgdpo_fast.kernels.pair import pair_gradient_kernel
 
-    x = pair_rows(operands)
-    gradients = gradients_like(operands)
-    chosen, rejected = _halves(*gradients)
-    arguments, switches = _arguments(x, plan)
+    chosen, rejected = gradients
+    arguments, switches = _arguments(x, plan, _launch(x, plan))
     with _guard(chosen.device):
         pair_gradient_kernel[(_segments(x, plan.length), x.pairs)](
             gw_ptr=chosen,
@@ -320,6 +376,8 @@ def pair_gradient(operands: Operands, coefficients: Tensor, incoming: Tensor, pl
             operands=arguments,
             coefficient_ptr=coefficients,
             incoming_ptr=incoming,
+            bets_ptr=coefficients if bets is None else bets,
+            last_ptr=coefficients if bets is None else _last_incoming(x),
             gw_stride=chosen.stride(0),
             gl_stride=rejected.stride(0),
             pairs=x.pairs,
@@ -329,18 +387,31 @@ def pair_gradient(operands: Operands, coefficients: Tensor, incoming: Tensor, pl
             consecutive=plan.consecutive,
             ANCHOR=plan.anchor,
             ANCHOR_REJECTED=plan.anchor_rejected,
+            BET=bets is not None,
             **switches,
         )
-    return gradients
 
 
 def pair_elements(
     operands: Operands, numbers: PairNumbers, plan: Plan, epilogue: Epilogue, outer: bool, with_gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    gradients = gradients_like(operands, with_gradients)
+    halves = _halves(*gradients) if with_gradients else None
+    return *_elements(pair_rows(operands), numbers, plan, epilogue, outer, halves, bets=None), *gradients
+
+
+def _elements(
+    x: PairRows,
+    numbers: PairNumbers,
+    plan: Plan,
+    epilogue: Epilogue,
+    outer: bool,
+    gradients: tuple[Tensor, Tensor] | None,
+    bets: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, telemetry and means in two launches, and gradients where there is room for them."""
     from pgdpo_fast.kernels.element import OUTER_SUMS, SUMS, fold_elements_kernel
 
-    x = pair_rows(operands)
-    gradients = gradients_like(operands, with_gradients)
     partial = _partial(x, plan, (OUTER_SUMS if outer else SUMS).value)
     sums, segments = partial.sums, partial.sums.shape[-1]
     loss, means = sums.new_empty(()), sums.new_empty((len(ElementMeans._fields), x.pairs))
@@ -354,10 +425,10 @@ def pair_elements(
         means=means,
         incoming=None,
         partial=partial,
-        gradients=_halves(*gradients) if with_gradients else None,
-        speculative=False,
+        gradients=gradients,
+        bets=bets,
     )
-    rows, switches = _fold_launch(1, segments)
+    rows, switches = _fold_launch(1, segments, _launch(x, plan, elements=True))
     with _guard(sums.device):
         fold_elements_kernel[(-(-x.pairs // rows),)](
             partial_ptr=sums,
@@ -380,7 +451,7 @@ def pair_elements(
             WIDTH=FOLD_LOSSES,
             **switches,
         )
-    return loss, telemetry, means, *gradients
+    return loss, telemetry, means
 
 
 def pair_elements_gradient(
@@ -393,7 +464,7 @@ def pair_elements_gradient(
     plan: Plan,
     epilogue: Epilogue,
     outer: bool,
-    speculative: bool,
+    speculative: bool,  # gradients for 1 are written once more: those of training come from pair_stream
 ) -> None:
     _launch_elements(
         pair_rows(operands),
@@ -405,7 +476,165 @@ def pair_elements_gradient(
         incoming=incoming,
         partial=None,
         gradients=_halves(chosen, rejected),
-        speculative=speculative,
+        bets=None,
+    )
+
+
+_last: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+_states: dict[tuple[torch.device, int], Tensor] = {}
+_gave_up: dict[torch.device, Tensor] = {}
+
+
+def _last_incoming(x: PairRows) -> Tensor:
+    """`[1]`, the incoming gradient that backward saw last on the device; 1 at first. It stays where it is, so that
+    graphs go on reading and writing it. Several streams may: every pair or segment notes what it was made for."""
+    key = x.compute_dtype, x.policy.chosen.device
+    if key not in _last:
+        _last[key] = torch.ones(1, dtype=key[0], device=key[1])
+    return _last[key]
+
+
+def _stream_state(places: int, device: torch.device) -> Tensor:
+    """At least `places` zeros for one launch, which leaves zeros behind: kept for each stream, whose launches follow
+    one another. A graph may be replayed on any, so a launch under capture has its own, zeroed in the graph."""
+    stream = 0
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return torch.zeros(places, dtype=torch.int32, device=device)
+        stream = torch.cuda.current_stream(device).cuda_stream
+    held = _states.get((device, stream))
+    if held is None or held.numel() < places:
+        held = _states[device, stream] = torch.zeros(2 * places, dtype=torch.int32, device=device)
+    return held
+
+
+def _gave_up_flag(device: torch.device) -> Tensor:
+    """`[1]` int32 in host memory that kernels on the device write: the host reads it without waiting for them."""
+    if device not in _gave_up:
+        _gave_up[device] = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+    return _gave_up[device]
+
+
+def check_waits(device: torch.device) -> None:
+    """Raise `KernelTimeout` if a stream kernel that has ended on `device` gave up a wait. Reads host memory: no sync.
+
+    Asked at the next call in the stream form and by `PreferenceLossOutput.check_finite`.
+    """
+    flag = _gave_up.get(device)
+    if flag is not None and flag[0].item():
+        flag.zero_()
+        raise KernelTimeout(
+            f"the stream kernel of the loss waited longer than any healthy launch and gave up on {device}; gradients "
+            f"of that call are NaN, earlier ones are right. {launches.SETTING}=two-pass computes the same without waits"
+        )
+
+
+def pair_stream(
+    operands: Operands,
+    reference_errors: Tensor | None,
+    numbers: PairNumbers,
+    plan: Plan,
+    epilogue: Epilogue,
+    elements: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x = pair_rows(operands)
+    segments = _segments(x, plan.length)
+    gradients = gradients_like(operands)
+    like = operands.policy.new_empty(0, dtype=x.compute_dtype)
+    if elements:
+        bets = like.new_empty((x.pairs, segments))
+        loss, telemetry, _ = _elements(x, numbers, plan, epilogue, False, _halves(*gradients), bets)
+        return loss, telemetry, like, bets, *gradients
+
+    from pgdpo_fast.kernels.stream import STATE_PAIRS, stream_kernel
+
+    device = like.device
+    check_waits(device)
+    launch = _launch(x, plan)
+    arguments, switches = _arguments(x, plan, launch)
+    _, fold_switches = _fold_launch(plan.groups, segments, launch)
+    bets = like.new_empty((x.pairs, 1))
+    loss = like.new_empty(())
+    telemetry = like.new_empty((len(Telemetry._fields), x.pairs, plan.groups))
+    coefficients = like.new_empty((len(Coefficients._fields), x.pairs, plan.groups))
+    partial = like.new_empty((len(GroupErrors._fields), x.pairs, segments))
+    chosen, rejected = _halves(*gradients)
+    total = x.pairs * segments
+    again = 4 * plan.length * x.policy.chosen.element_size()  # bytes of a segment that gradients read again
+    programs = STREAM_PROGRAMS
+    if device.type == "cuda":
+        programs = launch.programs * torch.cuda.get_device_properties(device).multi_processor_count
+    with _guard(device):
+        stream_kernel[(min(programs, 2 * total),)](
+            gw_ptr=chosen,
+            gl_ptr=rejected,
+            operands=arguments,
+            numbers=_numbers(reference_errors, numbers, epilogue, partial),
+            partial_ptr=partial,
+            loss_ptr=loss,
+            telemetry_ptr=telemetry,
+            coefficient_ptr=coefficients,
+            last_ptr=_last_incoming(x),
+            bets_ptr=bets,
+            state_ptr=_stream_state(STATE_PAIRS.value + 2 * x.pairs, device),
+            gave_up_ptr=_gave_up_flag(device),
+            gw_stride=chosen.stride(0),
+            gl_stride=rejected.stride(0),
+            pairs=x.pairs,
+            groups=plan.groups,
+            segments=segments,
+            n=x.numel,
+            seg_len=plan.length,
+            count=x.numel // plan.groups,
+            consecutive=plan.consecutive,
+            lag=min(segments - (-launch.ahead // again), total),
+            KIND=epilogue.kind,
+            FLAGS=epilogue.flags,
+            TERMS=_terms(epilogue),
+            GAPS=x.reference is not None or reference_errors is not None,
+            REFERENCE_ERRORS=reference_errors is not None,
+            WEIGHTED=numbers.weight is not None,
+            BETA_SCALED=numbers.beta_scale is not None,
+            ANCHOR=plan.anchor,
+            CROSS=plan.cross,
+            ANCHOR_REJECTED=plan.anchor_rejected,
+            LANES=_lanes(x),
+            WIDTH=FOLD_LOSSES,
+            POLLS=STREAM_POLLS,
+            KEEP=STREAM_KEEP,
+            PASS=STREAM_PASS,
+            maxnreg=STREAM_REGISTERS,
+            **switches | fold_switches,
+        )
+    return loss, telemetry, coefficients, bets, *gradients
+
+
+def pair_stream_gradient(
+    operands: Operands,
+    numbers: PairNumbers,
+    coefficients: Tensor,
+    bets: Tensor | None,
+    incoming: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
+    plan: Plan,
+    epilogue: Epilogue,
+    elements: bool,
+) -> None:
+    x, gradients = pair_rows(operands), _halves(chosen, rejected)
+    if not elements:
+        return _launch_gradients(x, plan, coefficients, incoming, gradients, bets)
+    return _launch_elements(
+        x,
+        numbers,
+        plan,
+        epilogue,
+        False,
+        means=incoming,
+        incoming=incoming,
+        partial=None,
+        gradients=gradients,
+        bets=bets,
     )
 
 
@@ -428,11 +657,11 @@ def _launch_elements(
     incoming: Tensor | None,
     partial: Partial | None,
     gradients: tuple[Tensor, Tensor] | None,
-    speculative: bool,
+    bets: Tensor | None,
 ) -> None:
     from pgdpo_fast.kernels.element import pair_elements_kernel
 
-    operands, switches = _arguments(x, plan)
+    operands, switches = _arguments(x, plan, _launch(x, plan, elements=True))
     absent = x.policy.chosen
     chosen, rejected = gradients or (absent, absent)
     with _guard(absent.device):
@@ -446,6 +675,8 @@ def _launch_elements(
             params_ptr=_parameters(epilogue, x.compute_dtype, absent.device),
             mean_ptr=means,
             incoming_ptr=absent if incoming is None else incoming,
+            last_ptr=absent if bets is None else _last_incoming(x),
+            bets_ptr=absent if bets is None else bets,
             partial_ptr=absent if partial is None else partial.sums,
             arrived_ptr=absent if partial is None else partial.arrived,
             gw_stride=chosen.stride(0),
@@ -461,7 +692,7 @@ def _launch_elements(
             WITH_SUMS=partial is not None,
             GRADS=gradients is not None,
             INCOMING=incoming is not None,
-            SPECULATIVE=speculative,
+            BET=bets is not None,
             WEIGHTED=numbers.weight is not None,
             BETA_SCALED=numbers.beta_scale is not None,
             LANES=_lanes(x),
@@ -476,5 +707,13 @@ def _triton_dtype(dtype: torch.dtype):
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-for _run in (pair_errors, pair_objective, pair_gradient, pair_elements, pair_elements_gradient):
+for _run in (
+    pair_errors,
+    pair_objective,
+    pair_gradient,
+    pair_elements,
+    pair_elements_gradient,
+    pair_stream,
+    pair_stream_gradient,
+):
     triton_library.impl(_run.__name__, with_bundles(_run), "CompositeExplicitAutograd")
