@@ -285,13 +285,14 @@ def test_many_segments_are_all_folded(monkeypatch, backend):
     assert_parity(Batch(shape=(5, 9, 1, 2), pairs=1), pf.PGDPO(B), backend, "frame")
 
 
-@pytest.mark.skipif("triton" not in FUSED, reason="a setting of the Triton launches")
+@pytest.mark.skipif("triton" not in FUSED or DEVICE.type == "cuda", reason="rows a program follow from the shape there")
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_bits_do_not_depend_on_how_many_groups_a_program_folds(small_chunks, monkeypatch, granularity):
-    """One group a program, and the last of many adds the losses, or all groups in one program."""
-    batch, found = Batch(pairs=3, shape=(3, 2, 8, 16)), []
+    """One group a program, and the last of many adds the losses, or all groups in one program. Four parts a group:
+    from eight on the interpreter's own sums depend on how many lie side by side."""
+    batch, found = Batch(pairs=3, shape=(2, 2, 8, 16)), []
     weight = torch.tensor([0.5, 2.0, 1.0], device=DEVICE)
-    for parts in (8, 512):
+    for parts in (4, 512):
         monkeypatch.setattr(triton_backend, "FOLD_PARTS", parts)
         found.append(batch.run(pf.PGDPO(), "triton", granularity=granularity, pair_weight=weight))
     (out, grad), (other, other_grad) = found
