@@ -126,7 +126,7 @@ class _Stream(torch.autograd.Function):
         return loss, telemetry
 
     @staticmethod
-    @once_differentiable
+    @_first_derivative
     def backward(ctx, incoming, _):
         coefficients, bets, chosen, rejected, *saved = ctx.saved_tensors
         rest = iter(saved)
@@ -196,7 +196,7 @@ def _wants_gradients(x: Operands) -> bool:
 def objective(call: Call, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
     """Loss `[]` (differentiable by the predictions) and `Telemetry` `[9, B, G]`, by the objective's kernel epilogue."""
     if call.backend == "triton" and _wants_gradients(call.operands) and triton.streams(call, epilogue):
-        return _Stream.apply(call.operands.policy, call.operands.policy_rejected, call, epilogue, False)
+        return _apply(_Stream, call.operands.policy, call.operands.policy_rejected, call, epilogue, False)
     return _apply(_Objective, call.operands.policy, call.operands.policy_rejected, call, epilogue)
 
 
@@ -208,7 +208,7 @@ def elements(call: Call, epilogue: Epilogue, outer: bool) -> tuple[Tensor, Tenso
     """
     chosen, rejected = call.operands.policy, call.operands.policy_rejected
     if call.backend == "triton" and not outer and _wants_gradients(call.operands):
-        return _Stream.apply(chosen, rejected, call, epilogue, True)
+        return _apply(_Stream, chosen, rejected, call, epilogue, True)
     if not torch.is_grad_enabled():  # else a prediction that requires a gradient would have one written for nothing
         chosen, rejected = chosen.detach(), None if rejected is None else rejected.detach()
     return _apply(_Elements, chosen, rejected, call, epilogue, outer)
