@@ -105,9 +105,17 @@ TERM_KIND_BITS, TERM_FLAG_BITS, TERM_LIMIT = 8, 16, 4
 RATIOS = ("logit", "symmetric", "abs", "signed")
 
 
-def _number(objective, name: str, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False) -> None:
+def _number(
+    objective,
+    name: str,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> None:
     where = f"{type(objective).__name__}.{name}"
-    number(where, getattr(objective, name), low, high, open_low=open_low, limit=MAX_NUMBER)
+    number(where, getattr(objective, name), low, high, open_low=open_low, open_high=open_high, limit=MAX_NUMBER)
 
 
 def _half_beta(objective, beta_scale: Tensor | None) -> Any:
@@ -264,6 +272,26 @@ class DPO(Objective):
 
     def epilogue(self) -> Epilogue:
         return Epilogue(KIND_DPO, 0, Parameters(half_beta=0.5 * self.beta, label_smoothing=self.label_smoothing))
+
+
+@dataclass(frozen=True)
+class RobustDPO(Objective):
+    """Robust DPO (Chowdhury et al. 2024): ((1 - flip) softplus(-z) - flip softplus(z)) / (1 - 2 flip), z of DPO.
+
+    Its expectation over labels flipped at the rate `flip` is the loss of DPO on the true ones. It is unbounded below.
+    """
+
+    beta: float = 5000.0
+    flip: float = 0.1
+
+    def __post_init__(self) -> None:
+        _number(self, "beta", 0.0, open_low=True)
+        _number(self, "flip", 0.0, 0.5, open_high=True)
+
+    def terms(self, errors, posterior_scale=None):
+        logits = 0.5 * self.beta * (errors.gap_rejected - errors.gap_chosen)
+        loss = self.flip * logsigmoid(-logits) - (1 - self.flip) * logsigmoid(logits)
+        return self.result(loss / (1 - 2 * self.flip), logits)
 
 
 @dataclass(frozen=True)
@@ -853,6 +881,7 @@ class Listed(NamedTuple):
 LISTED = {
     "pgdpo": Listed(PGDPO, "PG-DPO"),
     "dpo": Listed(DPO, "DPO"),
+    "robust-dpo": Listed(RobustDPO, "Robust DPO"),
     "ipo": Listed(IPO, "IPO"),
     "slic": Listed(SLiC, "SLiC"),
     "sft": Listed(SFT, "SFT"),

@@ -40,6 +40,7 @@ B = 50.0
 OBJECTIVES = {
     "dpo": pf.DPO(B),
     "dpo-smoothed": pf.DPO(B, 0.1),
+    "robust-dpo": pf.RobustDPO(B, 0.2),
     "ipo": pf.IPO(B),
     "slic": pf.SLiC(weight=0.5),
     "slic-hinge": pf.SLiC(B, 0.3, 0.5, hinge=True),

@@ -28,6 +28,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 OBJECTIVES = {
     "dpo": pf.DPO(100.0),
     "dpo-smoothed": pf.DPO(100.0, 0.2),
+    "robust-dpo": pf.RobustDPO(100.0, 0.2),
     "ipo": pf.IPO(20.0),
     "slic": pf.SLiC(weight=0.3),
     "hinge": pf.SLiC(100.0, 0.5, 0.3, hinge=True),
