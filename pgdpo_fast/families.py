@@ -25,6 +25,7 @@ FAMILIES = {
     "videocrafter2": ("unet3d", "VideoCrafter2"),
     "ltx": ("ltx", "LTX"),
     "hunyuan-video": ("hunyuan_video", "HunyuanVideo"),
+    "mochi": ("mochi", "Mochi"),
 }
 
 

@@ -32,7 +32,8 @@ def test_a_plan_before_encoding_is_that_of_the_store_to_come(settings, capsys):
 def test_every_family_says_what_latents_its_published_vae_makes(family):
     rule, clip = adapter_class(family).latents, adapter_class(family).clip
     channels, frames, height, width = planned_shape(None, rule, clip.frames, clip.height, clip.width)
-    compressed = {"ltx": (128, 8, 32), "unet3d": (4, 1, 8), "videocrafter2": (4, 1, 8)}.get(family, (16, 4, 8))
+    others = {"ltx": (128, 8, 32), "mochi": (12, 6, 8), "unet3d": (4, 1, 8), "videocrafter2": (4, 1, 8)}
+    compressed = others.get(family, (16, 4, 8))
     assert channels == compressed[0] and frames == (clip.frames - 1) // compressed[1] + 1
     assert (height, width) == (clip.height // compressed[2], clip.width // compressed[2])
 
