@@ -219,9 +219,9 @@ def assert_close(found, expected, what, tolerance=1e-11, floor=1e-280):
 
 
 def test_every_objective_that_has_a_name_is_compared_here():
-    """`Safeguarded` changes gradients alone, and has tests of its own."""
+    """`Safeguarded`, which changes gradients alone, and `Sum` have tests of their own."""
     written = {type(objective) for objective, _, _ in CASES.values()}
-    assert written >= {listed.make for listed in objectives.LISTED.values()} - {pf.Safeguarded}
+    assert written >= {listed.make for listed in objectives.LISTED.values()} - {pf.Safeguarded, pf.Sum}
 
 
 @pytest.mark.parametrize("case", CASES)
