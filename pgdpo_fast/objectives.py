@@ -288,8 +288,8 @@ class RobustDPO(Objective):
         _number(self, "beta", 0.0, open_low=True)
         _number(self, "flip", 0.0, 0.5, open_high=True)
 
-    def terms(self, errors, posterior_scale=None):
-        logits = 0.5 * self.beta * (errors.gap_rejected - errors.gap_chosen)
+    def terms(self, errors, posterior_scale=None, beta_scale=None):
+        logits = _half_beta(self, beta_scale) * (errors.gap_rejected - errors.gap_chosen)
         loss = self.flip * logsigmoid(-logits) - (1 - self.flip) * logsigmoid(logits)
         return self.result(loss / (1 - 2 * self.flip), logits)
 
