@@ -7,28 +7,55 @@ settings. They look at the run and write files of their own; what is trained nev
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pgdpo_fast.analysis.displacement import FILE, one_step_advantage
 from pgdpo_fast.analysis.runs import read_rows
 from pgdpo_fast.analysis.sampling import sample
 from pgdpo_fast.data.codec import Codec, DiffusersVAECodec, PixelUnshuffleCodec
 from pgdpo_fast.data.video import write_video
+from pgdpo_fast.diffusion.draw import Visit
 from pgdpo_fast.errors import ConfigError
+from pgdpo_fast.models import ModelAdapter
 from pgdpo_fast.named import Registry
-from pgdpo_fast.objectives import DPO
+from pgdpo_fast.objectives import DPO, Objective
 from pgdpo_fast.options import setting
+from pgdpo_fast.preemption import Stopping
 from pgdpo_fast.storage import atomic_file
 
-if TYPE_CHECKING:
-    from pgdpo_fast.training.run import Run
+__all__ = ["CALLBACKS", "AdvantageProbe", "Callback", "SampleClips", "TrainingRun"]
 
-__all__ = ["CALLBACKS", "AdvantageProbe", "Callback", "SampleClips"]
+
+class TrainingRun(Protocol):
+    """What callbacks may use of the run they are given, a `pgdpo_fast.training.run.Run`.
+
+    The configuration's checks need the list below, so nothing that knows the configuration is named here.
+    """
+
+    config: Any  # TrainConfig
+    root: Path
+    device: torch.device
+    adapter: ModelAdapter
+    policy: nn.Module
+    reference: Callable[[Any], Any]
+    objective: Objective
+    optimizer: Any
+    order: Any  # PairOrder
+    loader: Any  # PairLoader
+    held_out: Sequence[Visit]
+    last_evaluation: Mapping[str, Any] | None
+    stopping: Stopping
+    note: Callable[[str], None]
+
+    def read(self, step: int) -> list[tuple[Sequence[Visit], Any]]: ...
+
+    def loss_options(self, batch: Any) -> dict[str, Any]: ...
 
 
 @dataclass(kw_only=True)
@@ -43,10 +70,10 @@ class Callback:
         0, "steps between calls, and one at the end; 0: with every evaluation", minimum=0, decides="nothing"
     )
 
-    def start(self, run: Run) -> None:
+    def start(self, run: TrainingRun) -> None:
         """Called once before the first step; raises ConfigError where the settings do not fit the run."""
 
-    def __call__(self, step: int, run: Run) -> None:
+    def __call__(self, step: int, run: TrainingRun) -> None:
         """Called when `step` steps are made; long work returns once `run.stopping()` is true, which it asks often."""
         raise NotImplementedError
 
@@ -63,7 +90,7 @@ class AdvantageProbe(Callback):
         None, "beta of the DPO compared with; unset means the objective's, or 100", above=0, decides="nothing"
     )
 
-    def __call__(self, step: int, run: Run) -> None:
+    def __call__(self, step: int, run: TrainingRun) -> None:
         visits, tensors = run.read(step)[0]
         batch = run.loader.noise(visits, tensors)
         reference = run.reference(batch)
@@ -118,14 +145,14 @@ class SampleClips(Callback):
         "", "diffusers folder or hub id of the VAE that decodes; empty means model.path", decides="nothing"
     )
 
-    def start(self, run: Run) -> None:
+    def start(self, run: TrainingRun) -> None:
         if self._codec_settings(run)["class"] != "PixelUnshuffleCodec" and not self._vae(run):
             raise ConfigError(
                 "callbacks: sample needs the VAE to decode with and model.path is not set; set vae, the folder or hub "
                 "id of a diffusers model"
             )
 
-    def __call__(self, step: int, run: Run) -> None:
+    def __call__(self, step: int, run: TrainingRun) -> None:
         store = run.loader.store
         ids = list(dict.fromkeys(visit.id for visit in run.held_out)) or run.order.ids
         examples = list({store.row(id)["prompt"]: id for id in reversed(ids)}.values())[::-1][: self.clips]
@@ -156,13 +183,13 @@ class SampleClips(Callback):
             write_video(folder / f"{number:02d}.mp4", codec.decode(latents[0]), self.fps)
         run.note(f"sampled {len(waiting)} clips at step {step} into {folder}")
 
-    def _codec_settings(self, run: Run) -> dict:
+    def _codec_settings(self, run: TrainingRun) -> dict:
         return run.loader.store.settings["codec"]
 
-    def _vae(self, run: Run) -> str:
+    def _vae(self, run: TrainingRun) -> str:
         return self.vae or run.config.model.path or ""
 
-    def _codec(self, run: Run) -> Codec:
+    def _codec(self, run: TrainingRun) -> Codec:
         made = self._codec_settings(run)
         if made["class"] == "PixelUnshuffleCodec":
             return PixelUnshuffleCodec(spatial=made["spatial"], temporal=made["temporal"])
