@@ -37,6 +37,7 @@ __all__ = [
     "fsync_path",
     "hashed_shard",
     "laid_out",
+    "load_tensors",
     "make_folder",
     "open_shard",
     "read_json",
@@ -46,6 +47,7 @@ __all__ = [
     "set_aside",
     "sha256_bytes",
     "sha256_file",
+    "verified",
     "weights_digest",
     "write_json",
     "write_shard",
@@ -346,6 +348,13 @@ def hashed_shard(path: Path) -> tuple[Shard, str] | None:
             return Shard(path.name, path.stat().st_size, digest), (file.metadata() or {}).get("description", "")
     except (OSError, SafetensorError):
         return None
+
+
+def load_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file whose bytes were checked before."""
+    from safetensors.torch import load_file
+
+    return load_file(path)
 
 
 def open_shard(folder: str | os.PathLike, shard: Shard):

@@ -535,7 +535,7 @@ def test_a_staged_row_damaged_between_two_runs_is_encoded_again(manifest, store,
 
     with pytest.raises(Preempted):
         encode(manifest, tmp_path / "s", progress=terminate)
-    (staged,) = (tmp_path / "s/staging").glob("0*")
+    (staged,) = tmp_path.glob("s/staging/*/*.safetensors")
     data = bytearray(staged.read_bytes())
     data[-5] ^= 4
     staged.write_bytes(data)
@@ -618,11 +618,60 @@ def test_killed_at_any_write_and_resumed_equals_never_killed(manifest, store, tm
     assert files_of(output) == files_of(store.path)
 
 
-def test_two_writers_never_share_a_store(manifest, tmp_path):
-    from pgdpo_fast.storage import exclusive_lock
+SHARED = """
+    import pathlib, sys, time
+    from pgdpo_fast.data.codec import PixelUnshuffleCodec
+    from pgdpo_fast.data.encode import encode_manifest
+    from pgdpo_fast.data.text import HashTextEncoder
 
-    with exclusive_lock(tmp_path / "s"), pytest.raises(DataError, match="another process is writing"):
-        encode(manifest, tmp_path / "s")
+    class Slow(PixelUnshuffleCodec):
+        def encode(self, video):
+            print("clip", flush=True)
+            time.sleep(0.1)
+            return super().encode(video)
+
+    manifest, output, rank = sys.argv[1:]
+    pathlib.Path(f"{output}-{rank}").touch()
+    while not pathlib.Path(f"{output}-{1 - int(rank)}").exists():  # begin together
+        time.sleep(0.01)
+    encode_manifest(manifest, output, codec=Slow(4), text=HashTextEncoder(8), frames=3, height=16, width=16,
+                    shard_bytes=2 * 2 * 4 * 48 * 3 * 16, rank=int(rank), world_size=2)
+"""
+
+
+def share(manifest, output):
+    """Clips that each of two processes encoded."""
+    command = [sys.executable, "-c", textwrap.dedent(SHARED), str(manifest), str(output)]
+    processes = [subprocess.Popen([*command, rank], stdout=subprocess.PIPE, text=True) for rank in "01"]
+    encoded = [process.communicate(timeout=120)[0].count("clip") for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    return encoded
+
+
+def test_processes_share_the_work_and_leave_the_store_of_one(manifest, store, tmp_path):
+    encoded = share(manifest.path, tmp_path / "s")
+    assert sum(encoded) == 2 * 7 and min(encoded) >= 2  # both clips of every pair once, and both processes took part
+    assert files_of(tmp_path / "s") == files_of(store.path)
+
+
+def test_processes_that_share_the_work_tell_what_each_of_them_dropped(faulty, tmp_path):
+    path = faulty.parent / "clips/0006_chosen.mp4"  # alone in the last shard, and damaged inside: seen when decoded
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 3] + bytes(len(data) - len(data) // 3))
+    alone = encode(faulty, tmp_path / "alone")
+    assert len(alone.dropped) == 3
+    share(faulty, tmp_path / "shared")
+    assert files_of(tmp_path / "shared") == files_of(alone.path)
+
+
+def test_of_the_processes_of_the_command_only_the_first_speaks(manifest, store, tmp_path, capfd, monkeypatch):
+    from pgdpo_fast.cli import main
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    flags = ["-m", manifest.path, "-o", tmp_path / "s", "--codec", "pixel-unshuffle", "--frames", 3]
+    assert main([*map(str, ["encode", *flags, "--height", 16, "--width", 16])]) == 0
+    assert capfd.readouterr() == ("", "") and LatentStore(tmp_path / "s").ids == store.ids
 
 
 # Damage

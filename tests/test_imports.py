@@ -34,6 +34,7 @@ FLOORS = {
     "diffusion": 0,
     "storage": 0,
     "preemption": 0,
+    "filling": 0,
     "options": 0,
     "metrics": 0,
     "families": 0,

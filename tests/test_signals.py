@@ -141,7 +141,7 @@ def test_encoding_stops_within_a_clip(tmp_path, number):
     manifest = render_pairs(tmp_path / "pairs", pairs=6, frames=60, height=256, width=256)
     flags = ["--codec", "pixel-unshuffle", "--frames", 57, "--height", 256, "--width", 256, "--fps", 0]
     command = Command(tmp_path, "encode", "-m", manifest, "-o", tmp_path / "store", *flags)
-    command.wait_for(lambda: list(tmp_path.glob("store/staging/*-*.safetensors")) or lines_of(command.output) > 3)
+    command.wait_for(lambda: list(tmp_path.glob("store/staging/*/*-*.safetensors")) or lines_of(command.output) > 3)
     os.kill(command.process.pid, number)
     code, seconds = command.end()
     assert code == 75 and seconds < 5, command.wrote

@@ -42,12 +42,12 @@ class CacheReference:
     """Settings laid over the file, as for `train`."""
 
     def run(self) -> int:
-        import os
         import shlex
         import sys
 
         from rich.console import Console
 
+        from pgdpo_fast.cli.processes import share_of_environment
         from pgdpo_fast.cli.progress import rows_progress
         from pgdpo_fast.errors import ConfigError
         from pgdpo_fast.storage import describe_bytes
@@ -61,22 +61,18 @@ class CacheReference:
         output = self.output or config.data.reference_cache
         if not output:
             raise ConfigError("--output: required, or data.reference_cache in the configuration")
-        rank, world_size, local_rank = (
-            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-        )
+        share = share_of_environment()
         console = Console(stderr=True)
-        with rows_progress(console, "reference forwards", shown=rank == 0) as progress:
+        with rows_progress(console, "reference forwards", shown=share.rank == 0) as progress:
             cache = cache_reference(
                 config,
                 output,
                 format=self.format,
-                rank=rank,
-                world_size=world_size,
-                local_rank=local_rank,
+                **share._asdict(),
                 progress=progress,
                 resume_command=shlex.join(["pgdpo-fast", *sys.argv[1:]]),
             )
-        if rank == 0:
+        if share.rank == 0:
             block = cache.blocks[0]
             needed = [override for override in overrides if not override.startswith("data.reference_cache=")]
             needed = shlex.join([f"data.reference_cache={output}", *needed])

@@ -26,7 +26,8 @@ class Encode:
 
     Decodes both clips of every pair, brings them to one size, length and frame rate, runs the codec and the text
     encoder once, and writes safetensors shards with sha256. Run the same command again after an interruption:
-    finished pairs are kept. Pairs that cannot be used are listed with their reasons, never dropped in silence.
+    finished pairs are kept. Pairs that cannot be used are listed with their reasons, never dropped in silence. Started
+    with torchrun, or several times, processes share the work.
     """
 
     manifest: Annotated[Path, tyro.conf.arg(aliases=["-m"])]
@@ -96,6 +97,7 @@ class Encode:
 
         from rich.console import Console
 
+        from pgdpo_fast.cli.processes import share_of_environment
         from pgdpo_fast.cli.progress import rows_progress
         from pgdpo_fast.data.encode import DROPPED_FILE, encode_manifest
         from pgdpo_fast.data.manifest import Manifest, read_manifest, used_dropped_table
@@ -104,8 +106,10 @@ class Encode:
         from pgdpo_fast.printable import printable
         from pgdpo_fast.storage import describe_bytes
 
-        console = Console(stderr=True)
-        select_device(self.device, "--device")
+        console, share = Console(stderr=True), share_of_environment()
+        device = select_device(self.device, "--device")
+        if device.type == "cuda" and device.index is None:
+            self.device = f"cuda:{share.local_rank}"
         for key in ("dtype", "vae_dtype", "text_dtype"):
             if (value := getattr(self, key)) is not None:
                 select_dtype(value, f"--{key.replace('_', '-')}")
@@ -131,7 +135,8 @@ class Encode:
         )
 
         def tell(line: str) -> None:
-            console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
+            if share.rank == 0:
+                console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
 
         for note in manifest.notes:
             tell(f"note: {note}")
@@ -140,7 +145,7 @@ class Encode:
         rate = f"{clip.fps:g} frames per second" if clip.fps else "the source's frame rate"
         tell(f"note: clips of {clip.frames} frames, {clip.height}x{clip.width}, at {rate}")
         codec, text = self._codec(chosen), self._text(text_name, chosen)
-        with rows_progress(console, "encoding pairs") as progress:
+        with rows_progress(console, "encoding pairs", shown=share.rank == 0) as progress:
 
             def told(line: str) -> None:
                 progress.dropped += line.startswith("dropped: ")
@@ -164,8 +169,12 @@ class Encode:
                 tell=told,
                 provenance={"model": self.model, "revision": self.revision},
                 progress=progress,
+                rank=share.rank,
+                world_size=share.world_size,
                 resume_command=shlex.join(["pgdpo-fast", *sys.argv[1:]]),
             )
+        if share.rank:
+            return 0
         kept = set(store.ids)
         used = tuple(pair for pair in manifest.pairs if pair.id in kept)
         Console().print(

@@ -1,19 +1,17 @@
 """Manifest to latent store: decode both clips of every pair, encode them and the prompt, write verified shards.
 
-Which rows share a shard follows from the manifest and the settings alone, and each finished row waits in `staging/`
-under its own hash. So a run killed anywhere is continued by the same call, loses at most the row it was working on,
-and ends with the same bytes as a run that was never interrupted.
+Which rows share a shard follows from the manifest and the settings alone; `filling` shares the shards over processes
+and goes on after a kill. store.json names each shard when it is finished, with the pairs that were dropped from it.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import re
-import shutil
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
@@ -37,29 +35,22 @@ from pgdpo_fast.data.video import (
     read_video,
 )
 from pgdpo_fast.devices import select_dtype
-from pgdpo_fast.errors import ConfigError, DamagedError, DataError, Preempted
-from pgdpo_fast.preemption import Stopping, stoppable
+from pgdpo_fast.errors import ConfigError, DataError, Preempted
+from pgdpo_fast.filling import STAGING, ShardFolder
+from pgdpo_fast.preemption import stoppable
 from pgdpo_fast.storage import (
     Shard,
     atomic_file,
     canonical_json,
     check_disk,
-    exclusive_lock,
-    hashed_shard,
     real_folder,
-    real_path,
-    remove_temporaries,
-    set_aside,
     sha256_bytes,
     sha256_file,
-    verified,
     write_json,
-    write_shard,
 )
 
 __all__ = ["DROPPED_FILE", "ClipRule", "encode_manifest"]
 
-STAGING = "staging"
 CLIPS_FILE = "clips.json"  # in staging: hashes of the clips, so that a resumed run reads only what changed
 DROPPED_FILE = "dropped.jsonl"
 
@@ -123,6 +114,8 @@ def encode_manifest(
     provenance: dict | None = None,
     progress: Callable[[int, int], None] | None = None,
     tell: Callable[[str], None] = lambda text: None,
+    rank: int = 0,
+    world_size: int = 1,
     resume_command: str = "the same call again",
 ) -> LatentStore:
     """Encode every pair of a manifest into the store folder `output` and return the finished store.
@@ -133,6 +126,7 @@ def encode_manifest(
     settings, the sha256 of every clip among them, is verified, kept and continued. `progress(done, total)` is called
     after every pair, `tell(line)` for every dropped pair, for what of the clips 8-bit frames cannot hold and
     for a damaged store.json that was set aside; `provenance` (paths, versions) is recorded but decides nothing.
+    Calls of several processes, of this `rank` and `world_size` or not, share the work and return when all is done.
 
     Before the first pair is encoded the headers and packets of all clips are read. A larger share of the manifest's
     rows than `max_dropped` that cannot be used, ties and repeated rows not counted, is an error then, or as soon as
@@ -167,124 +161,177 @@ def encode_manifest(
         "manifest": manifest.path.name,
         **(provenance or {}),
     }
-    done = 0
-
-    def count(now: int, total: int) -> None:
-        nonlocal done
-        done = now
-        if progress:
-            progress(now, total)
+    folder = None
 
     def stopped(name: str) -> str:
+        done = folder.done if folder else 0
         return (
             f"stopped by {name} with {done} of {len(manifest)} pairs encoded in {output}; resume with: {resume_command}"
         )
 
-    with stoppable(stopped) as stop, exclusive_lock(output):
+    with stoppable(stopped) as stop:
         try:
-            remove_temporaries(output)
             real_folder(output, STAGING)
             clips = [path for pair in manifest.pairs for path in (pair.chosen, pair.rejected)]
             hashes = content_hashes(clips, output / STAGING / CLIPS_FILE, stop)
             settings["manifest"] = {"pairs": len(manifest), "sha256": _manifest_hash(manifest, hashes)}
-            state = _load_state(output, settings, tell)
-            known = state is not None
-            state = state or {
-                "kind": "latents",
-                "schema": SCHEMA,
-                "complete": False,
-                "settings": settings,
-                "provenance": provenance,
-                "latent_shape": list(latent_shape),
-                "text_dim": width,
-                **({"conditioning": more} if more else {}),
-                "groups": [],
-                "dropped": [],
-                "index": None,
-                "truncated_prompts": sum(map(text.truncates, (pair.prompt for pair in manifest.pairs))),
-            }
-            job = _Job(
-                manifest,
+            starts = range(0, len(manifest), per_shard)
+            folder = ShardFolder(
                 output,
-                codec,
-                lru_cache(16)(text.encode),
-                rule,
-                stored,
-                state,
-                strict,
-                max_dropped,
-                stop,
-                count,
-                tell,
+                kind="store",
+                description=STORE_FILE,
+                files=(INDEX_FILE, DROPPED_FILE),
+                shard_name=SHARD_NAME,
+                read=lambda path: _read_state(path, settings),
+                shards=[range(start, min(start + per_shard, len(manifest))) for start in starts],
+                piece=1,
+                mark=sha256_bytes(canonical_json(settings).encode()),
+                stop=stop,
+                tell=tell,
+                progress=progress,
+                holds=lambda file, items: _rows(file).issuperset(items),
             )
-            kept = job.verify_groups(known)
-            todo = [number for number in range(-(-len(manifest) // per_shard)) if number not in kept]
-            text_rows = sum(text.token_count(pair.prompt) for number in todo for pair in job.pairs(number))
+            job = _Job(manifest, folder, codec, lru_cache(16)(text.encode), rule, stored, strict, max_dropped, tell)
+            job.find()
+            todo = [manifest.pairs[index] for number in folder.missing for index in folder.shards[number]]
+            text_rows = sum(text.token_count(pair.prompt) for pair in todo)
             check_disk(
                 output,
-                sum(len(job.pairs(number)) for number in todo) * pair_bytes
+                len(todo) * pair_bytes
                 + text_rows * width * stored.itemsize
                 + 2 * min(per_shard, len(manifest)) * pair_bytes * bool(todo),
                 "encoding the remaining pairs",
             )
-            job.probe(todo)
-            job.advance(sum(len(job.pairs(number)) for number in kept))
-            if todo:
-                remember_hashes(hashes, output / STAGING / CLIPS_FILE)
-                state["complete"] = False
-                write_json(output / STORE_FILE, state)
-            for number in todo:
-                job.encode_group(number)
-            if len(state["dropped"]) == len(manifest):
-                first = state["dropped"][0]
-                raise DataError(
-                    f"{output}: none of {len(manifest)} pairs could be encoded; first: pair {first['id']}, "
-                    f"{first['reason']} ({first['detail']})"
+            job.probe()
+            if folder.done:
+                folder.report()
+            with folder.locked():
+                if todo:
+                    remember_hashes(hashes, output / STAGING / CLIPS_FILE)
+                job.begin(
+                    {
+                        "kind": "latents",
+                        "schema": SCHEMA,
+                        "complete": False,
+                        "settings": settings,
+                        "provenance": provenance,
+                        "latent_shape": list(latent_shape),
+                        "text_dim": width,
+                        **({"conditioning": more} if more else {}),
+                        "groups": [],
+                        "dropped": [],
+                        "index": None,
+                        "truncated_prompts": sum(map(text.truncates, (pair.prompt for pair in manifest.pairs))),
+                    }
                 )
-            _finish(output, manifest, state)
+            folder.fill(job.make, _join, rank, world_size)
+            with folder.locked():
+                job.finish()
         except Preempted:  # a thread that reads clips saw the signal first
             raise Preempted(stopped(stop.name)) from None
     return LatentStore(output)
 
 
+def _join(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: tensor for part in parts for name, tensor in part.items()}
+
+
 @dataclass
 class _Job:
-    """One call of `encode_manifest`: what it works with and how far it is."""
+    """One call of `encode_manifest`: what pairs are made with, and what is known of store.json."""
 
     manifest: Manifest
-    output: Path
+    folder: ShardFolder
     codec: Codec
     encode_text: Callable[[str], dict[str, torch.Tensor]]
     rule: ClipRule
     dtype: torch.dtype
-    state: dict
     strict: bool
     max_dropped: float
-    stop: Stopping
-    progress: Callable[[int, int], None]
     tell: Callable[[str], None]
-    done: int = 0
-    dropped: dict[int, dict] = field(default_factory=dict)
-    found: dict[int, Shard] = field(default_factory=dict)  # whole shards that lack a row: a dropped one, or for a fault
+    state: dict | None = None  # store.json as last read or written
+    damaged: list[dict] = field(default_factory=list)  # what store.json said of shards that are not whole
+    dropped: dict[int, dict] = field(default_factory=dict)  # by this process and by earlier ones
 
-    @property
-    def mark(self) -> str:
-        """What a shard carries, so that one of another store is never taken for this one's."""
-        return sha256_bytes(canonical_json(self.state["settings"]).encode())
+    def __post_init__(self):
+        self.folder.listed, self.folder.record = self.listed, self.record
 
-    def indices(self, number: int) -> range:
-        size = self.state["settings"]["pairs_per_shard"]
-        return range(number * size, min((number + 1) * size, len(self.manifest)))
+    def listed(self) -> dict[int, Shard | None]:
+        """The shards that store.json names."""
+        where = self.folder.path / STORE_FILE
+        if self.state and where.exists():
+            self.state = self.folder.read(self.folder.path)
+        groups = self.state["groups"] if self.state else []
+        return {group["number"]: group["file"] and Shard.listed(where, group["file"]) for group in groups}
 
-    def pairs(self, number: int) -> list[Pair]:
-        return [self.manifest.pairs[index] for index in self.indices(number)]
+    def find(self) -> None:
+        """Take over the whole shards that are there."""
+        with self.folder.locked():
+            self.state = self.folder.described()
+        self.folder.find(lost=self.state is None)
+        if self.state:
+            size, finished = self.state["settings"]["pairs_per_shard"], self.folder.finished
+            self.damaged = [group for group in self.state["groups"] if group["number"] not in finished]
+            self.dropped = {item["index"]: item for item in self.state["dropped"] if item["index"] // size in finished}
+            self.state["dropped"] = [*self.dropped.values()]
 
-    def probe(self, numbers: list[int]) -> None:
-        """Read the headers and packets of the clips of these shards, and drop the pairs that cannot be encoded."""
-        staged = {path.stem.partition("-")[0] for path in (self.output / STAGING).glob("*-*")}
-        todo = [index for number in numbers for index in self.indices(number) if f"{index:08d}" not in staged]
+    def begin(self, new: dict) -> None:
+        """Write store.json, from `new` where there is none; the caller holds the folder's lock."""
+        before = self.folder.described()
+        state = before or new
+        groups = [group for group in state["groups"] if group not in self.damaged]
+        self.write({**state, "complete": state["complete"] and not self.damaged, "groups": groups}, before)
+        self.list_shards(self.folder.finished)
+
+    def record(self, number: int) -> None:
+        with self.folder.locked():
+            self.state = self.folder.read(self.folder.path)
+            self.list_shards([number])
+
+    def list_shards(self, numbers: Iterable[int]) -> None:
+        """Name finished shards in store.json, with the pairs dropped from them."""
+        groups, dropped = list(self.state["groups"]), list(self.state["dropped"])
+        for number in {*numbers}.difference(group["number"] for group in groups):
+            shard, items = self.folder.finished[number], self.folder.shards[number]
+            rows = _rows(self.folder.path / shard.name) if shard else set()
+            groups.append({"number": number, "pairs": len(items), "file": shard and shard.to_dict()})
+            dropped += [self.dropped[index] for index in items if index not in rows]
+        groups.sort(key=lambda group: group["number"])
+        dropped.sort(key=lambda item: item["index"])
+        self.write({**self.state, "groups": groups, "dropped": dropped}, self.state)
+
+    def write(self, state: dict, before: dict | None) -> None:
+        """Write store.json where it changes; pairs dropped from shards that are not listed are to be tried again."""
+        size, numbers = state["settings"]["pairs_per_shard"], {group["number"] for group in state["groups"]}
+        state["dropped"] = [item for item in state["dropped"] if item["index"] // size in numbers]
+        self.state = state
+        if state != before:
+            write_json(self.folder.path / STORE_FILE, state)
+
+    def finish(self) -> None:
+        """Write the index and store.json, unless no pair could be encoded; the caller holds the folder's lock."""
+        self.state = self.folder.read(self.folder.path)
+        if len(self.state["dropped"]) == len(self.manifest):
+            first = self.state["dropped"][0]
+            raise DataError(
+                f"{self.folder.path}: none of {len(self.manifest)} pairs could be encoded; first: pair {first['id']}, "
+                f"{first['reason']} ({first['detail']})"
+            )
+        _finish(self.folder.path, self.manifest, self.state)
+        self.folder.tidy()
+
+    def all_dropped(self) -> list[dict]:
+        """Every pair known to be dropped, in the manifest's order."""
+        listed = {item["index"]: item for item in self.state["dropped"]} if self.state else {}
+        return [item for _, item in sorted({**self.dropped, **listed}.items())]
+
+    def probe(self) -> None:
+        """Read the headers and packets of the clips of missing shards, and drop the pairs that cannot be encoded."""
+        staged = {path.stem.partition("-")[0] for path in self.folder.path.glob(f"{STAGING}/*/*-*")}
+        missing = [index for number in self.folder.missing for index in self.folder.shards[number]]
+        todo = [index for index in missing if f"{index:010d}" not in staged]
         notes: dict[str, list[Path]] = {}
-        for index, found in zip(todo, in_order(todo, self._probe_pair, self.stop), strict=True):
+        for index, found in zip(todo, in_order(todo, self._probe_pair, self.folder.stop), strict=True):
             if isinstance(found, _Unusable):
                 self._drop(index, found)
                 continue
@@ -300,7 +347,7 @@ class _Job:
         for side in ("chosen", "rejected"):
             path = getattr(pair, side)
             try:
-                found[path] = self.rule.probe(path, self.stop).notes
+                found[path] = self.rule.probe(path, self.folder.stop).notes
             except DataError as error:
                 return _Unusable(f"{side} clip unusable", str(error))
         return found
@@ -313,9 +360,7 @@ class _Job:
         self.tell(f"dropped: pair {pair.id}: {reason}: {detail}")
 
     def _check_share(self) -> None:
-        faults = [item for item in self.manifest.dropped if item.fault] + [
-            _told(item) for item in (*self.state["dropped"], *self.dropped.values())
-        ]
+        faults = [*(item for item in self.manifest.dropped if item.fault), *map(_told, self.all_dropped())]
         read = len(self.manifest) + len(self.manifest.dropped)
         if len(faults) > self.max_dropped * read:
             counts = Counter(item.reason for item in faults)
@@ -326,104 +371,36 @@ class _Job:
                 f"--max-dropped {math.ceil(100 * len(faults) / read) / 100:g}"
             )
 
-    def verify_groups(self, known: bool) -> set[int]:
-        """Numbers of the finished shards that are whole; the others leave the state, to be encoded again.
-
-        Shards that store.json does not list, because it was lost or the writer killed before it, are found by the hash
-        in their name. Without a store.json (`known`) those of another store are an error, otherwise they are removed.
-        """
-        where, whole, listed = self.output / STORE_FILE, [], set()
-        for group in self.state["groups"]:
-            try:
-                if group["file"]:
-                    shard = Shard.listed(where, group["file"])
-                    verified(self.output, shard)
-                    listed.add(shard.name)
-                whole.append(group)
-            except DataError:
-                real_path(self.output, group["file"]["name"]).unlink(missing_ok=True)
-        numbers = {group["number"] for group in whole}
-        size = self.state["settings"]["pairs_per_shard"]
-        self.state["dropped"] = [item for item in self.state["dropped"] if item["index"] // size in numbers]
-        for path in sorted(self.output.glob("shard-*")):
-            if path.name in listed or not re.fullmatch(SHARD_NAME, path.name):
-                continue
-            number, found = int(path.name.split("-")[1].partition(".")[0]), hashed_shard(path)
-            if found and found[1] != self.mark and not known:
-                raise DataError(
-                    f"{path}: belongs to a store of other settings, whose store.json is lost; set them back, or choose "
-                    "another output folder"
-                )
-            if not found or found[1] != self.mark or number in numbers or not self.indices(number):
-                path.unlink()
-            elif len(_rows(path)) == len(self.indices(number)):
-                whole.append({"number": number, "pairs": len(self.indices(number)), "file": found[0].to_dict()})
-                numbers.add(number)
-            else:
-                self.found[number] = found[0]
-        self.state["groups"] = sorted(whole, key=lambda group: group["number"])
-        return numbers
-
-    def encode_group(self, number: int) -> None:
-        """Encode the rows of one shard, write it, record it in store.json, and clear its staged rows."""
-        staged, file = _staged_rows(self.output / STAGING, self.indices(number)), self.found.get(number)
-        finished = _rows(self.output / file.name) if file else ()
-        here = {*staged, *finished, *self.dropped}
-        missing = [index for index in self.indices(number) if index not in here]
-        self.advance(len(self.indices(number)) - len(missing))
-        for index, clips in _prefetched(missing, self._read_pair):
-            self.stop.check()
-            try:
-                staged[index] = self._stage(index, result_of(clips, self.stop))
-            except _Unusable as fault:
-                self._drop(index, fault)
-                self._check_share()
-            self.advance(1)
-
-        tensors = _load(self.output / file.name) if file else {}
-        for index in sorted(staged):
-            tensors.update({f"{index:08d}.{name}": tensor for name, tensor in _load(staged[index]).items()})
-        path = self.output / f"shard-{number:05d}.safetensors"
-        whole = write_shard(path, tensors, self.mark, hashed=True) if tensors else None
-        if file and file != whole:
-            real_path(self.output, file.name).unlink()
-        self.state["groups"] = sorted(
-            [
-                *self.state["groups"],
-                {"number": number, "pairs": len(self.indices(number)), "file": whole and whole.to_dict()},
-            ],
-            key=lambda group: group["number"],
-        )
-        dropped = [self.dropped.pop(index) for index in self.indices(number) if index in self.dropped]
-        self.state["dropped"] = sorted([*self.state["dropped"], *dropped], key=lambda item: item["index"])
-        write_json(self.output / STORE_FILE, self.state)
-        for path in staged.values():
-            path.unlink()
-
-    def advance(self, count: int) -> None:
-        self.done += count
-        if count:
-            self.progress(self.done, len(self.manifest))
+    def make(self, pieces: Sequence[range]) -> Iterator[dict[str, torch.Tensor] | None]:
+        """The tensors of each pair, named by its place in the manifest; None for one that is dropped."""
+        wanted = [piece.start for piece in pieces]
+        with closing(_prefetched([index for index in wanted if index not in self.dropped], self._read_pair)) as read:
+            for index in wanted:
+                row = None
+                if index not in self.dropped:
+                    try:
+                        row = self._encode(self.manifest.pairs[index], result_of(next(read)[1], self.folder.stop))
+                    except _Unusable as fault:
+                        self._drop(index, fault)
+                        self._check_share()
+                yield row and {f"{index:08d}.{name}": tensor for name, tensor in row.items()}
 
     def _read_pair(self, index: int) -> dict[str, torch.Tensor]:
         pair, clips = self.manifest.pairs[index], {}
         for side in ("chosen", "rejected"):
             try:
-                clips[side] = self.rule.read(getattr(pair, side), self.stop)
+                clips[side] = self.rule.read(getattr(pair, side), self.folder.stop)
             except DataError as error:
                 raise _Unusable(f"{side} clip unusable", str(error)) from error
         return clips
 
-    def _stage(self, index: int, clips: dict[str, torch.Tensor]) -> Path:
-        """Encode one pair and leave it in staging under a name that ends in the hash of its bytes."""
+    def _encode(self, pair: Pair, clips: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         row = {side: self.codec.encode(video).to(self.dtype) for side, video in clips.items()}
-        told = self.encode_text(self.manifest.pairs[index].prompt)
-        row |= {name: tensor.to(self.dtype) for name, tensor in told.items()}
+        row |= {name: tensor.to(self.dtype) for name, tensor in self.encode_text(pair.prompt).items()}
         for name, tensor in row.items():
             if not torch.isfinite(tensor).all():
                 raise _Unusable(f"{name} not finite once encoded", f"in {self.dtype}; encode and store in fp32")
-        staging = real_folder(self.output, STAGING)
-        return staging / write_shard(staging / f"{index:08d}.safetensors", row, durable=False, hashed=True).name
+        return row
 
 
 def _told(item: dict) -> Dropped:
@@ -453,34 +430,12 @@ def _prefetched(indices: list[int], read: Callable[[int], dict], depth: int = 2)
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _load(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(path)
-
-
 def _rows(shard: Path) -> set[int]:
     """Numbers of the rows in a whole shard."""
     from safetensors import safe_open
 
     with safe_open(shard, "pt") as file:
         return {int(key.partition(".")[0]) for key in file.keys()}
-
-
-def _staged_rows(staging: Path, indices: Iterable[int]) -> dict[int, Path]:
-    """Rows finished by an earlier run. Half-written or damaged ones are removed; so are rows of finished shards."""
-    rows = {}
-    for path in sorted(staging.glob("*")) if real_folder(staging.parent, staging.name).is_dir() else ():
-        if path.name == CLIPS_FILE:
-            continue
-        index = path.stem.partition("-")[0]
-        if index.isdigit() and int(index) > max(indices):
-            continue
-        if index.isdigit() and int(index) in indices and hashed_shard(path):
-            rows[int(index)] = path
-        elif path.is_symlink() or not path.is_dir():
-            path.unlink()
-    return rows
 
 
 def _manifest_hash(manifest: Manifest, hashes: dict[Path, str]) -> str:
@@ -515,21 +470,9 @@ def _index_row(manifest: Manifest, pair: Pair) -> dict:
     }
 
 
-def _load_state(output: Path, settings: dict, tell: Callable[[str], None]) -> dict | None:
-    """The store.json of an earlier run with the same settings; None in a new folder and where it is damaged."""
-    where = real_path(output, STORE_FILE)
-    if where.exists():
-        try:
-            state = read_state(output)
-        except DamagedError as error:
-            tell(f"{error}; set aside as {set_aside(where).name}, the whole shards are found by their hashes")
-    if not where.exists():
-        foreign = [path.name for path in output.iterdir() if not _ours(path.name)]
-        if foreign:
-            raise DataError(
-                f"{output}: not empty and no store (it holds {sorted(foreign)[0]}); choose another output folder"
-            )
-        return None
+def _read_state(output: Path, settings: dict) -> dict:
+    """store.json of an earlier or a concurrent call, checked to be of the same settings."""
+    state = read_state(output)
     before, now = _flat(state["settings"]), _flat(settings)
     differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     if differing:
@@ -541,11 +484,6 @@ def _load_state(output: Path, settings: dict, tell: Callable[[str], None]) -> di
             "choose another output folder, or delete this one"
         )
     return state
-
-
-def _ours(name: str) -> bool:
-    fixed = "|".join(map(re.escape, (STAGING, INDEX_FILE, DROPPED_FILE, ".lock")))
-    return bool(re.fullmatch(rf"{fixed}|\..+\.tmp|{STORE_FILE}\.damaged.*|{SHARD_NAME}", name))
 
 
 def _flat(settings: dict, prefix: str = "") -> dict:
@@ -588,4 +526,3 @@ def _finish(output: Path, manifest: Manifest, state: dict) -> None:
     write_dropped(output / DROPPED_FILE, (*manifest.dropped, *map(_told, state["dropped"])))
     state.update(index=index.to_dict(), complete=True)
     write_json(output / STORE_FILE, state)
-    shutil.rmtree(output / STAGING, ignore_errors=True)

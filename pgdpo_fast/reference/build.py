@@ -1,20 +1,12 @@
 """Fill a reference cache: one forward after the other, by any number of processes, resumable at any kill.
 
-Which rows share a forward and a shard follows from the settings alone. A process claims a shard (a lock the system
-releases when it dies), leaves each finished forward in `staging/` under its own hash, and joins them to a shard whose
-name ends in its hash. So processes started together or later share the work, a dead one's shard is taken over, and a
-kill loses at most the forward it was in.
+Which rows share a forward and a shard follows from the settings alone; `filling` does the rest.
 """
 
 from __future__ import annotations
 
 import os
-import re
-import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +14,9 @@ import torch
 
 from pgdpo_fast import __version__
 from pgdpo_fast.diffusion import Visit
-from pgdpo_fast.errors import BusyError, DamagedError, DataError
-from pgdpo_fast.preemption import Stopping, stoppable
+from pgdpo_fast.errors import DataError
+from pgdpo_fast.filling import ShardFolder
+from pgdpo_fast.preemption import stoppable
 from pgdpo_fast.reference.cache import (
     CACHE_FILE,
     INDEX_FILE,
@@ -38,26 +31,9 @@ from pgdpo_fast.reference.cache import (
 )
 from pgdpo_fast.reference.fingerprint import check_equal
 from pgdpo_fast.reference.rows import Rows, check_finite
-from pgdpo_fast.storage import (
-    Shard,
-    canonical_json,
-    check_disk,
-    exclusive_lock,
-    hashed_shard,
-    real_folder,
-    real_path,
-    remove_temporaries,
-    set_aside,
-    sha256_bytes,
-    sha256_file,
-    write_json,
-    write_shard,
-)
+from pgdpo_fast.storage import Shard, canonical_json, check_disk, sha256_bytes, sha256_file, write_json
 
 __all__ = ["build_cache"]
-
-STAGING = "staging"
-POLL_SECONDS = 0.1
 
 
 def build_cache(
@@ -96,23 +72,100 @@ def build_cache(
     if len(set(ids)) < len(ids):
         raise ValueError("blocks: expected every pair id once")
     path = Path(path).absolute()
-    job = _Job(path, dict(fingerprint), list(blocks), layout, compute, progress, tell)
+    visits = [Visit(id, draw) for block in blocks for draw in range(block.draws) for id in block.ids]
+    index = {"blocks": [{"ids": list(block.ids), "draws": block.draws} for block in blocks]}
+    folder = None
 
     def stopped(name: str) -> str:
         return (
-            f"stopped by {name} with {job.rows_finished()} of {len(job.visits)} rows in {path}; "
+            f"stopped by {name} with {folder.done if folder else 0} of {len(visits)} rows in {path}; "
             f"resume with: {resume_command}"
         )
 
-    with stoppable(stopped) as job.stopping:
+    def read(path: Path) -> dict[str, Any]:
+        state = read_state(path)
+        check_equal(path, state["fingerprint"], dict(fingerprint), REMAKE)
+        check_equal(path, state["layout"], layout_mapping(layout), REMAKE)
+        return state
+
+    def make(pieces: Sequence[range]) -> Iterator[Rows]:
+        for piece in pieces:
+            asked = visits[piece.start : piece.stop]
+            rows = compute(asked)
+            check_finite(rows, asked)
+            yield rows
+
+    with stoppable(stopped) as stop:
         if (larger := _larger(path, fingerprint, blocks, layout)) is not None:
             return larger
-        job.open(dict(provenance or {}))
-        numbers = range(len(job.ranges))
-        order = [*numbers[rank::world_size], *(number for number in numbers if number % world_size != rank)]
-        job.run(order)
-        job.finish()
+        folder = ShardFolder(
+            path,
+            kind="reference cache",
+            description=CACHE_FILE,
+            files=(INDEX_FILE,),
+            shard_name=SHARD_NAME,
+            read=read,
+            shards=layout.shards(blocks),
+            piece=layout.pairs_per_forward,
+            mark=sha256_bytes(canonical_json([dict(fingerprint), layout_mapping(layout), index]).encode()),
+            stop=stop,
+            tell=tell,
+            progress=progress,
+        )
+        with folder.locked():
+            lost = folder.described() is None and any(path.glob(f"{CACHE_FILE}.damaged*"))
+        folder.find(lost)
+        folder.report()
+        if missing := folder.total - folder.done:
+            check_disk(
+                path,
+                (missing + layout.rows_per_shard) * layout.row_bytes,
+                f"the reference cache ({missing} rows of {layout.row_bytes} bytes)",
+            )
+        with folder.locked():
+            _begin(folder, fingerprint, layout, index, dict(provenance or {}))
+        folder.fill(make, _join, rank, world_size)
+        with folder.locked():  # who gets here first does it
+            state = folder.read(path)
+            if not state["complete"] or state["shards"] != _listing(folder):
+                write_json(path / CACHE_FILE, {**state, "complete": True, "shards": _listing(folder)})
+            folder.tidy()
     return ReferenceCache(path)
+
+
+def _begin(
+    folder: ShardFolder, fingerprint: Mapping[str, Any], layout: Layout, index: dict, provenance: dict[str, Any]
+) -> None:
+    """Write the index and cache.json, unless that is there and still true."""
+    state, where = folder.described(), folder.path / INDEX_FILE
+    if state and state["complete"]:
+        folder.find(False)  # another process may just have finished it
+    write_json(where, index)
+    if state is None or state["complete"] and state["shards"] != _listing(folder):
+        write_json(
+            folder.path / CACHE_FILE,
+            {
+                "kind": "reference",
+                "schema": SCHEMA,
+                "complete": False,
+                "fingerprint": dict(fingerprint),
+                "layout": layout_mapping(layout),
+                "index": Shard(INDEX_FILE, where.stat().st_size, sha256_file(where)).to_dict(),
+                "shards": [],
+                "provenance": {"pgdpo_fast": __version__, "torch": torch.__version__, **provenance},
+            },
+        )
+
+
+def _listing(folder: ShardFolder) -> list[dict[str, Any]] | None:
+    """The finished shards as cache.json lists them; None while one is missing."""
+    if folder.missing:
+        return None
+    return [folder.finished[number].to_dict() for number in range(len(folder.shards))]
+
+
+def _join(parts: Sequence[Rows]) -> Rows:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _larger(
@@ -132,219 +185,3 @@ def _larger(
         return None
     cache.verify()
     return cache
-
-
-@dataclass
-class _Job:
-    path: Path
-    fingerprint: dict[str, Any]
-    blocks: list[Block]
-    layout: Layout
-    compute: Callable[[Sequence[Visit]], Rows]
-    progress: Callable[[int, int], None] | None
-    tell: Callable[[str], None]
-    stopping: Stopping = field(default_factory=Stopping)
-
-    def __post_init__(self):
-        self.ranges = self.layout.shards(self.blocks)
-        self.visits = [Visit(id, draw) for block in self.blocks for draw in range(block.draws) for id in block.ids]
-        self.index = {"blocks": [{"ids": list(block.ids), "draws": block.draws} for block in self.blocks]}
-        depends = [self.fingerprint, layout_mapping(self.layout), self.index]
-        # every shard carries it, so that one from another cache is never taken for this one's
-        self.mark = sha256_bytes(canonical_json(depends).encode())
-        self.finished: dict[int, Shard] = {}
-        self.lost = False  # whether what cache.json said is unknown because it is damaged
-        self.current = 0  # rows finished of the shard being worked on
-
-    # -- the folder
-
-    def open(self, provenance: dict[str, Any]) -> None:
-        """Make the folder this job's, or check that it is; find what is finished; check the disk for the rest."""
-        with self._locked():
-            remove_temporaries(self.path, CACHE_FILE, INDEX_FILE)
-            self.lost = self._state() is None and any(self.path.glob(f"{CACHE_FILE}.damaged*"))
-        for number in range(len(self.ranges)):
-            if self._find(number):
-                shutil.rmtree(self._staging(number), ignore_errors=True)
-        self.report()
-        missing = len(self.visits) - self.rows_finished()
-        if missing:
-            check_disk(
-                self.path,
-                (missing + self.layout.rows_per_shard) * self.layout.row_bytes,
-                f"the reference cache ({missing} rows of {self.layout.row_bytes} bytes)",
-            )
-        with self._locked():
-            state, index = self._state(), self._write_index()
-            if state is None or state["complete"] and state["shards"] != self._listed():
-                write_json(
-                    self.path / CACHE_FILE,
-                    {
-                        "kind": "reference",
-                        "schema": SCHEMA,
-                        "complete": False,
-                        "fingerprint": self.fingerprint,
-                        "layout": layout_mapping(self.layout),
-                        "index": index,
-                        "shards": [],
-                        "provenance": {"pgdpo_fast": __version__, "torch": torch.__version__, **provenance},
-                    },
-                )
-
-    def _state(self) -> dict[str, Any] | None:
-        """cache.json of an earlier or a concurrent call, checked to be of the same cache; None in a new folder and
-        where it is damaged."""
-        where = real_path(self.path, CACHE_FILE)
-        real_folder(self.path, STAGING)
-        state = None
-        if where.exists():
-            try:
-                state = read_state(self.path)
-            except DamagedError as error:
-                self.tell(f"{error}; set aside as {set_aside(where).name}, the whole shards are found by their hashes")
-        if state:
-            check_equal(self.path, state["fingerprint"], self.fingerprint, REMAKE)
-            check_equal(self.path, state["layout"], layout_mapping(self.layout), REMAKE)
-            return state
-        foreign = sorted(item.name for item in self.path.iterdir() if not _ours(item.name))
-        if foreign:
-            raise DataError(
-                f"{self.path}: not empty and no reference cache (it holds {foreign[0]}); choose another output folder"
-            )
-        return None
-
-    def _listed(self) -> list[dict[str, Any]] | None:
-        """The finished shards as cache.json lists them; None while one is missing."""
-        if len(self.finished) < len(self.ranges):
-            return None
-        return [self.finished[number].to_dict() for number in range(len(self.ranges))]
-
-    def _write_index(self) -> dict[str, Any]:
-        write_json(self.path / INDEX_FILE, self.index)
-        file = self.path / INDEX_FILE
-        return Shard(INDEX_FILE, file.stat().st_size, sha256_file(file)).to_dict()
-
-    def _find(self, number: int) -> bool:
-        """Whether shard `number` is finished; damaged files under its number are removed, and so are those of an
-        earlier extent of this cache. Where cache.json is damaged, other whole shards are an error."""
-        if number in self.finished:
-            return True
-        for file in sorted(self.path.glob(f"shard-{number:05d}-*.safetensors")):
-            found = hashed_shard(file)
-            if found and found[1] == self.mark:
-                self.finished[number] = found[0]
-                return True
-            if found and self.lost:
-                raise DataError(
-                    f"{file}: belongs to a cache of other settings, whose cache.json is damaged; set them back, or "
-                    "choose another output folder"
-                )
-            file.unlink(missing_ok=True)
-        return False
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """The folder's lock, waited for: its holder is about to let go."""
-        with ExitStack() as stack:
-            while True:
-                self.stopping.check()
-                try:
-                    stack.enter_context(exclusive_lock(self.path))
-                    break
-                except BusyError:
-                    time.sleep(POLL_SECONDS)
-            yield
-
-    # -- the work
-
-    def run(self, order: Sequence[int]) -> None:
-        """Work on whatever no other process works on until every shard is finished."""
-        todo = [number for number in order if number not in self.finished]
-        while todo:
-            idle = True
-            for number in todo:
-                self.stopping.check()
-                with ExitStack() as claim:
-                    if not self._claim(number, claim):
-                        continue
-                    idle = False
-                    if not self._find(number):
-                        self.finished[number] = self._make(number)
-                    shutil.rmtree(self._staging(number), ignore_errors=True)
-                self.current = 0
-                self.report()
-            todo = [number for number in todo if number not in self.finished]
-            if todo and idle:
-                time.sleep(POLL_SECONDS)
-
-    def _claim(self, number: int, stack: ExitStack) -> bool:
-        """Lock a shard's staging folder until `stack` closes; False while another process holds it."""
-        try:
-            stack.enter_context(exclusive_lock(self._staging(number)))
-        except BusyError:
-            return False
-        return True
-
-    def _make(self, number: int) -> Shard:
-        """Compute the forwards of a shard that are not in staging yet, and join all of them."""
-        staging, rows, size = self._staging(number), self.ranges[number], self.layout.pairs_per_forward
-        starts = range(rows.start, rows.stop, size)
-        staged = _staged(staging, starts, self.mark)
-        for start in starts:
-            if start not in staged:
-                self.stopping.check()
-                visits = self.visits[start : min(start + size, rows.stop)]
-                values = self.compute(visits)
-                check_finite(values, visits)
-                target = staging / f"{start:010d}.safetensors"
-                staged[start] = staging / write_shard(target, values, self.mark, False, hashed=True).name
-            self.current = min(start + size, rows.stop) - rows.start
-            self.report()
-        parts = [_load(staged[start]) for start in starts]
-        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        shard = write_shard(staging / "joined.safetensors", joined, self.mark)
-        name = f"shard-{number:05d}-{shard.sha256}.safetensors"
-        os.replace(staging / shard.name, self.path / name)
-        return Shard(name, shard.bytes, shard.sha256)
-
-    def finish(self) -> None:
-        """Write cache.json with every shard, the last write of all. Who gets here first does it."""
-        with self._locked():
-            state = read_state(self.path)
-            if not state["complete"] or state["shards"] != self._listed():
-                write_json(self.path / CACHE_FILE, {**state, "complete": True, "shards": self._listed()})
-            with suppress(OSError):  # another process may be looking into its last claim
-                (self.path / STAGING).rmdir()
-
-    def _staging(self, number: int) -> Path:
-        return real_folder(self.path, f"{STAGING}/{number:05d}")
-
-    def rows_finished(self) -> int:
-        return sum(len(self.ranges[number]) for number in self.finished) + self.current
-
-    def report(self) -> None:
-        if self.progress:
-            self.progress(self.rows_finished(), len(self.visits))
-
-
-def _ours(name: str) -> bool:
-    return bool(re.fullmatch(rf"{STAGING}|{INDEX_FILE}|\.lock|\..+\.tmp|{CACHE_FILE}\.damaged.*|{SHARD_NAME}", name))
-
-
-def _staged(staging: Path, starts: Sequence[int], mark: str) -> dict[int, Path]:
-    """Forwards that an earlier process finished, by first row; half-written and foreign files are removed."""
-    staged = {}
-    for file in sorted(staging.iterdir()):
-        start = file.name.partition("-")[0]
-        found = hashed_shard(file) if start.isdigit() and int(start) in starts else None
-        if found and found[1] == mark:
-            staged[int(start)] = file
-        elif file.name != ".lock" and (file.is_symlink() or not file.is_dir()):
-            file.unlink()
-    return staged
-
-
-def _load(file: Path) -> Rows:
-    from safetensors.torch import load_file
-
-    return load_file(file)
