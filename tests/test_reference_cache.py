@@ -537,5 +537,5 @@ def test_processes_share_the_work_and_take_over_from_the_dead(tmp_path):
 
 def test_a_setting_that_came_later_and_is_unset_keeps_an_older_cache_valid():
     check_equal("cache", {"model.fps": 24.0}, {"model.fps": 24.0, "model.guidance": None}, "remedy")
-    with pytest.raises(DataError, match="model.guidance was None, is now 5.0; remedy"):
+    with pytest.raises(DataError, match="model.guidance was None, is now 5; remedy"):
         check_equal("cache", {"model.fps": 24.0}, {"model.fps": 24.0, "model.guidance": 5.0}, "remedy")
