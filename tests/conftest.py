@@ -8,12 +8,22 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Processes of a fork server find the test they are a part of; last, so that the folder `kernels` hides no package.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+# A suite started in the background of a shell, or under nohup, inherits these ignored, and with it all it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -552,7 +552,7 @@ def test_one_binary_serves_every_number_of_pairs():
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) == 5
+    assert int(done.stdout) == 6
 
 
 @pytest.mark.parametrize("backend", FUSED)

@@ -522,7 +522,7 @@ def test_operators_check_what_they_are_given():
         **Plan(ReferenceForm.NONE, groups=1, length=8, anchor=False, cross=False)._asdict(),
     }
     errors = torch.ops.pgdpo_fast_native.pair_errors
-    assert torch.equal(errors(**arguments), torch.zeros(6, 2, 1))
+    assert torch.equal(errors(**arguments), torch.zeros(len(pf.GroupErrors._fields), 2, 1))
     for changed in (
         dict(policy=torch.zeros(3, 8)),
         dict(policy_rejected=torch.zeros(2, 7)),

@@ -74,5 +74,5 @@ class LTX(ModelAdapter):
         if (config.patch_size, config.patch_size_t) != (1, 1):
             problems.append(f"patches of {config.patch_size_t}x{config.patch_size}x{config.patch_size}, expected 1x1x1")
         if fps is not None and abs(fps - self.config.fps) > 0.01:
-            problems.append(f"clips at {fps:g} frames a second, model.fps={self.config.fps:g}")
+            problems.append(f"clips at {fps:g} frames per second, model.fps={self.config.fps:g}")
         return problems
