@@ -329,7 +329,8 @@ def main() -> int:
     header = (
         f"# Machine code of the Triton kernels\n\nTriton {triton.__version__}, "
         f"{' / '.join(f'sm_{arch}' for arch in options.arch)}; columns with several numbers follow that order. "
-        "No kernel may use local memory (but for the bytes in SPILLS), float64 (in float32 builds) or flush denormals, none but the folds and the "
+        "No kernel may use local memory (but for the bytes in SPILLS), float64 (in float32 builds) or flush denormals, "
+        "none but the folds and the "
         "stream atomics; "
         f"at most {MAX_REGISTERS} registers ({MAX_REGISTERS_ELEMENTS} in pair_elements_kernel, stream_kernel). "
         '"An element" counts the instructions of the main loop for one element of a pair, 0 where there is no loop; '

@@ -49,19 +49,17 @@ class Sweep:
 
         from pgdpo_fast.analysis.report import render_report
         from pgdpo_fast.cli.progress import rows_progress
-        from pgdpo_fast.devices import select_device
         from pgdpo_fast.errors import NonFiniteError
         from pgdpo_fast.storage import make_folder
         from pgdpo_fast.training.config import load_config
-        from pgdpo_fast.training.sweep import expand, sweep
+        from pgdpo_fast.training.sweep import check_devices, expand, sweep
 
         overrides = [override for given in self.set for override in given]
         output = self.output or Path(load_config(self.config, overrides).output.dir)
         configs = expand(self.config, overrides, self.grid, output)
-        for device in self.devices:
-            select_device(device, "--devices")
-        make_folder(output)
         keys = [axis.partition("=")[0].strip() for axis in self.grid]
+        check_devices(keys, self.devices)
+        make_folder(output)
         console = Console(highlight=False)
         with rows_progress(Console(stderr=True), "reference forwards") as progress:
             outcomes = sweep(

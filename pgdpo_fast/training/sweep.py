@@ -172,6 +172,14 @@ def _check_beta(configs: Mapping[str, TrainConfig], keys: Sequence[str]) -> None
         )
 
 
+def check_devices(keys: Sequence[str], devices: Sequence[str]) -> None:
+    """Raises ConfigError where one of `devices` cannot be had, or an axis of the grid chooses them as well."""
+    if devices and "training.device" in keys:
+        raise ConfigError("--grid training.device: --devices chooses it for every run; leave one of them out")
+    for device in devices:
+        select_device(device, "--devices")
+
+
 def sweep(
     configs: Mapping[str, TrainConfig],
     keys: Sequence[str],
@@ -197,10 +205,7 @@ def sweep(
         ConfigError, DataError: as `cache_reference` and `train` would; other processes stop with their state saved.
         Preempted: a signal came; the state of every run is saved and the message holds `resume_command`.
     """
-    if devices and "training.device" in keys:
-        raise ConfigError("--grid training.device: --devices chooses it for every run; leave one of them out")
-    for device in devices:
-        select_device(device, "--devices")
+    check_devices(keys, devices)
     cache_of, outcomes = {}, {}
     try:
         for folder, representative, names in _caches(configs, output).values():
