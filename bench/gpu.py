@@ -27,7 +27,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() not in (ROOT, ROOT / "bench")]
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,7 @@ LEAST = 10.0  # seconds a section must have left to be started
 
 
 def load(name: str, folder: Path):
-    """Import a package from its folder. The clone's root never enters `sys.path`: its `kernels/` and `bench/` would
-    shadow other packages."""
+    """Import a package from its folder."""
     spec = importlib.util.spec_from_file_location(
         name, folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
@@ -80,7 +78,9 @@ def load(name: str, folder: Path):
 
 
 def load_all() -> None:
-    """This clone's pgdpo_fast and bench, installed or not."""
+    """This clone's pgdpo_fast and bench, installed or not. Its root and `bench/`, where this script lies, leave
+    `sys.path`: `kernels/` and `report.py` would shadow packages of those names."""
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() not in (ROOT, ROOT / "bench")]
     load("pgdpo_fast", ROOT / "pgdpo_fast").kernels = load("pgdpo_fast.kernels", ROOT / "kernels")
     load("bench", ROOT / "bench")
 
