@@ -41,7 +41,7 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code: 0, or the one of the error's class."""
     try:
-        import tyro
+        from pgdpo_fast.cli.flags import read_flags
     except ImportError:
         print("error: the command line needs the train extra; run: pip install 'pgdpo-fast[train]'", file=sys.stderr)
         return ConfigError.exit_code
@@ -59,15 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     command_line = shlex.join(["pgdpo-fast", *argv])
     try:
         with stoppable(lambda name: f"stopped by {name}; resume with: {command_line}"):
-            command_class = _command(argv[0])
-            command = tyro.cli(
-                command_class,
-                prog=f"pgdpo-fast {argv[0]}",
-                args=argv[1:],
-                description=inspect.getdoc(command_class),
-                config=(tyro.conf.FlagCreatePairsOff,),
-            )
-            return command.run() or 0
+            return read_flags(_command(argv[0]), f"pgdpo-fast {argv[0]}", argv[1:]).run() or 0
     except PgdpoError as error:
         return _failed(error, error.exit_code)
     except OSError as error:
