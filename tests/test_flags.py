@@ -8,7 +8,7 @@ from pgdpo_fast.cli import main
 from pgdpo_fast.cli.processes import Share, share_of_environment
 from pgdpo_fast.errors import ConfigError
 
-ENCODE = "encode -m a.jsonl -o store"
+REQUIRED, ENCODE = "required by pgdpo-fast", "encode -m a.jsonl -o store"
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
@@ -23,10 +23,10 @@ RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         (f"{ENCODE} --frames=[/red]", "--frames=[/red]: expected a whole number; see pgdpo-fast encode --help"),
         (f"{ENCODE} --max_dropped 0.x", "--max_dropped 0.x: expected a number; see pgdpo-fast encode --help"),
         ("bench --batch 1 x", "--batch 1 x: expected a list of whole numbers; see pgdpo-fast bench --help"),
-        ("train a.yaml --display plan", "--display plan: expected one of auto, live, plain, none; did you mean 'plain'?"),
+        ("train --display plan", "--display plan: expected one of auto, live, plain, none; did you mean 'plain'?"),
         (f"{ENCODE} --frames", "--frames: expected a whole number after it; see pgdpo-fast encode --help"),
         ("demo --out --fast", "--out: expected a path after it; see pgdpo-fast demo --help"),
-        ("encode", "--manifest and --output: required by pgdpo-fast encode and not given; see pgdpo-fast encode --help"),
+        ("encode", f"--manifest and --output: {REQUIRED} encode and not given; see pgdpo-fast encode --help"),
         ("plan", "CONFIG: required by pgdpo-fast plan and not given; see pgdpo-fast plan --help"),
         ("train a.yaml b", "'b': pgdpo-fast train takes no further argument here; see pgdpo-fast train --help"),
         ("demo --fast=3", "'3': pgdpo-fast demo takes no further argument here; see pgdpo-fast demo --help"),
@@ -68,7 +68,7 @@ def test_help_is_as_wide_as_the_terminal(capsys, monkeypatch):
     ],
 )
 @pytest.mark.parametrize("verb", ["encode", "cache-reference"])
-def test_an_environment_that_names_no_process_is_one_line(tiny_config, tmp_path, capsys, monkeypatch, given, said, verb):
+def test_an_environment_of_no_process_is_one_line(tiny_config, tmp_path, capsys, monkeypatch, verb, given, said):
     for name in RANKS:
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
