@@ -18,6 +18,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# A name that is no folder is looked for in no hub: without a network that takes half a minute.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 # Processes of a fork server find the test they are a part of; last, so that the folder `kernels` hides no package.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 

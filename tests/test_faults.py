@@ -1,17 +1,15 @@
 """Seeded signals at random moments and damage in every file: no wrong byte is ever read, and no traceback is printed.
 
-A few of each run always, many in the tests marked slow.
+`make test` strikes a few times, `make test-all` many times.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
-import sys
 import time
 
 import pytest
@@ -23,27 +21,10 @@ from pgdpo_fast.data.latent_store import LatentStore
 from pgdpo_fast.data.synthetic import render_pairs
 from pgdpo_fast.errors import DataError
 from pgdpo_fast.reference.cache import ReferenceCache
+from tests.commands import Command
 
-FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["torch", "pgdpo_fast.training.trainer", "pgdpo_fast.data.encode", "pgdpo_fast.cli.train"])
 SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 SMALL = ["--codec", "pixel-unshuffle", "--frames", "3", "--height", "16", "--width", "16"]
-
-
-def command(arguments, output, begun):
-    """Body of a process that is the installed command with these arguments."""
-    for number in SIGNALS[1:]:
-        signal.signal(number, signal.SIG_DFL)
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for number in (1, 2):
-        os.dup2(descriptor, number)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-    torch.set_num_threads(1)
-    begun.set()
-    code = main(arguments)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def same(found, right):
@@ -100,21 +81,20 @@ def made(clips, tiny_config, tmp_path):
 
 def kill_some(made, tmp_path, kills, seed):
     """Run the commands and end them by signals until `kills` have struck; each is then finished and compared."""
-    order, counts, output, number = random.Random(seed), {}, tmp_path / "printed.txt", 0
+    order, counts, number = random.Random(seed), {}, 0
     while sum(counts.values()) < kills:
         kind, right, _, seconds = made[number % len(made)]
         folder, number = tmp_path / f"killed-{number}", number + 1
         for _ in range(order.randint(1, 3)):
-            begun, sent = FORK.Event(), order.choice(SIGNALS)
-            process = FORK.Process(target=command, args=(kind.at(folder), str(output), begun))
-            process.start()
-            assert begun.wait(120)
-            process.join(order.uniform(0, 1.2 * seconds))
-            if process.is_alive():
-                os.kill(process.pid, sent)
-            process.join(120)
-            assert process.exitcode in (0, 75, -sent), output.read_text()
-            if process.exitcode:
+            sent = order.choice(SIGNALS)
+            command = Command(tmp_path, *kind.at(folder))
+            assert command.begun.wait(120)
+            command.process.join(order.uniform(0, 1.2 * seconds))
+            if command.process.is_alive():
+                command.send(sent)
+            code, _ = command.end()
+            assert code in (0, 75, -sent), command.wrote
+            if code:
                 counts[kind.verb, sent.name] = counts.get((kind.verb, sent.name), 0) + 1
             elif kind.verb == "train":
                 break
@@ -122,11 +102,11 @@ def kill_some(made, tmp_path, kills, seed):
                 if kind.verb != "train":
                     assert same(kind.read(folder), right)
             except DataError:
-                assert process.exitcode  # not finished
+                assert code  # not finished
         assert main(kind.at(folder)) == 0
         assert same(kind.read(folder), right)
         assert not list(folder.rglob("*.tmp"))
-    assert "Traceback" not in output.read_text() if output.exists() else True
+    assert "Traceback" not in command.wrote
     return counts
 
 
@@ -182,14 +162,14 @@ def test_a_few_damaged_files_are_repaired_or_named(made, tmp_path, capfd):
     assert sum(hurt_some(made, tmp_path, capfd, 6, seed=2).values()) == 6
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_many_signals_leave_no_wrong_byte(made, tmp_path):
     counts = kill_some(made, tmp_path, 30, seed=int(os.environ.get("FAULT_SEED", "3")))
     print(counts)
     assert len({verb for verb, _ in counts}) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_many_damaged_files_are_repaired_or_named(made, tmp_path, capfd):
     counts = hurt_some(made, tmp_path, capfd, 60, seed=int(os.environ.get("FAULT_SEED", "4")))
     with capfd.disabled():

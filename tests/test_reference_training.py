@@ -2,11 +2,7 @@
 
 import gc
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -21,6 +17,7 @@ from pgdpo_fast.training.config import TrainConfig, load_config
 from pgdpo_fast.training.plan import make_plan, reference_share, saved_share
 from pgdpo_fast.training.reference_pass import cache_reference, reference_visits
 from pgdpo_fast.training.trainer import train
+from tests.commands import Command
 
 CLOCK = ("time", "step_seconds", "data_wait_seconds", "peak_memory_gib")
 # A network for the latents of `tiny_store`, and what it predicts.
@@ -312,47 +309,36 @@ def test_the_cache_covers_every_visit_of_the_run(tiny_config, steps, pairs_per_s
 # -- processes
 
 
-def command(config, tmp_path, *flags):
+def command(config, tmp_path, *flags, **options):
     file = tmp_path / "settings.yaml"
     file.write_text(config.to_yaml())
-    code = "import sys; from pgdpo_fast.cli import main; sys.exit(main())"
-    return [sys.executable, "-c", code, "cache-reference", str(file), *map(str, flags)]
+    return Command(tmp_path, "cache-reference", file, *flags, **options)
 
 
 def test_two_ranks_share_the_pass_and_write_the_bytes_of_one(tiny_config, tmp_path):
     config = tiny_config(training={"draws_per_pair": 40})
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "WORLD_SIZE": "2"}
     ranks = [
-        subprocess.Popen(
-            command(config, tmp_path, "--output", tmp_path / "two"),
-            stderr=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        command(
+            config,
+            tmp_path,
+            "--output",
+            tmp_path / "two",
+            environment={"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            output=f"printed-{rank}.txt",
         )
         for rank in (0, 1)
     ]
-    outputs = [process.communicate() for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], outputs
-    assert b"40 draws" in outputs[0][0] and outputs[1][0] == b""
+    assert [rank.end()[0] for rank in ranks] == [0, 0], [rank.wrote for rank in ranks]
+    assert "40 draws" in ranks[0].wrote and ranks[1].wrote == ""
     one = cache_reference(config, tmp_path / "one")
     assert len(one.shards) == 4 and ReferenceCache(tmp_path / "two").shards == one.shards
 
 
 def test_sigterm_ends_the_pass_with_its_resume_command(tiny_config, tmp_path):
-    config = tiny_config(training={"draws_per_pair": 400})
-    process = subprocess.Popen(
-        command(config, tmp_path, "--output", tmp_path / "cache"),
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("cache/staging/*/*.safetensors")):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate()
-    assert process.returncode == 75 and b"resume with: pgdpo-fast cache-reference" in errors, errors
+    asked = command(tiny_config(training={"draws_per_pair": 400}), tmp_path, "--output", tmp_path / "cache")
+    asked.wait_for(lambda: list(tmp_path.glob("cache/staging/*/*.safetensors")))
+    asked.send(signal.SIGTERM)
+    assert asked.end()[0] == 75 and "resume with: pgdpo-fast cache-reference" in asked.wrote, asked.wrote
     with pytest.raises(DataError, match="not finished"):
         ReferenceCache(tmp_path / "cache")
 

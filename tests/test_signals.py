@@ -2,73 +2,19 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pty
 import signal
-import sys
 import time
 
 import pytest
-import torch
 
 from pgdpo_fast.data.synthetic import render_pairs
 from pgdpo_fast.errors import Preempted
 from pgdpo_fast.preemption import Stop, stoppable
+from tests.commands import Command, lines_of
 
-FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["torch", "pgdpo_fast.training.trainer", "pgdpo_fast.data.encode", "pgdpo_fast.cli.train"])
 LONG = {"steps": 5000, "checkpoint_every": 5000, "evaluation_every": 5000}
-
-
-def run_command(arguments, output, terminal, ignored):
-    """Body of a process that is the installed command with these arguments; the server of forks ignores SIGINT."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN if signal.SIGINT in ignored else signal.default_int_handler)
-    if signal.SIGHUP in ignored:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    if terminal is not None:
-        os.setsid()
-        descriptor = os.open(terminal, os.O_RDWR)  # the controlling terminal of the new session
-    else:
-        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for number in (1, 2):
-        os.dup2(descriptor, number)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-    torch.set_num_threads(1)
-    from pgdpo_fast.cli import script
-
-    sys.argv = ["pgdpo-fast", *map(str, arguments)]
-    code = script()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-class Command:
-    """A command in a process of its own; `wrote` is what it printed."""
-
-    def __init__(self, tmp_path, *arguments, terminal=None, ignored=()):
-        self.output = tmp_path / "printed.txt"
-        self.output.touch()
-        self.process = FORK.Process(target=run_command, args=(arguments, str(self.output), terminal, ignored))
-        self.process.start()
-
-    def wait_for(self, condition):
-        deadline = time.monotonic() + 120
-        while not condition():
-            assert self.process.is_alive() and time.monotonic() < deadline, self.wrote
-            time.sleep(0.01)
-
-    def end(self, seconds=60):
-        """Exit code, and the seconds until the process was gone."""
-        began = time.monotonic()
-        self.process.join(seconds)
-        assert not self.process.is_alive(), self.wrote
-        return self.process.exitcode, time.monotonic() - began
-
-    @property
-    def wrote(self):
-        return self.output.read_text()
 
 
 @pytest.fixture
@@ -79,16 +25,12 @@ def settings(tiny_config, tmp_path):
     return tmp_path / "settings.yaml", tmp_path / "run"
 
 
-def lines_of(path):
-    return path.read_text().count("\n") if path.exists() else 0
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_training_saves_the_step_it_made_and_tells_how_to_resume(settings, tmp_path, number):
     path, run = settings
     command = Command(tmp_path, "train", path)
     command.wait_for(lambda: lines_of(run / "metrics.jsonl") > 3)
-    os.kill(command.process.pid, number)
+    command.send(number)
     code, seconds = command.end()
     assert code == 75 and seconds < 5
     steps = lines_of(run / "metrics.jsonl")
@@ -116,10 +58,10 @@ def test_what_was_started_to_survive_a_hangup_survives_it(settings, tmp_path):
     command = Command(tmp_path, "train", path, ignored=(signal.SIGHUP, signal.SIGINT))
     command.wait_for(lambda: lines_of(run / "metrics.jsonl") > 1)
     for number in (signal.SIGHUP, signal.SIGINT):
-        os.kill(command.process.pid, number)
+        command.send(number)
     steps = lines_of(run / "metrics.jsonl")
     command.wait_for(lambda: lines_of(run / "metrics.jsonl") > steps + 3)
-    os.kill(command.process.pid, signal.SIGTERM)
+    command.send(signal.SIGTERM)
     assert command.end()[0] == 75
 
 
@@ -129,20 +71,25 @@ def test_the_reference_pass_stops_at_once_and_goes_on(settings, tmp_path, number
     flags = ["--output", tmp_path / "cache", "--draws", 4000]
     command = Command(tmp_path, "cache-reference", path, *flags)
     command.wait_for(lambda: list(tmp_path.glob("cache/staging/*/*-*.safetensors")))
-    os.kill(command.process.pid, number)
+    command.send(number)
     code, seconds = command.end()
     assert code == 75 and seconds < 5, command.wrote
     assert f"stopped by {number.name} with" in command.wrote and "resume with: pgdpo-fast cache-ref" in command.wrote
     assert "Traceback" not in command.wrote
 
 
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Many small clips, to be enlarged."""
+    return render_pairs(tmp_path_factory.mktemp("clips"), pairs=24, frames=60, height=32, width=32)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_encoding_stops_within_a_clip(tmp_path, number):
-    manifest = render_pairs(tmp_path / "pairs", pairs=6, frames=60, height=256, width=256)
+def test_encoding_stops_within_a_clip(clips, tmp_path, number):
     flags = ["--codec", "pixel-unshuffle", "--frames", 57, "--height", 256, "--width", 256, "--fps", 0]
-    command = Command(tmp_path, "encode", "-m", manifest, "-o", tmp_path / "store", *flags)
-    command.wait_for(lambda: list(tmp_path.glob("store/staging/*/*-*.safetensors")) or lines_of(command.output) > 3)
-    os.kill(command.process.pid, number)
+    command = Command(tmp_path, "encode", "-m", clips, "-o", tmp_path / "store", *flags)
+    command.wait_for(lambda: list(tmp_path.glob("store/staging/*/*-*.safetensors")))
+    command.send(number)
     code, seconds = command.end()
     assert code == 75 and seconds < 5, command.wrote
     assert f"stopped by {number.name}" in command.wrote and "resume with: pgdpo-fast encode" in command.wrote

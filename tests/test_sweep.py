@@ -2,11 +2,7 @@
 
 import json
 import multiprocessing
-import os
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -15,6 +11,7 @@ from pgdpo_fast.cli import main
 from pgdpo_fast.errors import ConfigError, NonFiniteError, Preempted
 from pgdpo_fast.training.sweep import expand
 from pgdpo_fast.training.trainer import train
+from tests.commands import FORK, Command, lines_of
 
 CLOCK = ("time", "step_seconds", "data_wait_seconds", "peak_memory_gib")
 
@@ -130,11 +127,11 @@ def test_sigterm_ends_the_sweep_with_the_command_that_resumes_it(settings, monke
 
 
 @pytest.fixture
-def one_thread(monkeypatch):
-    """Here and in the processes a sweep starts: sums then have one order."""
+def forked(monkeypatch):
+    """Runs on several devices come from a server that has imported what they need, where one thread adds up."""
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: FORK)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     yield
     torch.set_num_threads(threads)
 
@@ -146,7 +143,7 @@ def report_of(output):
 
 
 def test_runs_spread_over_devices_are_those_made_in_turn_and_one_that_diverges_stops_no_other(
-    settings, one_thread, tmp_path, capsys
+    settings, forked, tmp_path, capsys
 ):
     grid = "training.learning_rate=1e30,1e-3,1e-4"
     for folder, flags in (("turn", []), ("spread", ["--devices", "cpu", "cpu"])):
@@ -164,46 +161,22 @@ def test_runs_spread_over_devices_are_those_made_in_turn_and_one_that_diverges_s
 
 
 def test_sigterm_stops_the_runs_on_all_devices_with_their_state_saved(settings, tmp_path):
-    code = "import sys; from pgdpo_fast.cli import main; sys.exit(main())"
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            code,
-            "sweep",
-            str(settings),
-            "--grid=objective.beta=100,500",
-            "--devices",
-            "cpu",
-            "cpu",
-            "--set",
-            "training.steps=5000",
-            "training.draws_per_pair=1",
-            "training.checkpoint_every=5000",
-            "training.evaluation_every=5000",
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    beta, devices = "--grid=objective.beta=100,500", ["--devices", "cpu", "cpu"]
+    steps = [f"training.{key}=5000" for key in ("steps", "checkpoint_every", "evaluation_every")]
+    command = Command(tmp_path, "sweep", settings, beta, *devices, "--set", *steps, "training.draws_per_pair=1")
     metrics = [tmp_path / "sweep" / f"beta={beta}" / "metrics.jsonl" for beta in (100, 500)]
-    deadline = time.monotonic() + 300
-    while not all(path.exists() and path.read_text().count("\n") > 1 for path in metrics):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 75, errors
-    assert "the state of every run saved" in errors and "or the whole sweep with: pgdpo-fast" in errors
-    assert "Traceback" not in errors
+    command.wait_for(lambda: all(lines_of(path) > 1 for path in metrics))
+    command.send(signal.SIGTERM)
+    assert command.end()[0] == 75, command.wrote
+    assert "the state of every run saved" in command.wrote and "or the whole sweep with: pgdpo-fast" in command.wrote
+    assert "Traceback" not in command.wrote
     for path in metrics:
         steps = len(path.read_text().splitlines())
         assert steps < 5000 and (path.parent / "checkpoints" / f"step_{steps:08d}").is_dir()
     assert report_of(tmp_path / "sweep")[1] == []
 
 
-def test_a_process_that_dies_is_a_failure_of_its_run_alone(settings, tmp_path):
+def test_a_process_that_dies_is_a_failure_of_its_run_alone(settings, forked, tmp_path):
     from pgdpo_fast.training.sweep import sweep
 
     def kill_the_first(text):

@@ -3,9 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +18,7 @@ from pgdpo_fast.training.batches import PairLoader, PairOrder, hold_out
 from pgdpo_fast.training.config import load_config
 from pgdpo_fast.training.telemetry import PreferenceHealth
 from pgdpo_fast.training.trainer import train
+from tests.commands import Command, lines_of
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CLOCK = ("time", "step_seconds", "data_wait_seconds", "peak_memory_gib")
@@ -96,42 +94,24 @@ def test_a_run_made_longer_is_the_longer_run(tiny_config):
     assert_same_run(train(tiny_config("longer", training={"steps": 6}), display="none"), whole)
 
 
-def command(config, tmp_path):
-    path = tmp_path / "settings.yaml"
-    path.write_text(config.to_yaml())
-    return [sys.executable, "-c", "import sys; from pgdpo_fast.cli import main; sys.exit(main())", "train", str(path)]
-
-
-def wait_for_rows(run_dir, count, process):
-    deadline = time.monotonic() + 300
-    while not (run_dir / "metrics.jsonl").exists() or len((run_dir / "metrics.jsonl").read_text().splitlines()) < count:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.005)
-
-
 def test_kill_9_and_sigterm_in_a_real_process_lose_nothing(tiny_config, tmp_path):
     long = {"steps": 60, "evaluation_every": 20, "checkpoint_every": 5}
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     whole = train(tiny_config("whole", training=long), display="none")
     config = tiny_config("stopped", training=long)
-    run_dir = whole.run_dir.with_name("stopped")
+    run_dir, settings = whole.run_dir.with_name("stopped"), tmp_path / "settings.yaml"
+    settings.write_text(config.to_yaml())
 
-    process = subprocess.Popen(
-        command(config, tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
-    )
-    wait_for_rows(run_dir, 8, process)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    command = Command(tmp_path, "train", settings)
+    command.wait_for(lambda: lines_of(run_dir / "metrics.jsonl") >= 8)
+    command.send(signal.SIGKILL)
+    assert command.end()[0] == -signal.SIGKILL
     killed_at = len(rows(run_dir))
 
-    process = subprocess.Popen(
-        command(config, tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
-    )
-    wait_for_rows(run_dir, killed_at + 6, process)
-    process.send_signal(signal.SIGTERM)
-    output, errors = process.communicate()
-    assert process.returncode == 75, errors
-    assert b"continues" in output and b"--resume auto" in errors
+    command = Command(tmp_path, "train", settings)
+    command.wait_for(lambda: lines_of(run_dir / "metrics.jsonl") >= killed_at + 6)
+    command.send(signal.SIGTERM)
+    assert command.end()[0] == 75, command.wrote
+    assert "continues" in command.wrote and "--resume auto" in command.wrote
     assert len(rows(run_dir)) < 60
     assert_same_run(train(config, display="none"), whole)
 
