@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -239,11 +239,11 @@ class PreferenceLossOutput:
             raise NonFiniteError("loss is NaN or infinite, that of every pair is finite; the weights are not finite")
 
 
-def _describe(x) -> str:
+def _describe(x: object) -> str:
     return f"{tuple(x.shape)} {x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
 
 
-def _pair(x, name: str) -> tuple[Tensor, Tensor | None]:
+def _pair(x: object, name: str) -> tuple[Tensor, Tensor | None]:
     """A stacked tensor as (tensor, None), a tuple as its two tensors; types, ranks and dtypes checked."""
     first: Tensor
     second: Tensor | None
@@ -381,9 +381,10 @@ def _check(
     compute = torch.float64 if policy.dtype == torch.float64 else torch.float32
     frame_dim = _frame_dim(granularity, frame_dim, video)
     groups = 1 if frame_dim is None else video[frame_dim - 1]
-    length, consecutive = runs_of(video, None if frame_dim is None else frame_dim - 1)
 
-    def operand(x, name, allow_shared=False, dtypes=DTYPES):
+    def operand(
+        x: object, name: str, allow_shared: bool = False, dtypes: Sequence[torch.dtype] = DTYPES
+    ) -> tuple[Tensor, Tensor | None]:
         first, second = _pair(x, name)
         for t in (first, second):
             if t is not None:
@@ -486,6 +487,7 @@ def _check(
     elif weight is not None and groups > 1:
         weight = weight.expand(-1, groups).contiguous()
 
+    length, consecutive = runs_of(video, None if frame_dim is None else frame_dim - 1)
     return Call(
         operands=Operands(
             policy=policy,
@@ -671,7 +673,7 @@ def sample_errors(
             "a target that is a tensor"
         )
 
-    def sides(x):
+    def sides(x: Any) -> Any:
         if not isinstance(x, Tensor) or 2 * half == samples:
             return x
         return x[:half], x[samples - half :]
@@ -828,13 +830,13 @@ def preference_loss(
             return PreferenceLossOutput(*fused.objective(call, epilogue), per_frame)
 
     errors = _group_errors(call)
+    weights = eager.latent_weights(pair_rows(call.operands)) if granularity == "element" else None
+    of_elements = None if weights is None else weights.flatten(1)
     if process_group is not None:
         errors = _all_reduce_mean(errors, granularity, process_group)
     if frame_label is not None:
         errors = _relabel(errors, frame_label)
     terms = terms_of(objective, errors, call.numbers.posterior_scale, call.numbers.beta_scale)
-    weights = eager.latent_weights(pair_rows(call.operands)) if granularity == "element" else None
-    of_elements = None if weights is None else weights.flatten(1)
     losses = terms.loss if of_elements is None else of_elements * terms.loss
     loss = (losses if call.numbers.weight is None else call.numbers.weight * losses).mean()
     nan = torch.full_like(terms.loss, float("nan"))
@@ -876,14 +878,14 @@ class _MeanOverRanks(torch.autograd.Function):
     """All-reduce of per-shard means. Every rank holds the whole loss, so a shard's share of the gradient is 1/world."""
 
     @staticmethod
-    def forward(ctx, statistics, group):
+    def forward(ctx: Any, statistics: Tensor, group: ProcessGroup) -> Tensor:
         ctx.world = torch.distributed.get_world_size(group)
         total = statistics.clone()
         torch.distributed.all_reduce(total, group=group)
         return total / ctx.world
 
     @staticmethod
-    def backward(ctx, incoming):
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, None]:
         return incoming / ctx.world, None
 
 

@@ -48,6 +48,29 @@ class GroupErrors(NamedTuple):
     cross: Tensor | None = None
     anchor_rejected: Tensor | None = None
 
+    @property
+    def gaps(self) -> tuple[Tensor, Tensor]:
+        """Of the chosen and the rejected video. Raises ValueError where there is no reference."""
+        return _given(self.gap_chosen, "errors.gap_chosen"), _given(self.gap_rejected, "errors.gap_rejected")
+
+    @property
+    def rewards(self) -> tuple[Tensor, Tensor]:
+        """As `gaps`, with the other sign."""
+        chosen, rejected = self.gaps
+        return -chosen, -rejected
+
+    @property
+    def margin(self) -> Tensor:
+        """Chosen minus rejected reward. Raises as `gaps`."""
+        chosen, rejected = self.gaps
+        return rejected - chosen
+
+
+def _given(x: Tensor | None, name: str) -> Tensor:
+    if x is None:
+        raise ValueError(f"{name}: expected a tensor, which this objective needs, got None")
+    return x
+
 
 class Terms(NamedTuple):
     """What an objective makes of the errors, each `[B, G]`: the loss (differentiable) and its weights."""
@@ -106,7 +129,7 @@ RATIOS = ("logit", "symmetric", "abs", "signed")
 
 
 def _number(
-    objective,
+    objective: Any,
     name: str,
     low: float = -math.inf,
     high: float = math.inf,
@@ -118,11 +141,11 @@ def _number(
     number(where, getattr(objective, name), low, high, open_low=open_low, open_high=open_high, limit=MAX_NUMBER)
 
 
-def _half_beta(objective, beta_scale: Tensor | None) -> Any:
+def _half_beta(objective: Any, beta_scale: Tensor | None) -> Any:
     return 0.5 * objective.beta if beta_scale is None else 0.5 * objective.beta * beta_scale
 
 
-def _choice(objective, name: str, allowed: tuple) -> None:
+def _choice(objective: Any, name: str, allowed: tuple) -> None:
     value = getattr(objective, name)
     if not isinstance(value, type(allowed[0])) or value not in allowed:
         raise wrong(f"{type(objective).__name__}.{name}", value, f"one of {', '.join(map(repr, allowed))}")
@@ -265,8 +288,10 @@ class DPO(Objective):
         _number(self, "beta", 0.0, open_low=True)
         _number(self, "label_smoothing", 0.0, 0.5)
 
-    def terms(self, errors, posterior_scale=None, beta_scale=None):
-        logits = _half_beta(self, beta_scale) * (errors.gap_rejected - errors.gap_chosen)
+    def terms(
+        self, errors: GroupErrors, posterior_scale: Tensor | None = None, beta_scale: Tensor | None = None
+    ) -> Terms:
+        logits = _half_beta(self, beta_scale) * errors.margin
         loss = -(1 - self.label_smoothing) * logsigmoid(logits) - self.label_smoothing * logsigmoid(-logits)
         return self.result(loss, logits)
 
@@ -288,8 +313,10 @@ class RobustDPO(Objective):
         _number(self, "beta", 0.0, open_low=True)
         _number(self, "flip", 0.0, 0.5, open_high=True)
 
-    def terms(self, errors, posterior_scale=None, beta_scale=None):
-        logits = _half_beta(self, beta_scale) * (errors.gap_rejected - errors.gap_chosen)
+    def terms(
+        self, errors: GroupErrors, posterior_scale: Tensor | None = None, beta_scale: Tensor | None = None
+    ) -> Terms:
+        logits = _half_beta(self, beta_scale) * errors.margin
         loss = self.flip * logsigmoid(-logits) - (1 - self.flip) * logsigmoid(logits)
         return self.result(loss / (1 - 2 * self.flip), logits)
 
@@ -368,12 +395,12 @@ class PGDPO(Objective):
         )
 
     @classmethod
-    def ars_only(cls, **options) -> PGDPO:
+    def ars_only(cls, **options: Any) -> PGDPO:
         """The paper's +ARS ablation: gamma = 1."""
         return cls(ipr="none", **options)
 
     @classmethod
-    def ipr_only(cls, **options) -> PGDPO:
+    def ipr_only(cls, **options: Any) -> PGDPO:
         """The paper's +IPR ablation: alpha = 1."""
         return cls(ars=False, **options)
 
@@ -411,8 +438,10 @@ class PGDPO(Objective):
             ratio = torch.where(at_pole, margin.sign() * RATIO_LIMIT, ratio)
         return ratio.clamp(-RATIO_LIMIT, RATIO_LIMIT)
 
-    def terms(self, errors, posterior_scale=None, beta_scale=None):
-        chosen, rejected = -errors.gap_chosen, -errors.gap_rejected
+    def terms(
+        self, errors: GroupErrors, posterior_scale: Tensor | None = None, beta_scale: Tensor | None = None
+    ) -> Terms:
+        chosen, rejected = errors.rewards
         half_beta = _half_beta(self, beta_scale)
         ratio = self._ratio(chosen, rejected, half_beta)
         if self.detach_weights:
@@ -424,7 +453,7 @@ class PGDPO(Objective):
         if self.ipr == "none":
             return self.result(preference, logits, alpha.detach())
         gamma, complement = torch.sigmoid(-self.k2 * ratio), torch.sigmoid(self.k2 * ratio)
-        implicit = errors.anchor if self.ipr == "anchor" else -chosen
+        implicit = _given(errors.anchor, "errors.anchor") if self.ipr == "anchor" else -chosen
         scale = self.ipr_weight * (half_beta if self.ipr_scale == "beta" else 1.0)
         if isinstance(scale, Tensor):
             implicit, scale = scale * implicit, 1.0
@@ -462,9 +491,10 @@ class IPO(Objective):
     def __post_init__(self) -> None:
         _number(self, "beta", 0.0, open_low=True)
 
-    def terms(self, errors, posterior_scale=None, beta_scale=None):
-        margin = errors.gap_rejected - errors.gap_chosen
-        half_beta = _half_beta(self, beta_scale)
+    def terms(
+        self, errors: GroupErrors, posterior_scale: Tensor | None = None, beta_scale: Tensor | None = None
+    ) -> Terms:
+        half_beta, margin = _half_beta(self, beta_scale), errors.margin
         return self.result((0.5 * margin - 0.25 / half_beta) ** 2, half_beta * margin)
 
     def epilogue(self) -> Epilogue:
@@ -497,9 +527,11 @@ class SLiC(Objective):
     def needs_reference(self) -> bool:
         return self.hinge
 
-    def terms(self, errors, posterior_scale=None, beta_scale=None):
+    def terms(
+        self, errors: GroupErrors, posterior_scale: Tensor | None = None, beta_scale: Tensor | None = None
+    ) -> Terms:
         if self.hinge:
-            logits = _half_beta(self, beta_scale) * (errors.gap_rejected - errors.gap_chosen)
+            logits = _half_beta(self, beta_scale) * errors.margin
         else:
             logits = 0.5 * (errors.policy_rejected - errors.policy_chosen)
         loss = (self.delta - logits).clamp(min=0.0) + 0.5 * self.weight * errors.policy_chosen
@@ -517,7 +549,9 @@ class SFT(Objective):
     needs_reference: ClassVar[bool] = False
     has_logits: ClassVar[bool] = False
 
-    def terms(self, errors, posterior_scale=None, beta_scale=None):
+    def terms(
+        self, errors: GroupErrors, posterior_scale: Tensor | None = None, beta_scale: Tensor | None = None
+    ) -> Terms:
         return self.result(errors.policy_chosen.clone(), torch.zeros_like(errors.policy_chosen))
 
     def epilogue(self) -> Epilogue:
@@ -539,9 +573,11 @@ class RPO(Objective):
         _number(self, "beta", 0.0, open_low=True)
         _number(self, "weight", 0.0)
 
-    def terms(self, errors, posterior_scale=None, beta_scale=None):
+    def terms(
+        self, errors: GroupErrors, posterior_scale: Tensor | None = None, beta_scale: Tensor | None = None
+    ) -> Terms:
         half_beta = _half_beta(self, beta_scale)
-        logits = half_beta * (errors.gap_rejected - errors.gap_chosen)
+        logits = half_beta * errors.margin
         return self.result(-logsigmoid(logits) + self.weight * half_beta * errors.policy_chosen, logits)
 
     def kernel_terms(self) -> tuple[Epilogue, ...]:
@@ -564,8 +600,10 @@ class DPOP(Objective):
         _number(self, "beta", 0.0, open_low=True)
         _number(self, "penalty", 0.0)
 
-    def terms(self, errors, posterior_scale=None, beta_scale=None):
-        chosen, rejected = -errors.gap_chosen, -errors.gap_rejected
+    def terms(
+        self, errors: GroupErrors, posterior_scale: Tensor | None = None, beta_scale: Tensor | None = None
+    ) -> Terms:
+        chosen, rejected = errors.rewards
         logits = _half_beta(self, beta_scale) * (chosen - rejected - self.penalty * (-chosen).clamp(min=0.0))
         return self.result(-logsigmoid(logits), logits)
 
@@ -584,8 +622,11 @@ class DPOShift(Objective):
         _number(self, "beta", 0.0, open_low=True)
         _number(self, "shift", 0.0, 1.0)
 
-    def terms(self, errors, posterior_scale=None, beta_scale=None):
-        logits = _half_beta(self, beta_scale) * (self.shift * errors.gap_rejected - errors.gap_chosen)
+    def terms(
+        self, errors: GroupErrors, posterior_scale: Tensor | None = None, beta_scale: Tensor | None = None
+    ) -> Terms:
+        gap_chosen, gap_rejected = errors.gaps
+        logits = _half_beta(self, beta_scale) * (self.shift * gap_rejected - gap_chosen)
         return self.result(-logsigmoid(logits), logits, torch.full_like(logits, self.shift))
 
     def epilogue(self) -> Epilogue:
@@ -621,10 +662,13 @@ class SDPO(Objective):
         _number(self, "threshold", 0.0, 1.0)
         _choice(self, "placement", ("outside", "inside"))
 
-    def terms(self, errors, posterior_scale=None, beta_scale=None):
-        raw = torch.exp(-0.5 * posterior_scale * (errors.policy_chosen + errors.policy_rejected)).detach()
+    def terms(
+        self, errors: GroupErrors, posterior_scale: Tensor | None = None, beta_scale: Tensor | None = None
+    ) -> Terms:
+        scale = _given(posterior_scale, "posterior_scale")
+        raw = torch.exp(-0.5 * scale * (errors.policy_chosen + errors.policy_rejected)).detach()
         importance = torch.where(raw < self.threshold, torch.zeros_like(raw), raw.clamp(1 - self.clip, 1 + self.clip))
-        logits = _half_beta(self, beta_scale) * (errors.gap_rejected - errors.gap_chosen)
+        logits = _half_beta(self, beta_scale) * errors.margin
         if self.placement == "inside":
             logits = importance * logits
             return self.result(-logsigmoid(logits), logits, importance=importance)
@@ -731,19 +775,22 @@ class Safeguarded(Objective):
     def takes_beta_scale(self) -> bool:
         return self.base.takes_beta_scale
 
-    def terms(self, errors, posterior_scale=None, beta_scale=None):
-        chosen, cross = errors.policy_chosen, errors.cross
+    def terms(
+        self, errors: GroupErrors, posterior_scale: Tensor | None = None, beta_scale: Tensor | None = None
+    ) -> Terms:
+        chosen, cross = errors.policy_chosen, _given(errors.cross, "errors.cross")
         if self.scope == "batch":
             chosen, cross = chosen.sum(), cross.sum()
         conflict = cross > 0
         bound = (1 - self.mu) * chosen / cross.masked_fill(~conflict, 1.0)
         scale = torch.where(conflict, bound.clamp(0.0, 1.0), torch.ones_like(bound)).detach()
 
-        def scaled(x):
-            return None if x is None else x.detach() + scale * (x - x.detach())
+        def scaled(x: Tensor) -> Tensor:
+            return x.detach() + scale * (x - x.detach())
 
+        gap = errors.gap_rejected
         errors = errors._replace(
-            policy_rejected=scaled(errors.policy_rejected), gap_rejected=scaled(errors.gap_rejected)
+            policy_rejected=scaled(errors.policy_rejected), gap_rejected=None if gap is None else scaled(gap)
         )
         return terms_of(self.base, errors, posterior_scale, beta_scale)
 
@@ -847,7 +894,9 @@ class Sum(Objective):
         lead = next((k for k, part in enumerate(self.objectives) if part.has_logits), 0)
         return [part for _, part in sorted(enumerate(parts), key=lambda numbered: numbered[0] != lead)]
 
-    def terms(self, errors, posterior_scale=None, beta_scale=None):
+    def terms(
+        self, errors: GroupErrors, posterior_scale: Tensor | None = None, beta_scale: Tensor | None = None
+    ) -> Terms:
         parts = [
             (terms_of(part, errors, posterior_scale, beta_scale), weight) for part, weight in self._leading_first()
         ]

@@ -136,7 +136,9 @@ def flag(where: str, value: Any) -> bool:
     return value
 
 
-def build(section: str, registry: Mapping[str, tuple[type, Mapping[str, Any]]], name: Any, options: Mapping[str, Any]):
+def build(
+    section: str, registry: Mapping[str, tuple[type, Mapping[str, Any]]], name: Any, options: Mapping[str, Any]
+) -> Any:
     """Construct `registry[name]`, a (dataclass, default options) pair, with `options` on top of its defaults.
 
     Raises:

@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 import torch
 
@@ -34,6 +35,7 @@ __all__ = [
     "describe_bytes",
     "exclusive_lock",
     "follow_umask",
+    "fresh_folder",
     "fsync_path",
     "hashed_shard",
     "laid_out",
@@ -42,7 +44,9 @@ __all__ = [
     "open_shard",
     "read_json",
     "real_folder",
+    "real_folders",
     "real_path",
+    "remove_folder",
     "remove_temporaries",
     "set_aside",
     "sha256_bytes",
@@ -65,7 +69,7 @@ class Shard:
     bytes: int
     sha256: str
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not all(map(_plain, self.name.split("/"))):
             raise DataError(
                 f"a file is named {str(self.name)[:200]!r}, expected a plain name inside the folder; this was not "
@@ -114,6 +118,32 @@ def real_folder(folder: str | os.PathLike, name: str) -> Path:
     if os.path.exists(path) and not path.is_dir():
         raise DataError(f"{path}: is a file where a folder is expected; move it away")
     return path
+
+
+def real_folders(folder: Path, pattern: str) -> list[Path]:
+    """The folders right inside `folder` whose names match the regular expression, in order of their names.
+
+    Raises DataError where something else has such a name.
+    """
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return [real_folder(folder, name) for name in sorted(names) if re.fullmatch(pattern, name)]
+
+
+def fresh_folder(folder: Path) -> Path:
+    """`folder`, made anew and empty; DataError where something else has its name."""
+    if real_folder(folder.parent, folder.name).exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, renamed first: a kill half-way leaves nothing that looks like it."""
+    doomed = real_folder(folder.parent, f".removing_{folder.name}")
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
 
 
 @contextmanager
@@ -166,7 +196,7 @@ def _tensor_digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(data.view(torch.uint8).numpy() if data.numel() else b"").hexdigest()  # type: ignore[arg-type]
 
 
-def canonical_json(value) -> str:
+def canonical_json(value: object) -> str:
     """One text per value (sorted keys, two-space indent, no NaN), so that equal values have equal hashes."""
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
 
@@ -357,7 +387,7 @@ def load_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
-def open_shard(folder: str | os.PathLike, shard: Shard):
+def open_shard(folder: str | os.PathLike, shard: Shard) -> Any:
     """Check size and sha256 of a shard, then return it memory-mapped (`safetensors.safe_open`, CPU).
 
     The whole file is hashed here, once per call (about 1-2 GB/s, and it warms the page cache); keep the handle. Raises

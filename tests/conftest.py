@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,6 +57,16 @@ def quick_interpreter():
     interpreter._patch_lang = patch_once
     yield
     interpreter._patch_lang = patch
+
+
+@pytest.fixture(scope="session")
+def stored():
+    """Makes what `check_store` looks at of a store: shape of its latents, frame rate, shapes of its conditioning."""
+
+    def make(shape, fps=None, **conditioning):
+        return SimpleNamespace(shape=shape, fps=fps, conditioning=conditioning, text_rows=dict)
+
+    return make
 
 
 TINY_WAN = dict(

@@ -123,7 +123,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_older_checkpoint(finished, mo
 
     longer = replace(config, training=replace(config.training, steps=6))
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(checkpoint, "rehearse", lambda *arguments: "rehearsal skipped")
+        patched.setattr(checkpoint.Checkpoints, "rehearse", lambda *arguments: "rehearsal skipped")
         if moment == "rename":
             replace_file = os.replace
             patched.setattr(checkpoint.os, "replace", lambda source, target: die() if target.name == "step_00000006"

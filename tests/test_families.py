@@ -172,14 +172,14 @@ def test_attention_backends_these_networks_ignore_are_refused(name):
         adapter(name, attention_backend="_native_math").load()
 
 
-def test_a_store_cogvideox_cannot_take_is_named():
+def test_a_store_cogvideox_cannot_take_is_named(stored):
     ours = adapter("cogvideox-5b", text_tokens=8)
-    assert ours.check_store(ours.load(), (12, 3, 7, 8), {"text": (-1, 16)}) == [
+    assert ours.check_store(ours.load(), stored((12, 3, 7, 8), text=(-1, 16))) == [
         "model.text_tokens=8, expected 16", "latent height 7, expected a multiple of 2",
     ]  # fmt: skip
     ours = adapter("cogvideox-5b", architecture={**COG5B, "in_channels": 24})
     assert "an image-to-video network, expected text-to-video" in ours.check_store(
-        ours.load(), (24, 3, 8, 8), {"text": (-1, 16)}
+        ours.load(), stored((24, 3, 8, 8), text=(-1, 16))
     )
 
 

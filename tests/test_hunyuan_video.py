@@ -175,18 +175,18 @@ def test_gradient_checkpointing_changes_no_bit(folder):
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True) if pair[0] is not None)
 
 
-def test_a_store_or_network_that_does_not_fit_is_named(folder):
+def test_a_store_or_network_that_does_not_fit_is_named(folder, stored):
     ours = adapter(folder, guidance=5.0)
     model = ours.load()
-    assert ours.check_store(model, (4, 2, 3, 4), {"text": (-1, 16)}) == [
+    assert ours.check_store(model, stored((4, 2, 3, 4), text=(-1, 16))) == [
         "no pooled_text in it, encode the prompts with --text hunyuan-video",
         "latent height 3, expected a multiple of 2",
     ]
     other = copy.deepcopy(model)
     other.register_to_config(guidance_embeds=False, image_condition_type="token_replace")
-    fitting = {"text": (-1, 16), "pooled_text": (8,)}
-    assert ours.check_store(model, (4, 2, 4, 4), fitting) == []
-    assert ours.check_store(other, (4, 2, 4, 4), fitting) == [
+    fitting = stored((4, 2, 4, 4), text=(-1, 16), pooled_text=(8,))
+    assert ours.check_store(model, fitting) == []
+    assert ours.check_store(other, fitting) == [
         "an image-to-video network, expected text-to-video",
         "model.guidance=5, which this network is not told",
     ]

@@ -143,10 +143,11 @@ def test_gradient_checkpointing_changes_no_bit(folder):
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True) if pair[0] is not None)
 
 
-def test_a_store_of_another_model_is_named(folder):
+def test_a_store_of_another_model_is_named(folder, stored):
     ours = adapter(folder)
-    problems = ours.check_store(ours.load(), (4, 2, 2, 2), {"text": (-1, 12)})
+    problems = ours.check_store(ours.load(), stored((4, 2, 2, 2), text=(-1, 12)))
     assert problems == ["latent channels 4, expected 8", "text width 12, expected 16"]
-    fitting = (8, 2, 2, 2), {"text": (-1, 16)}
-    assert ours.check_store(ours.load(), *fitting, fps=24.0) == ours.check_store(ours.load(), *fitting) == []
-    assert ours.check_store(ours.load(), *fitting, fps=8.0) == ["clips at 8 frames per second, model.fps=24"]
+    for fps in (24.0, None):
+        assert ours.check_store(ours.load(), stored((8, 2, 2, 2), fps=fps, text=(-1, 16))) == []
+    other = stored((8, 2, 2, 2), fps=8.0, text=(-1, 16))
+    assert ours.check_store(ours.load(), other) == ["clips at 8 frames per second, model.fps=24"]

@@ -159,13 +159,13 @@ def test_gradient_checkpointing_changes_no_bit(folder):
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True) if pair[0] is not None)
 
 
-def test_a_store_of_another_model_is_named(folder):
+def test_a_store_of_another_model_is_named(folder, stored):
     ours = adapter(folder)
-    problems = ours.check_store(ours.load(), (4, 2, 3, 2), {"text": (-1, 12)})
+    problems = ours.check_store(ours.load(), stored((4, 2, 3, 2), text=(-1, 12)))
     assert problems == [
         "latent channels 4, expected 12", "text width 12, expected 16", "latent height 3, expected a multiple of 2"
     ]  # fmt: skip
-    assert ours.check_store(ours.load(), (12, 2, 4, 2), {"text": (-1, 16)}) == []
+    assert ours.check_store(ours.load(), stored((12, 2, 4, 2), text=(-1, 16))) == []
 
 
 def test_compiling_is_refused_until_it_has_been_seen_to_work(folder):

@@ -209,9 +209,9 @@ def test_the_attention_backend_is_in_force_and_does_not_leak():
         ((5, 40, 8, 8), 32, ["latent channels 5, expected 4", "text width 32, expected 16", "latent frames 40"]),
     ],
 )
-def test_latents_the_network_would_crop_or_misread_are_named(shape, text_dim, expected):
+def test_latents_the_network_would_crop_or_misread_are_named(shape, text_dim, expected, stored):
     adapter = wan()
-    problems = adapter.check_store(adapter.load(), shape, {"text": (-1, text_dim)})
+    problems = adapter.check_store(adapter.load(), stored(shape, text=(-1, text_dim)))
     assert len(problems) == len(expected)
     assert all(problem.startswith(start) for problem, start in zip(problems, expected, strict=True))
 

@@ -12,7 +12,7 @@ from pgdpo_fast.cli import main
 from pgdpo_fast.data.latent_store import LatentStore
 from pgdpo_fast.errors import ConfigError, DataError
 from pgdpo_fast.reference.cache import ReferenceCache
-from pgdpo_fast.training.batches import PairOrder
+from pgdpo_fast.training.batches import PairOrder, split
 from pgdpo_fast.training.config import TrainConfig, load_config
 from pgdpo_fast.training.plan import make_plan, reference_share, saved_share
 from pgdpo_fast.training.reference_pass import cache_reference, reference_visits
@@ -299,7 +299,7 @@ def test_a_shorter_run_uses_the_cache_of_a_longer_one_and_a_longer_run_does_not(
 @pytest.mark.parametrize("steps, pairs_per_step, draws", [(1, 1, 0), (7, 3, 0), (8, 2, 0), (9, 3, 2), (2, 5, 4)])
 def test_the_cache_covers_every_visit_of_the_run(tiny_config, steps, pairs_per_step, draws):
     config = tiny_config(training={"steps": steps, "pairs_per_step": pairs_per_step, "draws_per_pair": draws})
-    block = reference_visits(config, LatentStore(config.data.store))[0]
+    block = reference_visits(config, split(config, LatentStore(config.data.store)))[0]
     order = PairOrder(block.ids, pairs_per_step, config.training.seed, draws)
     visited = {(visit.id, visit.draw) for step in range(steps) for visit in order.visits(step)}
     assert {id for id, _ in visited} <= set(block.ids)

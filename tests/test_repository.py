@@ -1,5 +1,8 @@
 """What the repository promises about itself: claimed Pythons are tested, tools are pinned, one `lint` is every lint."""
 
+import dataclasses
+import importlib
+import inspect
 import re
 import shutil
 import subprocess
@@ -9,7 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pgdpo_fast import cli
+from pgdpo_fast.families import FAMILIES
+
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 WORKFLOW = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
 MATRIX = WORKFLOW["jobs"]["test"]["strategy"]["matrix"]
@@ -44,6 +51,37 @@ def test_every_dependency_that_make_installs_is_pinned_once():
         for requirement in [*PROJECT["project"]["dependencies"], *extras["train"], *extras["bench"], *extras["dev"]]
     }
     assert wanted - set(found) <= {"setuptools", "wheel"}  # what builds the package, not what runs it
+
+
+def test_the_contributing_page_lists_every_command_of_the_makefile_and_the_pages_name_no_other():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.search(r"^\.PHONY: (.*)$", makefile, re.M)[1].split())
+    assert targets == set(re.findall(r"^([\w.-]+):.*##", makefile, re.M)) | {"clean"}
+    contributing = (ROOT / "CONTRIBUTING.md").read_text()
+    assert set(re.findall(r"^\| `make ([\w.-]+)` \|", contributing, re.M)) == targets - {"clean"}
+    for page in PAGES:
+        text = page.read_text()
+        named = re.findall(r"`make ([\w.-]+)", text) + re.findall(r"^make ([\w.-]+)", text, re.M)
+        assert {name for name in named if not name.startswith(".venv")} <= targets, page
+
+
+def test_the_readme_names_every_family_among_the_models_and_where_none_was_loaded():
+    readme = (ROOT / "README.md").read_text()
+    models = readme.partition("\nIt implements")[2].partition("\n## ")[0]
+    (weights,) = [line for line in readme.splitlines() if line.startswith("| real weights")]
+    for _, name in FAMILIES.values():
+        assert name in models and name in weights, name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_names_commands_and_flags_that_exist(page):
+    for command, rest in re.findall(r"pgdpo-fast +([a-z][a-z-]+)([^`#|;\n]*)", page.read_text().replace("\\\n", " ")):
+        assert command in cli.COMMANDS, command
+        module, name = cli.COMMANDS[command]
+        module = importlib.import_module(f"pgdpo_fast.cli.{module}")
+        known = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(getattr(module, name))}
+        known |= {alias.strip('"') for alias in re.findall(r'"-\w"', inspect.getsource(module))}
+        assert set(re.findall(r"(?<=\s)--?[a-z][\w-]*", rest)) <= known, rest
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")

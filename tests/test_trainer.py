@@ -325,29 +325,29 @@ def test_what_shares_a_prompt_or_a_clip_is_held_out_together(tmp_path):
 
 def test_a_run_holds_out_by_content_unless_told_otherwise(tiny_config):
     from pgdpo_fast.data.latent_store import LatentStore
-    from pgdpo_fast.training.batches import split, split_setting
+    from pgdpo_fast.training.batches import split
 
     config, by_pair = tiny_config(), tiny_config(data={"split": "pair"})
     store = LatentStore(config.data.store)
     own = {id: row | {"prompt": id} for id, row in store._rows.items()}
     store._rows = own
     assert split(config, store) == split(by_pair, store)
-    assert split_setting(config, store) == split_setting(by_pair, store) == {}  # folders of either serve both
+    assert split(config, store).setting == {}  # folders of either serve both
 
     store = LatentStore(config.data.store)
-    _, held = split(by_pair, store)
+    held = split(by_pair, store).held_out
     trained = next(id for id in own if id not in held)
     store._rows = own | {held[0]: own[held[0]] | {"prompt": trained}}
     assert store.kin[held[0]] == store.kin[trained]
-    training, kept = split(config, store)
+    training, kept, setting = split(config, store)
     assert len({held[0], trained} & set(kept)) in (0, 2) and len(training) + len(kept) == 10
-    assert split_setting(config, store) == {"data.split": "content"} and split_setting(by_pair, store) == {}
+    assert setting == {"data.split": "content"} and split(by_pair, store).setting == {}
 
     store = LatentStore(config.data.store)
     store._rows = {id: row | {"prompt": "the same"} for id, row in own.items()}
     with pytest.raises(ConfigError, match="data.split=pair"):
         split(config, store)
-    assert [len(part) for part in split(by_pair, store)] == [8, 2]
+    assert [len(part) for part in split(by_pair, store)] == [8, 2, 0]
 
 
 def test_evaluation_draws_have_a_limit(tiny_config):

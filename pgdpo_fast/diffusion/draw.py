@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from pgdpo_fast.diffusion.timesteps import stratify
 from pgdpo_fast.errors import ConfigError
@@ -36,7 +37,7 @@ class Visit(NamedTuple):
     draw: int
 
 
-def philox4x32(counter, key):
+def philox4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ten rounds of Philox4x32: four words from four counter words and two key words.
 
     `counter` is four and `key` two int64 tensors, broadcastable, each holding unsigned 32-bit values (low word first);
@@ -53,7 +54,7 @@ def philox4x32(counter, key):
     return c0, c1 & _MASK, c2, c3 & _MASK
 
 
-def draw_key(seed, pair_id):
+def draw_key(seed: int, pair_id: str | int) -> int:
     """The 64-bit Philox key of a pair: BLAKE2b of the decimal seed, a zero byte and the id in UTF-8.
 
     The low 32 bits are the first key word. An integer id names the same pair as its decimal string.
@@ -67,7 +68,13 @@ def draw_key(seed, pair_id):
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
-def draw_noise(seed, pair_ids, draws, shape, device="cpu"):
+def draw_noise(
+    seed: int,
+    pair_ids: Sequence[str | int],
+    draws: Sequence[int] | Tensor | int,
+    shape: Sequence[int],
+    device: torch.device | str = "cpu",
+) -> Tensor:
     """Standard normal noise, float32 [B, *shape], of one draw of each pair.
 
     seed: an integer. pair_ids: B strings (or integers). draws: the draw index of each pair, in [0, 2^32): B integers,
@@ -96,7 +103,9 @@ def draw_noise(seed, pair_ids, draws, shape, device="cpu"):
     return noise.flatten(1)[:, :size].reshape(pairs, *shape)
 
 
-def draw_uniform(seed, pair_ids, draws, strata=1):
+def draw_uniform(
+    seed: int, pair_ids: Sequence[str | int], draws: Sequence[int] | Tensor | int, strata: int = 1
+) -> Tensor:
     """Uniforms, float64 [B] on the CPU, for the timestep of one draw of each pair; never 0 or 1.
 
     Arguments as in `draw_noise`. The 52 random bits come from counter words (0, 0, draw, 1), which no noise uses.
@@ -112,7 +121,9 @@ def draw_uniform(seed, pair_ids, draws, strata=1):
     return stratify(uniform, draws_b, _uniform(key, draws_b // strata, _ROTATION), strata)
 
 
-def _keys_and_draws(seed, pair_ids, draws, device):
+def _keys_and_draws(
+    seed: int, pair_ids: Sequence[str | int], draws: Sequence[int] | Tensor | int, device: torch.device
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """Two key words and the draw indices, each int64 [B] on `device`."""
     if isinstance(pair_ids, (str, bytes)) or not isinstance(pair_ids, Sequence):
         raise ConfigError(f"pair_ids={pair_ids!r}: expected a list of ids, one per pair")
@@ -129,17 +140,17 @@ def _keys_and_draws(seed, pair_ids, draws, device):
     words = torch.tensor(
         [[key & _MASK for key in keys], [key >> 32 for key in keys], list(draws)], dtype=torch.int64, device=device
     )
-    return words[:2], words[2]
+    return (words[0], words[1]), words[2]
 
 
-def _uniform(key, draws_b, stream):
+def _uniform(key: Sequence[Tensor], draws_b: Tensor, stream: int) -> Tensor:
     """One float64 in (0, 1) a pair: (k + 1/2) / 2^52 for 52 random bits k, exact."""
     zero = torch.zeros_like(draws_b)
     high, low, _, _ = philox4x32((zero, zero, draws_b, zero + stream), key)
     return ((high << 20 | low >> 12).double() + 0.5) * 2.0**-52
 
 
-def _fill_normals(out, key, draws_b, start):
+def _fill_normals(out: Tensor, key: Sequence[Tensor], draws_b: Tensor, start: int) -> None:
     """Write into `out`, float32 [rows, blocks, 4], the normals of the counter blocks from `start` on."""
     block = torch.arange(start, start + out.shape[1], dtype=torch.int64, device=out.device)
     draw = draws_b[:, None]

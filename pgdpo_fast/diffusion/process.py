@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from pgdpo_fast.diffusion.timesteps import TimestepSampler, as_sampler, shift_time
 from pgdpo_fast.errors import ConfigError
@@ -21,10 +22,10 @@ __all__ = ["DDPM", "PROCESSES", "DiffusionProcess", "FlowMatching", "process_fro
 class _Coefficients(NamedTuple):
     """x_t = clean·clean_x + noise·noise_x, target = clean·clean_y + noise·noise_y; float64 [B] (or [steps])."""
 
-    clean_x: torch.Tensor
-    noise_x: torch.Tensor
-    clean_y: torch.Tensor
-    noise_y: torch.Tensor
+    clean_x: Tensor
+    noise_x: Tensor
+    clean_y: Tensor
+    noise_y: Tensor
 
 
 class DiffusionProcess:
@@ -34,43 +35,43 @@ class DiffusionProcess:
     once to float32, and moved to the latents. Shapes that do not match raise ValueError, wrong dtypes TypeError.
     """
 
-    def timestep(self, u):
+    def timestep(self, u: Tensor) -> Tensor:
         """Process time [B], on u's device, of uniforms `u`: float32 or float64 [B] in (0, 1), one time per uniform."""
         raise NotImplementedError
 
-    def model_timestep(self, t):
+    def model_timestep(self, t: Tensor) -> Tensor:
         """What the network is called with [B]: float32 for flow matching, int64 for DDPM."""
         raise NotImplementedError
 
-    def posterior_scale(self, t):
+    def posterior_scale(self, t: Tensor) -> Tensor:
         """c_t, float32 [B]: a denoising step loses c_t nats per dimension per unit of mean squared prediction error."""
         raise NotImplementedError
 
-    def _coefficients(self, t):
+    def _coefficients(self, t: Tensor) -> _Coefficients:
         raise NotImplementedError
 
-    def add_noise(self, clean, noise, t):
+    def add_noise(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t, float32 [B, ...]: the latents `clean` with `noise` (same shape) at process time `t`."""
         at = self._coefficients(t)
         return _combine(clean, at.clean_x, noise, at.noise_x)
 
-    def target(self, clean, noise, t):
+    def target(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What the network should output at `t`, float32 [B, ...]: noise_scale·noise + clean_scale·clean."""
         at = self._coefficients(t)
         return _combine(clean, at.clean_y, noise, at.noise_y)
 
-    def target_coefficients(self, t):
+    def target_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(noise_scale, clean_scale), float32 [B] on t's device: target = noise_scale·noise + clean_scale·clean."""
         at = self._coefficients(t)
         return at.noise_y.float(), at.clean_y.float()
 
-    def clean_from_prediction(self, noised, prediction, t):
+    def clean_from_prediction(self, noised: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
         """The clean latents a prediction at `noised` (x_t) implies, float32 [B, ...]; exact for the exact target."""
         at = self._coefficients(t)
         determinant = at.clean_x * at.noise_y - at.noise_x * at.clean_y
         return _combine(noised, at.noise_y / determinant, prediction, -at.noise_x / determinant)
 
-    def noise_from_prediction(self, noised, prediction, t):
+    def noise_from_prediction(self, noised: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
         """The noise a prediction at `noised` (x_t) implies, float32 [B, ...]; exact for the exact target.
 
         With `clean_from_prediction`, `add_noise(clean, noise, t_next)` is a deterministic sampling step (DDIM, or Euler
@@ -102,7 +103,7 @@ class FlowMatching(DiffusionProcess):
     sde_steps: int = 40
     sde_noise: float = 0.7
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         name = type(self).__name__
         _set(
             self,
@@ -113,15 +114,15 @@ class FlowMatching(DiffusionProcess):
             sde_noise=number(f"{name}.sde_noise", self.sde_noise, 0, open_low=True),
         )
 
-    def timestep(self, u):
+    def timestep(self, u: Tensor) -> Tensor:
         low, high = (shift_time(edge, 1 / self.shift) for edge in self.timestep_range)
         sigma = shift_time(_sample(self.timestep_sampler, u, low, high), self.shift)
         return sigma.clamp(*self.timestep_range)
 
-    def model_timestep(self, t):
+    def model_timestep(self, t: Tensor) -> Tensor:
         return (1000 * _sigma(t)).float()
 
-    def posterior_scale(self, t):
+    def posterior_scale(self, t: Tensor) -> Tensor:
         """c_t = Δσ (1 + g²(1 - σ)/(2σ))² / (2g²), g² = a²σ/(1 - σ), Δσ = 1 / sde_steps, float32 [B].
 
         Two Euler-Maruyama steps of the sampler of Flow-GRPO (arXiv 2505.05470) from the same x_t, with velocities whose
@@ -132,7 +133,7 @@ class FlowMatching(DiffusionProcess):
         sigma = _sigma(t).clamp(min=step)
         return (step * (1 + a2 / 2) ** 2 / (2 * a2) * (1 - sigma) / sigma).float()
 
-    def _coefficients(self, t):
+    def _coefficients(self, t: Tensor) -> _Coefficients:
         sigma = _sigma(t)
         one = torch.ones_like(sigma)
         return _Coefficients(clean_x=1 - sigma, noise_x=sigma, clean_y=-one, noise_y=one)
@@ -167,7 +168,7 @@ class DDPM(DiffusionProcess):
     timestep_sampler: TimestepSampler | str | dict = "uniform"
     timestep_range: tuple[float, float] = (0.0, 1.0)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         name = type(self).__name__
         choice(f"{name}.prediction", self.prediction, ("epsilon", "v"))
         choice(f"{name}.beta_schedule", self.beta_schedule, ("linear", "scaled_linear"))
@@ -195,11 +196,11 @@ class DDPM(DiffusionProcess):
         )
 
     @property
-    def alphas_cumprod(self):
+    def alphas_cumprod(self) -> Tensor:
         """ā of every step, float64 [num_timesteps] on the CPU."""
         return _ddpm_schedule(self, torch.device("cpu")).alphas_cumprod.clone()
 
-    def timestep(self, u):
+    def timestep(self, u: Tensor) -> Tensor:
         low, high = self.timestep_range
         steps = (_sample(self.timestep_sampler, u, low, high) * self.num_timesteps).long()
         # 0.29·100 is 28.999…: without the tolerance, two ranges that meet would share a step.
@@ -207,10 +208,10 @@ class DDPM(DiffusionProcess):
         last = math.ceil(high * self.num_timesteps - 1e-6) - 1
         return steps.clamp(first, max(first, last))
 
-    def model_timestep(self, t):
+    def model_timestep(self, t: Tensor) -> Tensor:
         return self._index(t)
 
-    def posterior_scale(self, t):
+    def posterior_scale(self, t: Tensor) -> Tensor:
         """c_t = β_t² / (2 σ_t² α_t (1 - ā_t)) for ε, times ā_t for v, float32 [B]; σ_t² is the posterior variance.
 
         The Kullback-Leibler divergence of p_θ(x_{t-1}|x_t) from q(x_{t-1}|x_t, x_0) (arXiv 2006.11239, Eq. 7-8, both
@@ -220,11 +221,11 @@ class DDPM(DiffusionProcess):
         """
         return _ddpm_schedule(self, t.device).posterior_scale[self._index(t)].float()
 
-    def _coefficients(self, t):
+    def _coefficients(self, t: Tensor) -> _Coefficients:
         index = self._index(t)
         return _Coefficients(*(table[index] for table in _ddpm_schedule(self, t.device).coefficients))
 
-    def _index(self, t):
+    def _index(self, t: Tensor) -> Tensor:
         if t.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"t is {t.dtype}: expected int64 step indices; get them from DDPM.timestep")
         _check_values(t, (t >= 0) & (t < self.num_timesteps), f"step indices from 0 to {self.num_timesteps - 1}")
@@ -234,13 +235,13 @@ class DDPM(DiffusionProcess):
 class _Schedule(NamedTuple):
     """Tables of a DDPM, float64 [num_timesteps]."""
 
-    alphas_cumprod: torch.Tensor
+    alphas_cumprod: Tensor
     coefficients: _Coefficients
-    posterior_scale: torch.Tensor
+    posterior_scale: Tensor
 
 
 @functools.lru_cache(maxsize=64)
-def _ddpm_schedule(process, device):
+def _ddpm_schedule(process: DDPM, device: torch.device) -> _Schedule:
     """The tables of `process` on `device`, computed on the CPU so that every device sees the same values."""
     with torch.device("cpu"):
         steps, dtype = process.num_timesteps, torch.float64
@@ -281,13 +282,13 @@ def _ddpm_schedule(process, device):
         )
 
 
-def _set(instance, **values):
+def _set(instance: DiffusionProcess, **values: Any) -> None:
     """Store validated fields of a frozen dataclass."""
     for field, value in values.items():
         object.__setattr__(instance, field, value)
 
 
-def _range(owner, value):
+def _range(owner: str, value: Any) -> tuple[float, float]:
     """A pair (low, high) with 0 <= low < high <= 1, as floats."""
     where, expected = f"{owner}.timestep_range", "two numbers, 0 <= low < high <= 1"
     if not isinstance(value, (tuple, list)) or len(value) != 2:
@@ -298,11 +299,11 @@ def _range(owner, value):
     return low, high
 
 
-def _sample(sampler, u, low, high):
+def _sample(sampler: TimestepSampler | str | dict, u: Tensor, low: float, high: float) -> Tensor:
     """Times, float64 [B], of the uniforms `u` under `sampler` restricted to [low, high]."""
     if u.dtype not in (torch.float64, torch.float32):
         raise TypeError(f"u is {u.dtype}: expected float64 (or float32) uniforms; get them from draw_uniform")
-    u = u.double()
+    sampler, u = as_sampler(sampler), u.double()
     _check_values(u, (u > 0) & (u < 1), "uniforms strictly between 0 and 1")
     if (low, high) != (0.0, 1.0):
         below_low, below_high = sampler.cdf(u.new_tensor([low, high]))
@@ -310,7 +311,7 @@ def _sample(sampler, u, low, high):
     return sampler.quantile(u)
 
 
-def _sigma(t):
+def _sigma(t: Tensor) -> Tensor:
     """Noise levels `t` in float64, checked."""
     if t.dtype not in (torch.float64, torch.float32):
         raise TypeError(
@@ -321,13 +322,13 @@ def _sigma(t):
     return sigma
 
 
-def _check_values(values, valid, expected):
+def _check_values(values: Tensor, valid: Tensor, expected: str) -> None:
     """ValueError unless every value is valid. Looked at on the CPU only: on an accelerator it would cost a sync."""
     if values.device.type == "cpu" and not bool(valid.all()):
         raise ValueError(f"got {values[~valid].tolist()[:4]}: expected {expected}")
 
 
-def _combine(first, first_scale, second, second_scale):
+def _combine(first: Tensor, first_scale: Tensor, second: Tensor, second_scale: Tensor) -> Tensor:
     """first_scale·first + second_scale·second in float32 [B, ...], scales being [B]."""
     if first.shape != second.shape:
         raise ValueError(f"shapes {tuple(first.shape)} and {tuple(second.shape)}: expected two equal shapes [B, ...]")
@@ -354,7 +355,7 @@ PROCESSES: dict[str, tuple[type[DiffusionProcess], dict[str, Any]]] = {
 }
 
 
-def process_from_name(name, **options):
+def process_from_name(name: str, **options: Any) -> DiffusionProcess:
     """The process called `name`, with `options` (fields of its dataclass) on top of that name's own.
 
     "flow-matching" and "ddpm" are the plain dataclasses; "wan", "hunyuan-video", "cogvideox-2b", "cogvideox-5b" and

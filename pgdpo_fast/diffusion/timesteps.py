@@ -6,9 +6,10 @@ from 0 (clean) to 1 (noise); the process turns it into a noise level or a step i
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from pgdpo_fast.options import build, number, wrong
 
@@ -24,7 +25,10 @@ __all__ = [
 ]
 
 
-def shift_time(time, shift):
+Time = TypeVar("Time", float, Tensor)
+
+
+def shift_time(time: Time, shift: float) -> Time:
     """s t / (1 + (s - 1) t): moves times in [0, 1] towards noise for s > 1. Its inverse is the shift 1 / s.
 
     The resolution-dependent shift of Stable Diffusion 3 (arXiv 2403.03206, Eq. 23), used by Wan, HunyuanVideo, LTX.
@@ -37,11 +41,11 @@ def shift_time(time, shift):
 class TimestepSampler:
     """A distribution of times on (0, 1), given by its inverse distribution function."""
 
-    def quantile(self, u):
+    def quantile(self, u: Tensor) -> Tensor:
         """Times, float64 in (0, 1), of the probabilities `u`, float64 in (0, 1)."""
         raise NotImplementedError
 
-    def cdf(self, time):
+    def cdf(self, time: Tensor) -> Tensor:
         """Probability, float64, of a time below `time`, float64 in [0, 1]."""
         raise NotImplementedError
 
@@ -50,10 +54,10 @@ class TimestepSampler:
 class Uniform(TimestepSampler):
     """Every time equally likely."""
 
-    def quantile(self, u):
+    def quantile(self, u: Tensor) -> Tensor:
         return u
 
-    def cdf(self, time):
+    def cdf(self, time: Tensor) -> Tensor:
         return time
 
 
@@ -67,16 +71,16 @@ class LogitNormal(TimestepSampler):
     mean: float = 0.0
     std: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         mean = number("LogitNormal.mean", self.mean)
         std = number("LogitNormal.std", self.std, 0, open_low=True)
         object.__setattr__(self, "mean", mean)
         object.__setattr__(self, "std", std)
 
-    def quantile(self, u):
+    def quantile(self, u: Tensor) -> Tensor:
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
 
-    def cdf(self, time):
+    def cdf(self, time: Tensor) -> Tensor:
         return torch.special.ndtr((torch.logit(time) - self.mean) / self.std)
 
 
@@ -86,14 +90,14 @@ class Shifted(TimestepSampler):
 
     shift: float = 3.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         shift = number("Shifted.shift", self.shift, 0, open_low=True)
         object.__setattr__(self, "shift", shift)
 
-    def quantile(self, u):
+    def quantile(self, u: Tensor) -> Tensor:
         return shift_time(u, self.shift)
 
-    def cdf(self, time):
+    def cdf(self, time: Tensor) -> Tensor:
         return shift_time(time, 1 / self.shift)
 
 
@@ -104,12 +108,12 @@ SAMPLERS: dict[str, tuple[type[TimestepSampler], dict[str, Any]]] = {
 }
 
 
-def sampler_from_name(name, **options):
+def sampler_from_name(name: str, **options: Any) -> TimestepSampler:
     """The sampler called `name` ("uniform", "logit-normal", "shifted") with its options; ConfigError if unknown."""
     return build("timestep_sampler", SAMPLERS, name, options)
 
 
-def as_sampler(value):
+def as_sampler(value: object) -> TimestepSampler:
     """A sampler from itself, its name, or a mapping {"name": ..., option: value}, as a configuration file gives it."""
     if isinstance(value, TimestepSampler) and dataclasses.is_dataclass(value):
         return value
@@ -121,7 +125,7 @@ def as_sampler(value):
     raise wrong("timestep_sampler", value, expected)
 
 
-def stratify(u, draws, rotation, strata):
+def stratify(u: Tensor, draws: Tensor, rotation: Tensor, strata: int) -> Tensor:
     """Uniforms [B] rearranged so that each run of `strata` draws of a pair visits every 1/strata of (0, 1) once.
 
     `u` and `rotation` are float64 [B] in (0, 1), `draws` int64 [B]. `rotation` must be the same for the draws

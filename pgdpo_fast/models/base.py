@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from pgdpo_fast.data.latent_store import LatentStore
 from pgdpo_fast.data.text import pad_text
 from pgdpo_fast.devices import select_dtype
 from pgdpo_fast.errors import ConfigError, DataError
@@ -113,28 +114,24 @@ class ModelAdapter:
         counts = torch.tensor([len(row["text"]) for row in rows])
         return torch.arange(self.text_tokens) < counts[:, None]
 
-    def check_store(
-        self,
-        model: nn.Module,
-        shape: Sequence[int],
-        conditioning: Mapping[str, Sequence[int]],
-        fps: float | None = None,
-    ) -> list[str]:
-        """Why a store does not fit the network; empty when it does.
-
-        Args:
-            shape: (C, F, H, W) of its latents.
-            conditioning: shape of what it holds for the network by name, as `LatentStore.conditioning`.
-            fps: frame rate of its clips, where they share one.
-        """
+    def check_store(self, model: nn.Module, store: LatentStore) -> list[str]:
+        """Why a store does not fit the network; empty when it does. Raises DataError on a damaged shard."""
         problems, wanted = [], model.config.in_channels
-        if shape[0] != wanted:
-            problems.append(f"latent channels {shape[0]}, expected {wanted}")
+        if store.shape[0] != wanted:
+            problems.append(f"latent channels {store.shape[0]}, expected {wanted}")
         for name, width in self.widths(model).items():
-            if name not in conditioning:
+            if name not in store.conditioning:
                 problems.append(f"no {name} in it, encode the prompts with --text {self.family}")
-            elif conditioning[name][-1] != width:
-                problems.append(f"{name} width {conditioning[name][-1]}, expected {width}")
+            elif store.conditioning[name][-1] != width:
+                problems.append(f"{name} width {store.conditioning[name][-1]}, expected {width}")
+        counts = store.text_rows()
+        if long := [id for id, count in counts.items() if count > self.text_tokens]:
+            longest = max(long, key=counts.__getitem__)
+            problems.append(
+                f"the texts of {len(long)} of {len(counts)} pairs are longer than model.text_tokens={self.text_tokens} "
+                f"(the longest {counts[longest]} rows, pair {longest!r}), set model.text_tokens={counts[longest]} or "
+                f"encode the prompts with --text {self.family}"
+            )
         return problems
 
     def check_patches(self, shape: Sequence[int], patch: Sequence[int]) -> list[str]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
+from torch import nn
 
+from pgdpo_fast.data.latent_store import LatentStore
 from pgdpo_fast.families import ClipSize, Geometry, LatentRule, TextRule
 from pgdpo_fast.models.base import ModelAdapter
 
@@ -52,13 +54,15 @@ class CogVideoX(ModelAdapter):
     def widths(self, model):
         return {"text": model.config.text_embed_dim}
 
-    def check_store(self, model, shape, conditioning, fps=None):
-        problems, config = super().check_store(model, shape, conditioning, fps), model.config
+    def check_store(self, model: nn.Module, store: LatentStore) -> list[str]:
+        problems, config = super().check_store(model, store), model.config
         if config.in_channels != config.out_channels:
             problems.append("an image-to-video network, expected text-to-video")
         if self.text_tokens != config.max_text_seq_length:
             problems.append(f"model.text_tokens={self.text_tokens}, expected {config.max_text_seq_length}")
-        return problems + self.check_patches(shape, (config.patch_size_t or 1, config.patch_size, config.patch_size))
+        return problems + self.check_patches(
+            store.shape, (config.patch_size_t or 1, config.patch_size, config.patch_size)
+        )
 
 
 class _Grid(tuple):

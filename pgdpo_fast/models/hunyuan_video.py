@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
+from pgdpo_fast.data.latent_store import LatentStore
 from pgdpo_fast.families import ClipSize, Geometry, LatentRule, TextRule
 from pgdpo_fast.models.base import ModelAdapter
 
@@ -63,10 +65,10 @@ class HunyuanVideo(ModelAdapter):
     def widths(self, model):
         return {"text": model.config.text_embed_dim, "pooled_text": model.config.pooled_projection_dim}
 
-    def check_store(self, model, shape, conditioning, fps=None):
-        problems, config = super().check_store(model, shape, conditioning, fps), model.config
+    def check_store(self, model: nn.Module, store: LatentStore) -> list[str]:
+        problems, config = super().check_store(model, store), model.config
         if config.image_condition_type:
             problems.append("an image-to-video network, expected text-to-video")
         if self.config.guidance and not config.guidance_embeds:
             problems.append(f"model.guidance={self.config.guidance:g}, which this network is not told")
-        return problems + self.check_patches(shape, (config.patch_size_t, config.patch_size, config.patch_size))
+        return problems + self.check_patches(store.shape, (config.patch_size_t, config.patch_size, config.patch_size))

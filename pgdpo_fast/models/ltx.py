@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import nn
 
+from pgdpo_fast.data.latent_store import LatentStore
 from pgdpo_fast.families import ClipSize, Geometry, LatentRule, Normalisation, TextRule
 from pgdpo_fast.models.base import ModelAdapter
 
@@ -69,10 +71,10 @@ class LTX(ModelAdapter):
     def widths(self, model):
         return {"text": model.config.caption_channels}
 
-    def check_store(self, model, shape, conditioning, fps=None):
-        problems, config = super().check_store(model, shape, conditioning, fps), model.config
+    def check_store(self, model: nn.Module, store: LatentStore) -> list[str]:
+        problems, config = super().check_store(model, store), model.config
         if (config.patch_size, config.patch_size_t) != (1, 1):
             problems.append(f"patches of {config.patch_size_t}x{config.patch_size}x{config.patch_size}, expected 1x1x1")
-        if fps is not None and abs(fps - self.config.fps) > 0.01:
-            problems.append(f"clips at {fps:g} frames per second, model.fps={self.config.fps:g}")
+        if store.fps is not None and abs(store.fps - self.config.fps) > 0.01:
+            problems.append(f"clips at {store.fps:g} frames per second, model.fps={self.config.fps:g}")
         return problems

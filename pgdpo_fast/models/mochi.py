@@ -6,6 +6,9 @@ and a velocity noise - clean everywhere else.
 
 from __future__ import annotations
 
+from torch import nn
+
+from pgdpo_fast.data.latent_store import LatentStore
 from pgdpo_fast.families import ClipSize, Geometry, LatentRule, Normalisation, TextRule
 from pgdpo_fast.models.base import ModelAdapter
 
@@ -49,6 +52,6 @@ class Mochi(ModelAdapter):
     def widths(self, model):
         return {"text": model.config.text_embed_dim}
 
-    def check_store(self, model, shape, conditioning, fps=None):
+    def check_store(self, model: nn.Module, store: LatentStore) -> list[str]:
         patch = model.config.patch_size
-        return super().check_store(model, shape, conditioning, fps) + self.check_patches(shape, (1, patch, patch))
+        return super().check_store(model, store) + self.check_patches(store.shape, (1, patch, patch))

@@ -8,6 +8,9 @@ from __future__ import annotations
 import html
 import re
 
+from torch import nn
+
+from pgdpo_fast.data.latent_store import LatentStore
 from pgdpo_fast.families import ClipSize, Geometry, LatentRule, Normalisation, TextRule
 from pgdpo_fast.models.base import ModelAdapter
 
@@ -53,10 +56,12 @@ class Wan(ModelAdapter):
     def widths(self, model):
         return {"text": model.config.text_dim}
 
-    def check_store(self, model, shape, conditioning, fps=None):
-        problems, patch = super().check_store(model, shape, conditioning, fps), model.config.patch_size
-        problems += self.check_patches(shape, patch)  # the network would crop a remainder without a word: 5 rows to 4
-        for name, size, step in zip(("frames", "height", "width"), shape[1:], patch, strict=True):
+    def check_store(self, model: nn.Module, store: LatentStore) -> list[str]:
+        problems, patch = super().check_store(model, store), model.config.patch_size
+        problems += self.check_patches(
+            store.shape, patch
+        )  # the network would crop a remainder without a word: 5 rows to 4
+        for name, size, step in zip(("frames", "height", "width"), store.shape[1:], patch, strict=True):
             if size // step > model.config.rope_max_seq_len:
                 problems.append(
                     f"latent {name} {size}, the network's positions end at {model.config.rope_max_seq_len * step}"

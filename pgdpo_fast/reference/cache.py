@@ -130,7 +130,9 @@ class ReferenceCache:
             index = Shard.listed(where, state["index"])
         for shard in self.shards:
             check_size(self.path, shard)
-        self.blocks = read_index(self.path, index)
+        index_file = verified(self.path, index)
+        with laid_out(index_file):
+            self.blocks = [Block(tuple(block["ids"]), block["draws"] + 0) for block in read_json(index_file)["blocks"]]
         self._ranges = self.layout.shards(self.blocks)
         if len(self._ranges) != len(self.shards):
             raise DataError(
@@ -244,13 +246,6 @@ def read_state(path: Path) -> dict[str, Any]:
     with laid_out(path / CACHE_FILE):
         state["complete"], state["fingerprint"].items(), state["layout"].items(), state["shards"], state["provenance"]
     return state
-
-
-def read_index(path: Path, index: Shard) -> list[Block]:
-    """Ids and draws of every block."""
-    where = verified(path, index)
-    with laid_out(where):
-        return [Block(tuple(block["ids"]), block["draws"] + 0) for block in read_json(where)["blocks"]]
 
 
 def layout_mapping(layout: Layout) -> dict[str, Any]:

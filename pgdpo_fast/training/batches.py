@@ -22,7 +22,7 @@ from pgdpo_fast.loss import NoisedTarget
 from pgdpo_fast.models import NoisedBatch
 from pgdpo_fast.training.config import TrainConfig
 
-__all__ = ["Batch", "HostBatch", "PairLoader", "PairOrder", "Visit", "hold_out", "split", "split_setting"]
+__all__ = ["Batch", "HostBatch", "PairLoader", "PairOrder", "Split", "Visit", "hold_out", "split"]
 
 
 class HostBatch(NamedTuple):
@@ -96,17 +96,27 @@ def hold_out(
     return [i for i in ids if i not in held], [i for i in ids if i in held]
 
 
-def split(config: TrainConfig, store: LatentStore) -> tuple[list[str], list[str]]:
-    """The pairs a run trains on, and those it holds out, as its configuration says. Raises as `hold_out` does."""
-    kin = store.kin if config.data.split == "content" and config.data.evaluation_pairs else None
-    return hold_out(store.ids, config.data.evaluation_pairs, config.training.seed, kin)
+class Split(NamedTuple):
+    """The pairs of a store as a run divides them.
+
+    Attributes:
+        training, held_out: ids.
+        setting: `data.split` by its dotted key, for fingerprints: {} where it makes no difference to this store, so
+            that what was made before it was a setting, or with its other value, is the same.
+    """
+
+    training: list[str]
+    held_out: list[str]
+    setting: dict[str, str]
 
 
-def split_setting(config: TrainConfig, store: LatentStore) -> dict[str, str]:
-    """`data.split` by its dotted key, for fingerprints: {} where it makes no difference to this store, so that what was
-    made before it was a setting, or with its other value, is the same."""
-    by_pair = hold_out(store.ids, config.data.evaluation_pairs, config.training.seed)
-    return {} if split(config, store) == by_pair else {"data.split": config.data.split}
+def split(config: TrainConfig, store: LatentStore) -> Split:
+    """Divide the pairs of a store as the configuration says. Raises as `hold_out` does."""
+    data, seed = config.data, config.training.seed
+    by_pair = found = hold_out(store.ids, data.evaluation_pairs, seed)
+    if data.split == "content" and data.evaluation_pairs:
+        found = hold_out(store.ids, data.evaluation_pairs, seed, store.kin)
+    return Split(*found, {} if found == by_pair else {"data.split": data.split})
 
 
 class PairOrder:

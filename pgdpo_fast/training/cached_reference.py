@@ -8,15 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pgdpo_fast.data.latent_store import LatentStore
 from pgdpo_fast.errors import DataError
 from pgdpo_fast.loss import PackedReference, ReferenceErrors
-from pgdpo_fast.models import ModelAdapter
 from pgdpo_fast.reference.cache import ReferenceCache
 from pgdpo_fast.reference.stream import RowStream
 from pgdpo_fast.storage import describe_bytes
 from pgdpo_fast.training.batches import Batch, Visit
 from pgdpo_fast.training.config import TrainConfig
+from pgdpo_fast.training.network import Opened
 from pgdpo_fast.training.reference import needs_predictions
 from pgdpo_fast.training.reference_pass import reference_fingerprint, reference_visits
 
@@ -32,16 +31,14 @@ class CachedReference:
     pairs: int
 
     @classmethod
-    def open(
-        cls, config: TrainConfig, store: LatentStore, adapter: ModelAdapter, network: nn.Module, device: torch.device
-    ) -> CachedReference:
-        """The cache `config.data.reference_cache` for the network as loaded, before adapters and training.
+    def open(cls, config: TrainConfig, opened: Opened, device: torch.device) -> CachedReference:
+        """The cache `config.data.reference_cache` for the network as opened, before adapters and training.
 
         Raises:
             DataError: it was made for something else (naming every field), does not cover the run, or is damaged.
         """
         cache, options = ReferenceCache(config.data.reference_cache), config.training
-        cache.require(reference_fingerprint(config, store, adapter, network), reference_visits(config, store)[0].draws)
+        cache.require(reference_fingerprint(config, opened), reference_visits(config, opened.split)[0].draws)
         layout, size = cache.layout, options.pairs_per_step // options.accumulation
         if layout.format == "errors":
             if needs_predictions(config.build_objective(), options.granularity):

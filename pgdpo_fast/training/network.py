@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -10,11 +11,12 @@ from torch import nn
 from pgdpo_fast.data.latent_store import LatentStore
 from pgdpo_fast.errors import ConfigError
 from pgdpo_fast.models import ModelAdapter, adapter_from_config
+from pgdpo_fast.training.batches import Split, split
 from pgdpo_fast.training.checkpoint import MANIFEST, WEIGHTS, check_checkpoint, find_checkpoint
 from pgdpo_fast.training.config import TrainConfig
 from pgdpo_fast.training.measure import check_weights
 
-__all__ = ["open_network", "started_from"]
+__all__ = ["Opened", "open_network", "started_from"]
 
 
 def started_from(start: str) -> Path:
@@ -36,28 +38,31 @@ def started_from(start: str) -> Path:
     return path
 
 
-def open_network(config: TrainConfig, store: LatentStore, device: torch.device) -> tuple[ModelAdapter, nn.Module]:
-    """The model adapter and its network on `device`: frozen, without adapters, checked against the store.
+class Opened(NamedTuple):
+    """What a configuration names, as opened: the store with its pairs divided, and the network on its device, frozen,
+    without the adapters to be trained."""
+
+    store: LatentStore
+    split: Split
+    adapter: ModelAdapter
+    network: nn.Module
+
+
+def open_network(config: TrainConfig, device: torch.device) -> Opened:
+    """Open store and network and check them against each other.
 
     Raises:
-        ConfigError: weights and settings do not fit each other or the store; all misfits with the store in one message.
-        DataError: a shard of the store is damaged.
+        ConfigError: weights and settings do not fit each other or the store, all misfits with the store in one message;
+            or too few pairs to hold some out.
+        DataError: the store is missing or damaged.
         NonFiniteError: a weight is NaN or infinite.
     """
+    store = LatentStore(config.data.store)
     adapter = adapter_from_config(config.model)
     network = adapter.load(device)
     if config.model.start:
         adapter.start_from(network, started_from(config.model.start))
     check_weights(network.named_parameters(), "as loaded")
-    problems = adapter.check_store(network, store.shape, store.conditioning, store.fps)
-    counts = store.text_rows()
-    if long := [id for id, count in counts.items() if count > adapter.text_tokens]:
-        longest = max(long, key=counts.__getitem__)
-        problems.append(
-            f"the texts of {len(long)} of {len(counts)} pairs are longer than model.text_tokens={adapter.text_tokens} "
-            f"(the longest {counts[longest]} rows, pair {longest!r}), set model.text_tokens={counts[longest]} or "
-            f"encode the prompts with --text {adapter.family}"
-        )
-    if problems:
+    if problems := adapter.check_store(network, store):
         raise ConfigError(f"data.store={config.data.store!r} does not fit the network: {'; '.join(problems)}")
-    return adapter, network
+    return Opened(store, split(config, store), adapter, network)

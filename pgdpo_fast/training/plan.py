@@ -15,6 +15,7 @@ from pgdpo_fast.models import adapter_class, adapter_from_config
 from pgdpo_fast.reference.cache import Layout
 from pgdpo_fast.reference.rows import FORMATS
 from pgdpo_fast.storage import describe_bytes
+from pgdpo_fast.training.batches import split
 from pgdpo_fast.training.config import TrainConfig
 from pgdpo_fast.training.reference_pass import choose_format, reference_visits
 
@@ -145,7 +146,7 @@ def make_plan(config: TrainConfig, store: LatentStore | ComingStore | None = Non
         config.training,
     )
     model = adapter.on_meta_device()
-    blocks = reference_visits(config, store)
+    blocks = reference_visits(config, split(config, store))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     count = sum(parameter.numel() for parameter in trained)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

@@ -12,20 +12,17 @@ from itertools import cycle, islice
 from typing import Any
 
 import torch
-from torch import nn
 
-from pgdpo_fast.data.latent_store import LatentStore
 from pgdpo_fast.devices import select_device
 from pgdpo_fast.errors import ConfigError
-from pgdpo_fast.models import ModelAdapter
 from pgdpo_fast.reference.build import build_cache
 from pgdpo_fast.reference.cache import Block, Layout, ReferenceCache
 from pgdpo_fast.reference.fingerprint import architecture_digest
 from pgdpo_fast.reference.rows import FORMATS, Rows, pack
 from pgdpo_fast.storage import weights_digest
-from pgdpo_fast.training.batches import PairLoader, Visit, split, split_setting
+from pgdpo_fast.training.batches import PairLoader, Split, Visit
 from pgdpo_fast.training.config import TrainConfig
-from pgdpo_fast.training.network import open_network
+from pgdpo_fast.training.network import Opened, open_network
 from pgdpo_fast.training.reference import needs_predictions
 
 __all__ = [
@@ -38,13 +35,12 @@ __all__ = [
 ]
 
 
-def reference_visits(config: TrainConfig, store: LatentStore) -> list[Block]:
+def reference_visits(config: TrainConfig, split: Split) -> list[Block]:
     """Every (pair, draw) a run asks its reference for: training pairs, then held-out ones if there are any."""
     options = config.training
-    training, held_out = split(config, store)
-    visits = -(-options.steps * options.pairs_per_step // len(training))
-    blocks = [Block(tuple(training), options.draws_per_pair or visits)]
-    return blocks + [Block(tuple(held_out), options.evaluation_draws)] * bool(held_out)
+    visits = -(-options.steps * options.pairs_per_step // len(split.training))
+    blocks = [Block(tuple(split.training), options.draws_per_pair or visits)]
+    return blocks + [Block(tuple(split.held_out), options.evaluation_draws)] * bool(split.held_out)
 
 
 def reference_settings(config: TrainConfig, without: Sequence[str] = ()) -> dict[str, Any]:
@@ -53,7 +49,7 @@ def reference_settings(config: TrainConfig, without: Sequence[str] = ()) -> dict
     found = config.deciding("reference", without=without)
     settings = {key: value for key, value in found.items() if not key.startswith("process.")}
     draws = settings.pop("training.draws_per_pair")
-    del settings["data.split"]  # decides with the store: `split_setting`
+    del settings["data.split"]  # decides with the store: `Split.setting`
     return settings | {
         "process": repr(config.build_process()),
         "training.draws_per_pair (strata of the timesteps)": max(1, draws),
@@ -61,17 +57,16 @@ def reference_settings(config: TrainConfig, without: Sequence[str] = ()) -> dict
     }
 
 
-def reference_fingerprint(
-    config: TrainConfig, store: LatentStore, adapter: ModelAdapter, network: nn.Module
-) -> dict[str, Any]:
-    """Everything the rows depend on, from a network as loaded: without adapters, before any training."""
+def reference_fingerprint(config: TrainConfig, opened: Opened) -> dict[str, Any]:
+    """Everything the rows depend on, from a network as opened: without adapters, before any training."""
+    store, split, adapter, network = opened
     return reference_settings(config, without=["store", "weights"]) | {
         "model.architecture": architecture_digest(network.config),
         "model.weights": weights_digest(network),
         "model.adapters": "off",
         "model.text_tokens": adapter.text_tokens,
         "data.store (content)": store.fingerprint,
-        **split_setting(config, store),
+        **split.setting,
     }
 
 
@@ -126,13 +121,13 @@ def cache_reference(
     device = select_device(options.device, "training.device")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", local_rank)
-    store = LatentStore(config.data.store)
-    adapter, network = open_network(config, store, device)
-    fingerprint = reference_fingerprint(config, store, adapter, network)
+    opened = open_network(config, device)
+    store, split, adapter, network = opened
+    fingerprint = reference_fingerprint(config, opened)
     network.eval()
     if config.model.compile:
         adapter.compile(network)
-    blocks, size = reference_visits(config, store), options.pairs_per_step // options.accumulation
+    blocks, size = reference_visits(config, split), options.pairs_per_step // options.accumulation
     held_out = frozenset(blocks[1].ids) if len(blocks) > 1 else frozenset()
     loader, evaluation_loader = (
         PairLoader(store, config.build_process(), adapter.collate, options.seed, device, strata)

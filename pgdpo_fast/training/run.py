@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from pgdpo_fast.data.latent_store import LatentStore
 from pgdpo_fast.devices import select_device
 from pgdpo_fast.errors import ConfigError
 from pgdpo_fast.loss import FRAME_DIM, ReferenceErrors
@@ -27,10 +26,10 @@ from pgdpo_fast.objectives import REGISTRY, Objective
 from pgdpo_fast.options import as_typed, choice
 from pgdpo_fast.preemption import Stopping
 from pgdpo_fast.storage import atomic_file, sha256_file
-from pgdpo_fast.training import checkpoint
-from pgdpo_fast.training.batches import Batch, HostBatch, PairLoader, PairOrder, Visit, split, split_setting
+from pgdpo_fast.training.batches import Batch, HostBatch, PairLoader, PairOrder, Visit
 from pgdpo_fast.training.cached_reference import CachedReference
 from pgdpo_fast.training.callbacks import CALLBACKS
+from pgdpo_fast.training.checkpoint import Checkpoints, check_checkpoint, find_checkpoint
 from pgdpo_fast.training.config import CHANGEABLE, TrainConfig
 from pgdpo_fast.training.network import open_network, started_from
 from pgdpo_fast.training.optimizer import MasterAdamW
@@ -70,7 +69,7 @@ class Run:
     loader: PairLoader
     held_out: list[Visit]
     evaluation_loader: PairLoader
-    identity: dict[str, Any]
+    checkpoints: Checkpoints
     health: PreferenceHealth
     metrics: MetricsFile
     evaluations: MetricsFile
@@ -89,13 +88,13 @@ class Run:
             ConfigError, DataError: the parts do not fit each other; all misfits of store and network in one message.
         """
         options, device = config.training, select_device(config.training.device, "training.device")
-        store = LatentStore(config.data.store)
-        adapter, network = open_network(config, store, device)
+        opened = open_network(config, device)
+        store, split, adapter, network = opened
         objective, process = config.build_objective(), config.build_process()
         loss = {"objective": objective, "granularity": options.granularity, "backend": options.backend}
         reference = None
         if config.reference_mode == "cached":
-            reference = CachedReference.open(config, store, adapter, network, device)
+            reference = CachedReference.open(config, opened, device)
         elif config.reference_mode == "copy":
             reference = CopyReference(adapter, network, **loss)
         policy = adapter.make_trainable(network)
@@ -111,16 +110,18 @@ class Run:
             weight_decay=options.weight_decay,
             warmup_steps=options.warmup_steps,
         )
-        training, held_out = split(config, store)
         root = Path(config.output.dir)
         loader = partial(PairLoader, store, process, adapter.collate, options.seed, device)
         # what decides nothing may change between the parts of a run
         identity = config.deciding("numbers", "reference", without=["store"])
         del identity["data.split"]
-        identity |= {"store.fingerprint": store.fingerprint, **split_setting(config, store)}
+        identity |= {"store.fingerprint": store.fingerprint, **split.setting}
         if config.model.start:
             files = sorted(started_from(config.model.start).glob("*.safetensors"))
             identity["model.start (content)"] = [sha256_file(file) for file in files]
+        checkpoints = Checkpoints(
+            root / "checkpoints", adapter, policy, optimizer, json.loads(json.dumps(identity)), options.checkpoint_keep
+        )
         return cls(
             config=config,
             root=root,
@@ -131,11 +132,11 @@ class Run:
             reference=reference,
             objective=objective,
             optimizer=optimizer,
-            order=PairOrder(training, options.pairs_per_step, options.seed, options.draws_per_pair),
+            order=PairOrder(split.training, options.pairs_per_step, options.seed, options.draws_per_pair),
             loader=loader(strata=max(1, options.draws_per_pair)),
             evaluation_loader=loader(strata=options.evaluation_draws),
-            held_out=[Visit(pair, draw) for draw in range(options.evaluation_draws) for pair in held_out],
-            identity=json.loads(json.dumps(identity)),
+            held_out=[Visit(pair, draw) for draw in range(options.evaluation_draws) for pair in split.held_out],
+            checkpoints=checkpoints,
             health=PreferenceHealth(getattr(objective, "beta", None)),
             metrics=MetricsFile(root / "metrics.jsonl", PreferenceHealth.NUMBERS, PreferenceHealth.PAIR_NUMBERS),
             evaluations=MetricsFile(root / "evaluation.jsonl", (CHOSEN, MARGINS), ("chosen", "margin", "timestep")),
@@ -143,10 +144,6 @@ class Run:
         )
 
     # -- going on
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.root / "checkpoints"
 
     def resume(self, resume: str | Path, change: Sequence[str] = ()) -> int:
         """Take up the state `resume` asks for and return the number of steps already made.
@@ -162,24 +159,22 @@ class Run:
         for key in change:
             choice("--change", key, CHANGEABLE)
         if resume == "never":
-            if self.metrics.path.exists() or self.checkpoints.exists():
+            if self.metrics.path.exists() or self.checkpoints.root.exists():
                 raise ConfigError(
                     f"output.dir={str(self.root)!r} already holds a run; choose another one, or --resume auto"
                 )
         elif resume == "auto":
-            found = checkpoint.find_checkpoint(self.checkpoints, self.note)
+            found = find_checkpoint(self.checkpoints.root, self.note)
         else:
-            found = Path(resume), checkpoint.check_checkpoint(Path(resume))
+            found = Path(resume), check_checkpoint(Path(resume))
         if found:
             self.resumed_from, manifest = found
-            step, changed = checkpoint.load_checkpoint(
-                self.resumed_from, manifest, self.adapter, self.policy, self.optimizer, self.identity, change
-            )
+            step, changed = self.checkpoints.load(self.resumed_from, manifest, change)
             if step > self.config.training.steps:
                 raise ConfigError(
                     f"training.steps={self.config.training.steps}: {self.resumed_from} is at step {step} already"
                 )
-        checkpoint.check_space(self.checkpoints, self.optimizer, self.config.training.checkpoint_keep)
+        self.checkpoints.check_space()
         # rows after the checkpoint describe steps that will be made again
         for row in self.metrics.keep_until(step, self.note):
             self.health.update(row)
@@ -274,15 +269,7 @@ class Run:
         """Write a checkpoint of `step` finished steps."""
         self.metrics.sync()
         started = time.perf_counter()
-        path = checkpoint.save_checkpoint(
-            self.checkpoints,
-            step,
-            self.adapter,
-            self.policy,
-            self.optimizer,
-            self.identity,
-            self.config.training.checkpoint_keep,
-        )
+        path = self.checkpoints.save(step)
         self.note(f"saved {path} in {time.perf_counter() - started:.1f} s")
         return path
 

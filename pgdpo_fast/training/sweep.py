@@ -32,7 +32,7 @@ from pgdpo_fast.objectives import label
 from pgdpo_fast.preemption import stoppable
 from pgdpo_fast.reference.cache import layout_mapping
 from pgdpo_fast.storage import canonical_json, sha256_bytes, write_json
-from pgdpo_fast.training.batches import split_setting
+from pgdpo_fast.training.batches import split
 from pgdpo_fast.training.config import TrainConfig, load_config
 from pgdpo_fast.training.reference_pass import (
     cache_layout,
@@ -374,7 +374,7 @@ def _reference_key(config: TrainConfig, store: LatentStore) -> str:
     """Equal for configurations that one cache serves: hash of the settings that decide the reference's numbers, and of
     how its rows lie. The number of draws does not count, a cache with more serves all."""
     layout = cache_layout(config, choose_format(config), store.shape)
-    settings = reference_settings(config) | split_setting(config, store)
+    settings = reference_settings(config) | split(config, store).setting
     return sha256_bytes(canonical_json([settings, layout_mapping(layout)]).encode())[:8]
 
 
@@ -387,7 +387,10 @@ def _caches(configs: Mapping[str, TrainConfig], output: Path) -> dict[str, tuple
     caches = {}
     for key, names in served.items():
         store = stores[configs[names[0]].data.store]
-        most = max((configs[name] for name in names), key=lambda config: reference_visits(config, store)[0].draws)
+        most = max(
+            (configs[name] for name in names),
+            key=lambda config: reference_visits(config, split(config, store))[0].draws,
+        )
         given = most.data.reference_cache
         folder = Path(given) if given and len(served) == 1 else Path(given or output / "reference") / key
         caches[key] = folder, most, names

@@ -26,8 +26,9 @@ from pgdpo_fast.loss import ReferenceErrors, preference_loss
 from pgdpo_fast.metrics import ACCURACIES, CHOSEN, MARGINS, MEANS, REJECTED, timestep_bins
 from pgdpo_fast.preemption import stoppable
 from pgdpo_fast.storage import exclusive_lock, real_path, remove_temporaries
-from pgdpo_fast.training import checkpoint, measure
+from pgdpo_fast.training import measure
 from pgdpo_fast.training.callbacks import Callback
+from pgdpo_fast.training.checkpoint import WEIGHTS
 from pgdpo_fast.training.config import TrainConfig
 from pgdpo_fast.training.run import FILES, Run
 from pgdpo_fast.training.telemetry import Display, RunLog, open_display
@@ -120,7 +121,7 @@ def _loop(run: Run, start: int, display: Display) -> RunResult:
     options, last = run.config.training, run.config.training.steps
     # a checkpoint of another run directory does not count as this run's own
     saved = run.resumed_from
-    if saved and saved.parent.resolve() != run.checkpoints.resolve():
+    if saved and saved.parent.resolve() != run.checkpoints.root.resolve():
         saved = None
     done = start
     try:
@@ -154,9 +155,7 @@ def _loop(run: Run, start: int, display: Display) -> RunResult:
                     run.record(done, row, seconds=time.perf_counter() - began + waited, waited=waited)
                     display.step(row, last, run.health)
                 if step == start:
-                    run.note(
-                        checkpoint.rehearse(run.checkpoints, done, run.adapter, run.policy, run.optimizer, run.identity)
-                    )
+                    run.note(run.checkpoints.rehearse(done))
                 _look(run, done)
                 if done % options.checkpoint_every == 0 or done == last:
                     with run.stopping.deferred():
@@ -167,7 +166,7 @@ def _loop(run: Run, start: int, display: Display) -> RunResult:
         _preempt(run, done, saved, run.stopping.name)
     saved = saved or run.save(last)
     run.tensorboard.close()
-    run.note(f"finished at step {last}; weights in {saved / checkpoint.WEIGHTS}")
+    run.note(f"finished at step {last}; weights in {saved / WEIGHTS}")
     return RunResult(run.root, last, saved, run.last_evaluation)
 
 
