@@ -1,7 +1,8 @@
 """How a contender is measured: the correctness gate first, then time, launches and memory, against the machine's copy.
 
-Calls rotate over input sets larger than three times the last-level cache, contenders take turns so that a busy machine
-slows them alike, and every figure comes with its spread. A contender that fails the gate gets no figure at all.
+Calls rotate over input sets larger than three times the last-level cache, contenders take turns call by call so that a
+busy machine slows them alike, and every figure comes with its spread. A contender that fails the gate gets no figure at
+all.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import gc
 import math
 import os
 import platform
+import random
 import re
 import statistics
 import sys
@@ -102,31 +104,29 @@ class Timing:
 Step = Callable[[int], object]
 
 
-def time_in_turns(steps: dict[str, Step], seconds: float, rounds: tuple[int, int] = (5, 50)) -> dict[str, Timing]:
-    """Wall-clock time of CPU calls `step(set_index)`, one sample of 30 ms a contender a round. Each comes after as many
-    calls that are not timed: what one contender leaves behind (caches full of temporaries still to be written back) is
-    not charged to the next.
+def time_in_turns(steps: dict[str, Step], seconds: float, rounds: tuple[int, int] = (5, 1000)) -> dict[str, Timing]:
+    """Wall-clock time of CPU calls `step(set_index)`: in each round every contender makes one call, in an order that
+    changes from round to round.
+
+    Noise of the machine then hits all alike, and each finds the caches as any of the others leaves them; a block of
+    calls of one contender would find them as it likes them. No two calls in a row get the same set of inputs.
 
     Args:
         seconds: stop after this long, but not before `rounds[0]` rounds and not after `rounds[1]`.
     """
-    inner, calls = {}, dict.fromkeys(steps, 0)
-    for name, step in steps.items():
-        begin = time.perf_counter()
-        step(0)
-        inner[name] = max(1, round(0.03 / max(time.perf_counter() - begin, 1e-7)))
-    samples = {name: [] for name in steps}
-    deadline = time.perf_counter() + seconds
-    for turn in range(rounds[1]):
+    order, names = random.Random(0), list(steps)
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    deadline, calls = time.perf_counter() + seconds, 0
+    for turn in range(-1, rounds[1]):  # round -1 warms up
         if turn >= rounds[0] and time.perf_counter() > deadline:
             break
-        for name, step in steps.items():
-            for call in range(2 * inner[name]):
-                if call == inner[name]:
-                    begin = time.perf_counter()
-                calls[name] += 1
-                step(calls[name])
-            samples[name].append((time.perf_counter() - begin) / inner[name])
+        order.shuffle(names)
+        for name in names:
+            calls += 1
+            begin = time.perf_counter()
+            steps[name](calls)
+            if turn >= 0:
+                samples[name].append(time.perf_counter() - begin)
     return {name: Timing.of(values) for name, values in samples.items()}
 
 
@@ -335,7 +335,7 @@ class Budget:
     """Seconds of timing a case gets, and the fewest and most rounds."""
 
     seconds: float = 10.0
-    rounds: tuple[int, int] = (5, 50)
+    rounds: tuple[int, int] = (5, 1000)
 
 
 DEFAULT_BUDGET = Budget()

@@ -21,6 +21,13 @@ COLOURS = {
     "native": "#D55E00",
 }
 
+# What the fused loss is held to on a calm CPU: (granularity, form of the reference, column) and the least ratio.
+GOALS = {
+    ("sample", "errors", "vs_eager"): 8.0,
+    ("sample", "predictions", "vs_compile"): 1.0,
+    ("element", "predictions", "vs_compile"): 5.0,
+}
+
 
 def best_time(entry: dict) -> float | None:
     """Seconds a call: of graph replay where it was measured, else of ordinary launches."""
@@ -138,7 +145,8 @@ def notes(result: dict) -> list[str]:
         f"{copy['bytes_per_second'] / 1e9:.1f} GB/s (read plus written, {size(copy['bytes'])}, spread "
         f"{100 * copy['time']['spread']:.0f}%)",
         "a call makes the loss and the gradients of both predictions; time is the median, spread the interquartile "
-        "range over it; inputs rotate over more than three times the last-level cache",
+        "range over it; on a CPU contenders take turns call by call, in a changing order; inputs rotate over more than "
+        "three times the last-level cache",
         "of copy: bytes of the floor (each input read once, each gradient written once) over the time, over the copy's "
         "rate",
         "every contender shown with a time agreed with float64 on the timed input first: a fused backend to the "
@@ -150,6 +158,21 @@ def notes(result: dict) -> list[str]:
             "host is the CPU's time to issue one call"
         )
     return text
+
+
+def goals(result: dict) -> list[str]:
+    """Of each case with a goal, whether the native backend held it; empty on a GPU."""
+    if result["environment"]["device_type"] != "cpu":
+        return []
+    kinds = {case["key"]: (case["granularity"], case["reference_form"]) for case in result["cases"]}
+    told = []
+    for line in lines(result):
+        for (*kind, column), least in GOALS.items():
+            if line["contender"] == "native" and line.get(column) and kinds[line["case"]] == tuple(kind):
+                verdict = "held" if line[column] >= least else "missed"
+                ratio = f"{line[column]:.2f}× as fast as {column.removeprefix('vs_')}"
+                told.append(f"{line['case']}: native is {ratio}, aimed at {least:g}×: {verdict}")
+    return told
 
 
 def warning(result: dict) -> str | None:
@@ -197,6 +220,8 @@ def markdown(result: dict, changes: list[dict] | None = None) -> str:
             ),
             "",
         ]
+    if goals(result):
+        out += ["## Goals", "", *(f"* {line}" for line in goals(result)), ""]
     if changes is not None:
         out += [
             "## Against the previous results",
@@ -249,6 +274,8 @@ def show(result: dict, changes: list[dict] | None = None) -> None:
         colour = "dim" if status == "skipped" else "red"
         where = cases[0] if len(cases) == 1 else f"{len(cases)} cases"
         console.print(f"[{colour}]{escape(f'{contender} {status} on {where}: {reason}')}[/]", soft_wrap=True)
+    for line in goals(result):
+        console.print(escape(line), soft_wrap=True)
     for c in changes or ():
         console.print(
             escape(

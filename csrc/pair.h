@@ -1,6 +1,6 @@
 // The passes over video latents that every preference loss is made of, as plain C++: no torch, no allocation, no
-// threads. cpu/pair.cpp is compiled once per instruction set; cpu/native.cpp picks one and spreads the chunks over
-// threads.
+// threads. The passes of cpu/ are compiled once per instruction set; cpu/native.cpp picks one and spreads the chunks
+// over threads.
 //
 // A video is a row of numel elements cut into `segments` runs of `length` (the last may be short); run s belongs to
 // group s / consecutive % groups. Chunk c is run c % segments of pair c / segments. Every chunk is summed in one fixed

@@ -1,4 +1,4 @@
-// Runs every CPU pass of csrc/cpu/pair.cpp on buffers that end where their data ends, and measures the vector functions
+// Runs every CPU pass of csrc/cpu on buffers that end where their data ends, and measures the vector functions
 // against long double. Built with sanitizers by tests/test_native.py; prints "name value" lines.
 #include <stdio.h>
 #include <stdlib.h>
@@ -7,7 +7,15 @@
 #include <memory>
 #include <vector>
 
-#include "cpu/pair.cpp"
+#include "cpu/reader.h"
+#include "epilogue.h"
+#include "pair.h"
+
+namespace pgdpo {
+inline namespace PGDPO_ISA {
+const Passes& passes(bool float64);
+}
+}  // namespace pgdpo
 
 namespace {
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -151,14 +151,15 @@ def test_peak_memory_is_what_was_allocated():
     assert harness.peak_extra_bytes(step, CPU) == 6_000_000
 
 
-def test_contenders_take_turns_and_every_sample_counts():
-    order = []
-    timings = harness.time_in_turns(
-        {name: lambda i, n=name: (order.append(n), torch.rand(2000).sum()) for name in "ab"}, 0.0, (3, 3)
-    )
-    assert set(timings) == {"a", "b"} and all(t.repeats == 3 and t.fastest <= t.median for t in timings.values())
-    runs = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
-    assert runs == ["a", "b"] * 4  # one warm-up, three rounds
+def test_contenders_take_turns_call_by_call_in_a_changing_order_and_every_call_counts():
+    order, sets = [], []
+    steps = {name: lambda i, n=name: (order.append(n), sets.append(i)) for name in "abc"}
+    timings = harness.time_in_turns(steps, 0.0, (20, 20))
+    assert set(timings) == set("abc") and all(t.repeats == 20 and t.fastest <= t.median for t in timings.values())
+    rounds = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
+    assert len(rounds) == 21 and all(set(r) == set("abc") for r in rounds)  # one warm-up
+    assert {r[0] for r in rounds} == {r[2] for r in rounds} == set("abc")
+    assert sets == list(range(1, 64))  # whoever comes next gets inputs that nobody has just read
 
 
 def test_triton_is_never_timed_on_a_cpu():
@@ -201,6 +202,25 @@ def test_comparison_calls_noise_noise(result):
     found = {(c["case"], c["contender"]): c["verdict"] for c in report.compare(result, slower)}
     assert found[SMALL.key, "eager"] == "slower" and found[SMALL.key, "diffusion-dpo"] == "within noise"
     assert {c["verdict"] for c in report.compare(result, result)} == {"within noise"}
+
+
+def test_quick_has_every_case_the_cpu_is_held_to_and_the_report_says_whether_it_held(result, capsys):
+    assert {(c.granularity, c.reference_form) for c in table.QUICK} >= {key[:2] for key in report.GOALS}
+    assert len(report.goals(result)) == 0  # the fused contender of this result was wrong
+    held = json.loads(json.dumps(result))
+    held["cases"] = [asdict(case) | {"shape": "s", "key": case.key} for case in table.QUICK]
+    entry = {"status": "ok", "peak_extra_bytes": 0, "gate": {"loss_error": 0.0}}
+    times = {"eager": 8.0, "compile": 5.0, "native": 1.0}
+    for case in held["cases"]:
+        case |= {"floor_bytes": 1, "gradient_bytes": 0, "contenders": {}}
+        for name, seconds in times.items():
+            case["contenders"][name] = entry | {"time": {"median": seconds, "fastest": seconds, "spread": 0.0}}
+    told = report.goals(held)
+    assert len(told) == 3 and all("held" in line for line in told)
+    held["cases"][2]["contenders"]["native"]["time"]["median"] = 1.01
+    assert [("missed" in line) for line in report.goals(held)] == [False, False, True]
+    report.show(held)
+    assert "aimed at 8×: missed" in capsys.readouterr().out and "aimed at 8×: missed" in report.markdown(held)
 
 
 def test_default_cases_cover_the_shapes_and_batches():

@@ -268,7 +268,7 @@ def test_a_failed_build_shows_its_first_error(monkeypatch, tmp_path):
     monkeypatch.setenv("PGDPO_FAST_CACHE", str(tmp_path / "cache"))
     for _ in range(2):  # the second time from the record of the first
         with pytest.raises(build.BuildError, match="error: #error .?the broken line"):
-            build.cached_cuda_library(("90",))
+            build.cuda_library(("90",)).get()
 
 
 @needs_nvcc

@@ -3,6 +3,7 @@ extreme values, the vector functions, sanitizers, and how the library is built, 
 
 import itertools
 import os
+import resource
 import shutil
 import stat
 import subprocess
@@ -19,6 +20,7 @@ import pgdpo_fast as pf
 from pgdpo_fast import backends, objectives
 from pgdpo_fast.backends import build, native
 from pgdpo_fast.backends.operands import Operands, Plan, ReferenceForm
+from pgdpo_fast.cli import doctor
 from pgdpo_fast.errors import NonFiniteError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -278,7 +280,7 @@ def _driver(tmp_path, *flags):
         f"-DPGDPO_ISA={name}",
         f"-I{root}",
         str(ROOT / "tests" / "native_driver.cpp"),
-        str(root / "cpu" / "cache.cpp"),
+        *(str(root / source) for source in build.CPU_PASSES),
         "-o",
         str(program),
     ]
@@ -349,23 +351,23 @@ def _links(log):
 
 def test_a_build_is_kept_and_a_damaged_one_made_again(fake_compiler):
     log = fake_compiler()
-    path = build.cached_library()
-    assert build.cached_library() == path and _links(log) == 1
+    path = build.cpu_library().get()
+    assert build.cpu_library().get() == path and _links(log) == 1
     path.write_bytes(path.read_bytes()[:5])
-    again = build.cached_library()
+    again = build.cpu_library().get()
     assert again != path and not path.exists() and _links(log) == 2
     assert [p.suffix for p in path.parent.iterdir() if p.suffix not in ("", ".so")] == []
 
 
 def test_a_changed_flag_or_compiler_is_a_new_build(fake_compiler, monkeypatch):
     log = fake_compiler()
-    paths = {build.cached_library()}
+    paths = {build.cpu_library().get()}
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-DOTHER"))
-    paths.add(build.cached_library())
+    paths.add(build.cpu_library().get())
     monkeypatch.setattr(build, "host_instruction_set", lambda: "generic")
-    paths.add(build.cached_library())
+    paths.add(build.cpu_library().get())
     monkeypatch.setenv("CXX", os.environ["CXX"] + " -pipe")
-    paths.add(build.cached_library())
+    paths.add(build.cpu_library().get())
     assert len({p.parent for p in paths}) == 4 == _links(log)
 
 
@@ -373,11 +375,11 @@ def test_a_failed_build_keeps_its_first_error_and_is_not_repeated(fake_compiler)
     log = fake_compiler('echo "x.cpp:1: error: no such thing" >&2; exit 1')
     for _ in range(2):
         with pytest.raises(build.BuildError, match="no such thing"):
-            build.cached_library()
+            build.cpu_library().get()
         calls = log.read_text()
     assert log.read_text() == calls
     log = fake_compiler("true  # repaired")
-    build.cached_library()
+    build.cpu_library().get()
     assert _links(log) == 1
 
 
@@ -392,7 +394,7 @@ def test_a_failed_build_keeps_its_first_error_and_is_not_repeated(fake_compiler)
 def test_a_failure_that_may_pass_is_not_remembered(fake_compiler, before):
     fake_compiler(before)
     with pytest.raises(build.BuildError) as caught:
-        build.cached_library()
+        build.cpu_library().get()
     assert "remembered" not in str(caught.value)
     compiler = os.environ["CXX"]
     stamp = os.stat(compiler).st_mtime_ns
@@ -400,7 +402,7 @@ def test_a_failure_that_may_pass_is_not_remembered(fake_compiler, before):
     with open(compiler, "w") as file:  # the same compiler by size and time, now with room
         file.write(script)
     os.utime(compiler, ns=(stamp, stamp))
-    assert build.cached_library().exists()
+    assert build.cpu_library().get().exists()
 
 
 def test_a_failure_for_good_is_remembered_for_a_day_and_the_first_message_tells_the_way_out(fake_compiler):
@@ -408,21 +410,21 @@ def test_a_failure_for_good_is_remembered_for_a_day_and_the_first_message_tells_
     with pytest.raises(
         build.BuildError, match=r"no such thing.*remembered for a day; to try again at once, delete "
     ) as e:
-        build.cached_library()
+        build.cpu_library().get()
     failure = Path(str(e.value).rpartition("delete ")[2].rstrip(")"))
     calls = log.read_text()
     with pytest.raises(build.BuildError, match="no such thing.*delete "):
-        build.cached_library()
+        build.cpu_library().get()
     assert log.read_text() == calls
     os.utime(failure, (time.time() - 90_000,) * 2)
     with pytest.raises(build.BuildError, match="no such thing"):
-        build.cached_library()
+        build.cpu_library().get()
     assert log.read_text() != calls
 
 
 def test_a_library_that_somebody_else_could_have_put_there_is_not_loaded(fake_compiler, tmp_path):
     fake_compiler()
-    path = build.cached_library()
+    path = build.cpu_library().get()
     folders = [folder for folder in path.parents if folder.is_relative_to(tmp_path / "cache")]
     assert {stat.S_IMODE(folder.stat().st_mode) for folder in folders} == {0o700}
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -430,23 +432,92 @@ def test_a_library_that_somebody_else_could_have_put_there_is_not_loaded(fake_co
         mode = found.stat().st_mode
         found.chmod(0o777)
         with pytest.raises(build.BuildError, match=f"can be changed by other users.*chmod go-w {found},"):
-            build.cached_library()
+            build.cpu_library().get()
         found.chmod(mode)
-    assert build.cached_library() == path
+    assert build.cpu_library().get() == path
     if os.geteuid() == 0:
         for found in (path, folders[0]):
             os.chown(found, 65534, -1)
             with pytest.raises(build.BuildError, match="owner 65534"):
-                build.cached_library()
+                build.cpu_library().get()
             os.chown(found, 0, -1)
 
 
 def test_processes_build_once_between_them(fake_compiler):
     log = fake_compiler("sleep 0.2")
-    code = "from pgdpo_fast.backends import build; print(build.cached_library())"
-    processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    outputs = {process.communicate()[0] for process in processes}
-    assert len(outputs) == 1 and _links(log) == 1
+    code = "from pgdpo_fast.backends import build; print(build.cpu_library().get())"
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    processes = [subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(3)]
+    outputs, told = zip(*(process.communicate() for process in processes), strict=True)
+    assert len(set(outputs)) == 1 and _links(log) == 1
+    assert "".join(told).count("building the native CPU kernels") == 1  # on stderr, by the one that builds
+
+
+def test_a_build_says_beforehand_how_long_it_takes_on_these_cores(fake_compiler, monkeypatch, caplog):
+    fake_compiler()
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    monkeypatch.setattr(build, "_cores", lambda: 2)
+    library = build.cpu_library()
+    assert library.is_to_be_built() and library.seconds <= 10
+    path = library.get()
+    before, after = (record.getMessage() for record in caplog.records)
+    assert before.startswith("building the native CPU kernels for ")
+    assert f"about {library.seconds:.0f} s on 2 cores" in before and after.startswith("built in ")
+    caplog.clear()
+    assert not library.is_to_be_built() and library.get() == path and not caplog.records
+    monkeypatch.setattr(build, "_cores", lambda: 1)
+    alone = build.cpu_library().seconds
+    assert sum(build.SECONDS[name] for name in build.cpu_library().sources) < alone < 2.5 * library.seconds
+    monkeypatch.setattr(os, "getloadavg", lambda: (3.0, 0.0, 0.0))  # three others want the core
+    assert build.cpu_library().seconds == pytest.approx(4 * alone)
+
+
+def test_every_source_has_its_seconds():
+    compiled = {str(p.relative_to(build.sources())) for p in build.sources().rglob("*.c*") if p.suffix != ".cuh"}
+    assert set(build.SECONDS) == {*compiled, "link"}
+    assert compiled == {build.CPU_OPERATORS, *build.CPU_PASSES, *build.CUDA_KERNELS, *build.CUDA_HOST}
+
+
+def test_doctor_looks_without_building_and_builds_ahead_when_asked(fake_compiler, monkeypatch):
+    log = fake_compiler()
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)  # a script has written it
+
+    def rows(**options):
+        monkeypatch.setattr(native, "_library", native._Library())  # as in a process of its own
+        monkeypatch.setattr(backends, "_native_loaded", set())
+        return {row.area: row for row in doctor.checks(**options)}
+
+    found = rows()
+    for area in ("native library cpu", "loss backend native", "reference cache"):
+        assert found[area].state == "optional" and found[area].fix == "pgdpo-fast doctor --build"
+        assert "not built yet, its first use takes about " in found[area].found
+    assert "once it is built" in found["loss backend auto"].found and not log.exists()
+
+    found = rows(build=True)
+    assert found["native library cpu"].found.startswith("built in ") and _links(log) == 1
+    assert found["loss backend native"] == ("loss backend native", "ok", "runs on cpu", "")
+    assert found["loss backend auto"].found == "picks native on cpu"
+    for options in ({}, {"build": True}):
+        assert rows(**options)["native library cpu"].found.startswith("is there: ") and _links(log) == 1
+
+
+def test_doctor_shows_why_a_build_failed(fake_compiler, monkeypatch):
+    fake_compiler('echo "x.cpp:1: error: no such thing" >&2; exit 1')
+    for build_ahead in (True, False):  # the second time from the record of the first
+        monkeypatch.setattr(native, "_library", native._Library())
+        monkeypatch.setattr(backends, "_native_loaded", set())
+        row = next(row for row in doctor.checks(build_ahead) if row.area == "native library cpu")
+        assert row.state == "optional" and "no such thing" in row.found
+
+
+@needs_native
+@pytest.mark.slow
+def test_a_first_build_is_ten_seconds_on_two_cores(tmp_path):
+    """In time of the processor, which a busy machine stretches less than that of a clock."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    build.compile_library(tmp_path / "library.so", (build.host_instruction_set(),))
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2 * 10
 
 
 def test_no_compiler_is_a_reason(monkeypatch, tmp_path):
@@ -464,7 +535,7 @@ def test_an_unwritable_cache_is_a_reason(fake_compiler, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PGDPO_FAST_CACHE", str(tmp_path / "file"))
     with pytest.raises(build.BuildError, match="set PGDPO_FAST_CACHE to a writable one"):
-        build.cached_library()
+        build.cpu_library().get()
 
 
 USE = """if True:

@@ -62,15 +62,34 @@ class _Library:
         return None
 
     def _find(self) -> os.PathLike:
-        return build.PREBUILT if build.PREBUILT.exists() else build.cached_library()
+        return build.PREBUILT if self._comes_built() else self._of_machine().get()
+
+    def _of_machine(self) -> build.Library:
+        return build.cpu_library()
+
+    def seconds_to_build(self) -> float | None:
+        """How long `load` would spend on building, None where it would not try."""
+        if self._tried or os.environ.get("PGDPO_FAST_NATIVE") == "0" or self._comes_built():
+            return None
+        try:
+            library = self._of_machine()
+            return library.seconds if library.is_to_be_built() else None
+        except (build.BuildError, OSError):
+            return None
+
+    def _comes_built(self) -> bool:
+        return build.PREBUILT.exists()
 
 
 class _CudaLibrary(_Library):
     """`pack` and `gather_rows` on CUDA; one library for all devices of this machine."""
 
-    def _find(self) -> os.PathLike:
+    def _of_machine(self) -> build.Library:
         devices = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-        return build.cached_cuda_library(tuple(sorted({f"{a}{b}" for a, b in devices if (a, b) >= CUDA_CAPABILITY})))
+        return build.cuda_library(tuple(sorted({f"{a}{b}" for a, b in devices if (a, b) >= CUDA_CAPABILITY})))
+
+    def _comes_built(self) -> bool:
+        return False
 
 
 _library, _cuda_library = _Library(), _CudaLibrary()
@@ -89,13 +108,32 @@ def rows_unavailable(device: torch.device) -> str | None:
     """Why `pack` cannot serve predictions on `device`, or None when it can. The first call may build the library."""
     if device.type != "cuda":
         return unavailable(device)
+    return _unfit_for_rows(device) or _cuda_library.load().reason
+
+
+def _unfit_for_rows(device: torch.device) -> str | None:
     if torch.version.hip or not torch.cuda.is_available():
         return "the kernels of the reference cache need an NVIDIA GPU that torch can use; run nvidia-smi"
     capability = torch.cuda.get_device_capability(device)
     if capability < CUDA_CAPABILITY:
         have, need = (".".join(map(str, pair)) for pair in (capability, CUDA_CAPABILITY))
         return f"compute capability {have} is below the {need} the kernels of the reference cache need"
-    return _cuda_library.load().reason
+    return None
+
+
+def seconds_to_build(device: torch.device) -> float | None:
+    """How long the first use on `device` would spend on building its library, None where none would be built."""
+    if device.type == "cuda":
+        return None if _unfit_for_rows(device) else _cuda_library.seconds_to_build()
+    return _library.seconds_to_build() if device.type == "cpu" else None
+
+
+def load(device: torch.device) -> tuple[str | None, str | None]:
+    """Load, after building it if need be, the library of `device` ("cpu" or "cuda"): its path, or why there is none."""
+    if device.type == "cuda" and (reason := _unfit_for_rows(device)):
+        return None, reason
+    library = (_cuda_library if device.type == "cuda" else _library).load()
+    return library.path, library.reason
 
 
 def status() -> Status:

@@ -22,6 +22,8 @@ class Doctor:
     Every row that is not fine says what to run. Exit code 0 when training works here, 2 when it does not.
     """
 
+    build: bool = False
+    """Build the native libraries now, which their first use would do otherwise, and say how long it took."""
     json: bool = False
     """Print the rows as JSON instead of a table."""
 
@@ -30,7 +32,7 @@ class Doctor:
 
         from pgdpo_fast.errors import ConfigError
 
-        rows = checks()
+        rows = checks(self.build)
         if self.json:
             print(json.dumps([row._asdict() for row in rows], indent=2))
         else:
@@ -38,9 +40,9 @@ class Doctor:
         return ConfigError.exit_code if any(row.state == "missing" for row in rows) else 0
 
 
-def checks() -> list[Row]:
-    """All findings, in the order they are printed."""
-    return [*_packages(), *_devices(), *_backends(), *_tools(), _video(), _disk()]
+def checks(build: bool = False) -> list[Row]:
+    """All findings, in the order they are printed; with `build` after building what native libraries are not there."""
+    return [*_packages(), *_devices(), *_libraries(build), *_backends(), *_tools(), _video(), _disk()]
 
 
 def _packages() -> list[Row]:
@@ -87,23 +89,68 @@ def _devices() -> list[Row]:
     return rows
 
 
-def _backends() -> list[Row]:
+def _device():
     import torch
 
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _split(found: str) -> tuple[str, str]:
+    """A reason, and what its last part says to do about it."""
+    what, _, fix = found.partition("; ")
+    return what, fix
+
+
+def _libraries(build: bool) -> list[Row]:
+    import time
+
+    import torch
+
+    from pgdpo_fast.backends import native
+
+    rows = []
+    for device in dict.fromkeys((torch.device("cpu"), _device())):
+        area, expected = f"native library {device.type}", native.seconds_to_build(device)
+        if expected is not None and not build:
+            rows.append(Row(area, "optional", _unbuilt(expected), "pgdpo-fast doctor --build"))
+            continue
+        began = time.monotonic()
+        path, reason = native.load(device)
+        if reason is not None:
+            rows.append(Row(area, "optional", *_split(reason)))
+        else:
+            took = "is there" if expected is None else f"built in {time.monotonic() - began:.1f} s"
+            rows.append(Row(area, "ok", f"{took}: {path}"))
+    return rows
+
+
+def _unbuilt(seconds: float) -> str:
+    return f"not built yet, its first use takes about {seconds:.0f} s for that"
+
+
+def _backends() -> list[Row]:
     from pgdpo_fast import backends
     from pgdpo_fast.backends import native
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device()
+    seconds = native.seconds_to_build(device)  # asking for what is not built would build it
+    waits = None if seconds is None else Row("", "optional", _unbuilt(seconds), "pgdpo-fast doctor --build")
     rows = []
     for name in backends.NAMES:
+        area = f"loss backend {name}"
+        if waits and name == "native" and device.type == "cpu":
+            rows.append(waits._replace(area=area))
+            continue
         reason = backends.unavailable(name, device)
-        found = f"runs on {device.type}" if reason is None else reason
-        what, _, fix = found.partition("; ")
-        rows.append(Row(f"loss backend {name}", "ok" if reason is None else "optional", what, fix))
-    reason = native.rows_unavailable(device)
-    found, _, fix = (reason or f"rows are packed in one pass on {device.type}").partition("; ")
-    rows.append(Row("reference cache", "optional" if reason else "ok", found, fix))
-    rows.append(Row("loss backend auto", "ok", f"picks {backends.select('auto', device)} on {device.type}"))
+        rows.append(Row(area, *(("ok", f"runs on {device.type}") if reason is None else ("optional", *_split(reason)))))
+    if waits:
+        rows.append(waits._replace(area="reference cache"))
+    else:
+        reason = native.rows_unavailable(device)
+        found = f"rows are packed in one pass on {device.type}"
+        rows.append(Row("reference cache", *(("ok", found) if reason is None else ("optional", *_split(reason)))))
+    auto = "native, once it is built," if waits and device.type == "cpu" else backends.select("auto", device)
+    rows.append(Row("loss backend auto", "ok", f"picks {auto} on {device.type}"))
     return rows
 
 

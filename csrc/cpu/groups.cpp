@@ -1,0 +1,135 @@
+// The passes of sample and frame groups: errors before the objective, gradients after it; and the table of all passes.
+// Compiled once per instruction set, with PGDPO_ISA naming it; see pair.h.
+#include "cache.h"
+#include "cpu/reader.h"
+#include "epilogue.h"
+#include "pair.h"
+
+namespace pgdpo {
+inline namespace PGDPO_ISA {
+
+// elements.cpp
+template <class S>
+void run_elements(const Pair& x, const Elements& call, int64_t begin, int64_t end);
+
+namespace {
+
+constexpr int64_t SECOND_LEVEL = int64_t(3)
+                                 << 19;  // bytes of operands that a second-level cache keeps for the next pass
+constexpr int64_t BEYOND_CACHE = int64_t(4) << 20;  // bytes of gradients from which on they are written past the caches
+
+template <class S, int D>
+void errors(const Pair& x, Wishes wanted, double* sums, int64_t begin, int64_t end) {
+  using V = Vec<S>;
+  for (int64_t c = begin; c < end; ++c) {
+    const Chunk at(x, c);
+    Reader<S, D> reader(x, at, true);
+    Sums<V, STATISTICS> totals;
+    for (int first = 0; first < at.count; first += BLOCK) {
+      reader.begin_block(first, at.count);
+      V part[STATISTICS];
+      copy(totals.narrow, part);
+      const auto add = [&](const Differences<V>& d) PGDPO_LAMBDA {
+        const V u_w = weighted<D>(d, d.u_w), u_l = weighted<D>(d, d.u_l);
+        const V minus_w = weighted<D>(d, d.minus_w), minus_l = weighted<D>(d, d.minus_l);
+        part[STATISTIC_POLICY_CHOSEN] = part[STATISTIC_POLICY_CHOSEN] + u_w * d.u_w;
+        part[STATISTIC_POLICY_REJECTED] = part[STATISTIC_POLICY_REJECTED] + u_l * d.u_l;
+        part[STATISTIC_GAP_CHOSEN] = part[STATISTIC_GAP_CHOSEN] + minus_w * d.plus_w;
+        part[STATISTIC_GAP_REJECTED] = part[STATISTIC_GAP_REJECTED] + minus_l * d.plus_l;
+        if (wanted.anchor) part[STATISTIC_ANCHOR] = part[STATISTIC_ANCHOR] + minus_w * d.minus_w;
+        if (wanted.cross) part[STATISTIC_CROSS] = part[STATISTIC_CROSS] + u_w * d.u_l;
+        if (wanted.anchor_rejected)
+          part[STATISTIC_ANCHOR_REJECTED] = part[STATISTIC_ANCHOR_REJECTED] + minus_l * d.minus_l;
+      };
+      reader.over(
+          first, [&](const Differences<V>& even, const Differences<V>& odd, int) PGDPO_LAMBDA { add(even), add(odd); },
+          [&](const Differences<V>& d, int) PGDPO_LAMBDA { add(d); });
+      copy(part, totals.narrow);
+      if ((first + BLOCK) % FLUSH == 0) totals.flush();
+    }
+    totals.write(sums + at.pair * x.segments + x.place(at.segment),
+                 {STATISTIC_POLICY_CHOSEN, STATISTIC_POLICY_REJECTED, STATISTIC_GAP_CHOSEN, STATISTIC_GAP_REJECTED,
+                  STATISTIC_ANCHOR, STATISTIC_CROSS, STATISTIC_ANCHOR_REJECTED},
+                 x.pairs * x.segments);
+  }
+}
+
+template <class S, int D>
+void gradients(const Pair& x, Wishes wanted, const double* coefficients, const MutableRows gradient[2], int64_t begin,
+               int64_t end) {
+  using V = Vec<S>;
+  const int64_t rows = x.pairs * x.groups;
+  const int dtype = gradient[0].dtype;
+  const bool large = 2 * x.pairs * x.numel * size_of(dtype) >= BEYOND_CACHE;
+  // The error pass ended on this thread's last chunks: what the second-level cache still holds of them comes first.
+  const int64_t count = end - begin, recent = lesser(count, SECOND_LEVEL / (6 * x.length * size_of(dtype)));
+  for (int64_t step = 0; step < count; ++step) {
+    const int64_t c = step < recent ? end - recent + step : begin + step - recent;
+    const Chunk at(x, c);
+    Reader<S, D> reader(x, at, wanted.anchor || wanted.anchor_rejected);
+    const double* row = coefficients + at.pair * x.groups + x.group_of(at.segment);
+    const V c_w = S(row[COEFFICIENT_CHOSEN * rows]), c_l = S(row[COEFFICIENT_REJECTED * rows]);
+    const V c_anchor = S(row[COEFFICIENT_ANCHOR * rows]), c_anchor_l = S(row[COEFFICIENT_ANCHOR_REJECTED * rows]);
+    char* out[2] = {row_start(gradient[0], at.pair, at.start), row_start(gradient[1], at.pair, at.start)};
+    const bool past = large && uintptr_t(out[0]) % 16 == 0 && uintptr_t(out[1]) % 16 == 0;
+    const auto by_chosen = [&](const Differences<V>& d) PGDPO_LAMBDA {
+      return weighted<D>(d, wanted.anchor ? c_w * d.u_w + c_anchor * d.minus_w : c_w * d.u_w);
+    };
+    // An objective that takes no notice of the rejected video must not take its NaN.
+    const bool unnoticed = row[COEFFICIENT_REJECTED * rows] == 0;
+    const auto by_rejected = [&](const Differences<V>& d) PGDPO_LAMBDA {
+      V slope = unnoticed ? V(S(0)) : c_l * d.u_l;
+      if (wanted.anchor_rejected) slope = slope + c_anchor_l * d.minus_l;
+      return weighted<D>(d, slope);
+    };
+    for (int first = 0; first < at.count; first += BLOCK) {
+      reader.begin_block(first, at.count);
+      alignas(64) S held[2][BLOCK];
+      reader.over(
+          first,
+          [&](const Differences<V>& even, const Differences<V>& odd, int i) PGDPO_LAMBDA {
+            put_split(out[0], first + i, by_chosen(even), by_chosen(odd), past);
+            put_split(out[1], first + i, by_rejected(even), by_rejected(odd), past);
+          },
+          [&](const Differences<V>& d, int i) PGDPO_LAMBDA {
+            by_chosen(d).to(held[0] + i);
+            by_rejected(d).to(held[1] + i);
+          });
+      const int split = reader.split, rest = reader.count - split;
+      for (int side = 0; side < 2 && rest > 0; ++side)
+        store_block<S>(dtype, out[side], first + split, rest, held[side] + split, past);
+    }
+  }
+#if defined(__x86_64__)
+  _mm_sfence();  // such writes are in no order with what another thread reads next
+#endif
+}
+
+template <class S>
+void run_errors(const Pair& x, Wishes wanted, double* sums, int64_t begin, int64_t end) {
+  specialised<S>(common_storage(x, true, nullptr),
+                 [&](auto storage) { errors<S, decltype(storage)::value>(x, wanted, sums, begin, end); });
+}
+
+template <class S>
+void run_gradients(const Pair& x, Wishes wanted, const double* coefficients, const MutableRows gradient[2],
+                   int64_t begin, int64_t end) {
+  specialised<S>(common_storage(x, wanted.anchor || wanted.anchor_rejected, gradient), [&](auto storage) {
+    gradients<S, decltype(storage)::value>(x, wanted, coefficients, gradient, begin, end);
+  });
+}
+
+#define PGDPO_STRING(x) #x
+#define PGDPO_NAME(x) PGDPO_STRING(x)
+
+template <class S>
+constexpr Passes PASSES = {PGDPO_NAME(PGDPO_ISA), run_errors<S>, run_gradients<S>, run_elements<S>, pack_blocks};
+
+}  // namespace
+
+const Passes& passes(bool float64) {
+  return float64 ? PASSES<double> : PASSES<float>;
+}
+
+}  // namespace PGDPO_ISA
+}  // namespace pgdpo
