@@ -65,6 +65,14 @@ def make_inputs(case: Case, device: torch.device, seed: int) -> Inputs:
     return Inputs(prediction.requires_grad_(), target, held)
 
 
+def numbers(objective: pf.Objective, x: Inputs) -> dict[str, Tensor]:
+    """What the objective asks for beside the operands, by its name in `preference_loss`."""
+    if not objective.needs_posterior_scale:
+        return {}
+    # the errors of `make_inputs` add up to a half: an importance of exp(-0.025), which no threshold masks
+    return {"posterior_scale": x.prediction.new_full((x.prediction.shape[0] // 2,), 0.1, dtype=torch.float32)}
+
+
 def select(x: Inputs, pairs: Sequence[int], cast: Callable[[Tensor], Tensor] = lambda t: t) -> Inputs:
     """The inputs of some of the pairs, each tensor a copy; `cast` is applied to all but packed rows."""
     count = x.prediction.shape[0] // 2

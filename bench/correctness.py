@@ -8,7 +8,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import product
 
 import torch
@@ -16,17 +16,36 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pgdpo_fast as pf
-from pgdpo_fast import backends
+from pgdpo_fast import backends, objectives
 from pgdpo_fast.backends import native
 from pgdpo_fast.diffusion import draw_noise
 from pgdpo_fast.reference import rows
 
-from .contenders import Contender, Inputs, make_inputs, select
+from .contenders import Contender, Inputs, make_inputs, numbers, select
 from .harness import check
 from .shapes import BYTES, GRANULARITIES, REFERENCE_FORMS, SHAPES, SMALL_SHAPES, TARGET_FORMS, Case
 
-# Well-conditioned in float32, so that 1e-6 is a fair bound; the whole family is compared on the CPU by the tests.
-OBJECTIVES = (pf.PGDPO(), pf.DPO(beta=100.0, label_smoothing=0.1), pf.PGDPO(ratio="symmetric", ipr="anchor"))
+BETA = 10.0  # on the errors of `make_inputs` logits near 1: every loss is well-conditioned, 1e-6 of it a fair bound
+
+
+def with_beta(objective: pf.Objective) -> pf.Objective:
+    """The objective, and those it is made of, with `BETA` in place of a beta."""
+
+    def changed(value: object) -> object:
+        if isinstance(value, tuple):
+            return tuple(changed(item) for item in value)
+        return with_beta(value) if isinstance(value, pf.Objective) else value
+
+    values = {item.name: getattr(objective, item.name) for item in fields(objective)}
+    return replace(objective, **{name: BETA if name == "beta" else changed(value) for name, value in values.items()})
+
+
+# Every objective that has a name, then two forms of them that have passes or switches of their own.
+OBJECTIVES = (
+    *(with_beta(objectives.from_name(name)) for name in objectives.NAMES),
+    pf.PGDPO(beta=BETA, ratio="symmetric", ipr="anchor"),
+    pf.DPO(beta=BETA, label_smoothing=0.1),
+)
 TRUNCATION_SLACK = 2.0  # Triton's interpreter truncates where hardware rounds
 
 
@@ -40,9 +59,16 @@ def usable_backends(device: torch.device) -> tuple[list[str], dict[str, str]]:
     return [name for name, reason in reasons.items() if reason is None], {k: v for k, v in reasons.items() if v}
 
 
-def loss_of(x: Inputs, backend: str, granularity: str = "sample", objective: pf.Objective = OBJECTIVES[0]):
+def loss_of(x: Inputs, backend: str, granularity: str = "sample", objective: pf.Objective | None = None):
+    objective = objective or pf.PGDPO()
     return pf.preference_loss(
-        x.prediction, x.target, x.reference, objective=objective, granularity=granularity, backend=backend
+        x.prediction,
+        x.target,
+        x.reference,
+        objective=objective,
+        granularity=granularity,
+        backend=backend,
+        **numbers(objective, x),
     )
 
 
@@ -80,10 +106,16 @@ def parity_cases(dry_run: bool) -> list[Case]:
     return odd + even + grid(SHAPES["wan2.1-480p"], 1) + large
 
 
+def objective_of(case: Case, index: int) -> pf.Objective:
+    """The objective that case number `index` is compared with: all that its form of reference allows, in turns."""
+    possible = [one for one in OBJECTIVES if case.reference_form != "errors" or not one.needs_anchor]
+    return possible[index % len(possible)]
+
+
 def parity(case: Case, backend: str, device: torch.device, index: int, seed: int) -> dict:
     """Outcome of one comparison with float64: fresh inputs, poisoned memory, an incoming gradient other than 1 in
     every second case and always in float16, whose gradients would vanish without."""
-    objective = OBJECTIVES[index % (2 if case.reference_form == "errors" else 3)]
+    objective = objective_of(case, index)
     contender = Contender(backend, "", fused=True, objective=objective)
     incoming = float(case.pairs * case.shape.numel) / 2 if case.dtype == "float16" or index % 2 else 1.0
     x = make_inputs(case, device, seed + index)

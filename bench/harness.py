@@ -26,7 +26,7 @@ from torch import Tensor
 
 import pgdpo_fast as pf
 
-from .contenders import CONTENDERS, Contender, Inputs, make_inputs, select
+from .contenders import CONTENDERS, Contender, Inputs, make_inputs, numbers, select
 from .shapes import Case
 
 # Relative error allowed against float64: of a fused backend the rounding of its result alone.
@@ -55,23 +55,33 @@ class Gate:
         return self.loss_error <= self.loss_tolerance and self.gradient_error <= self.gradient_tolerance
 
 
-def oracle(x: Inputs, objective: pf.Objective, granularity: str, pair: int) -> tuple[float, Tensor]:
-    """Loss and gradient `[2, ...]` of one pair alone, by the eager backend in float64."""
-    wide = select(x, [pair], torch.Tensor.double)
+def oracle(x: Inputs, objective: pf.Objective, granularity: str, pairs: Sequence[int]) -> tuple[float, Tensor]:
+    """Loss and gradient `[2B, ...]` of these pairs alone, by the eager backend in float64."""
+    wide = select(x, pairs, torch.Tensor.double)
     loss = pf.preference_loss(
-        wide.prediction, wide.target, wide.reference, objective=objective, granularity=granularity, backend="eager"
+        wide.prediction,
+        wide.target,
+        wide.reference,
+        objective=objective,
+        granularity=granularity,
+        backend="eager",
+        **numbers(objective, wide),
     ).loss
     return loss.item(), torch.autograd.grad(loss, wide.prediction)[0]
 
 
 def check(case: Case, x: Inputs, contender: Contender, loss: Tensor, gradient: Tensor, incoming: float = 1.0) -> Gate:
-    """Compare a loss and a gradient `[2B, ...]` (times `incoming`) with float64, pair by pair to bound memory."""
+    """Compare a loss and a gradient `[2B, ...]` (times `incoming`) with float64, pair by pair to bound memory, but for
+    objectives that look at the whole batch."""
     total = error = norm = 0.0
-    for pair in range(case.pairs):
-        pair_loss, expected = oracle(x, contender.objective, case.granularity, pair)
-        total += pair_loss / case.pairs
-        expected.mul_(incoming / case.pairs)
-        error += (gradient[[pair, pair + case.pairs]].double() - expected).square().sum().item()
+    size = case.pairs if contender.objective.whole_batch else 1
+    for first in range(0, case.pairs, size):
+        pairs = range(first, first + size)
+        part, expected = oracle(x, contender.objective, case.granularity, pairs)
+        total += part * size / case.pairs
+        expected.mul_(incoming * size / case.pairs)
+        rows = [*pairs, *(pair + case.pairs for pair in pairs)]
+        error += (gradient[rows].double() - expected).square().sum().item()
         norm += expected.square().sum().item()
     slack = CACHED_ERRORS_SLACK if case.reference_form == "errors" else 1.0
     loss_tolerance, gradient_tolerance = slack * LOSS_TOLERANCE[case.dtype], GRADIENT_TOLERANCE[case.dtype]

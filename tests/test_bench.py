@@ -298,6 +298,24 @@ def test_parity_covers_the_whole_grid_at_an_odd_and_at_a_true_size():
     assert {c.shape.name for c in cases} >= set(shapes.SHAPES)
 
 
+def test_parity_compares_every_objective_that_has_a_name():
+    met = {
+        type(correctness.objective_of(case, index))
+        for index, case in enumerate(correctness.parity_cases(dry_run=False))
+        if case.shape.name == "small-odd"
+    }
+    assert met >= {listed.make for listed in objectives.LISTED.values()}
+
+
+@pytest.mark.parametrize("objective", correctness.OBJECTIVES, ids=repr)
+def test_the_bounds_of_the_parity_check_are_met_by_every_objective(objective, monkeypatch):
+    monkeypatch.setattr(correctness, "OBJECTIVES", (objective,))
+    for index, granularity in enumerate(shapes.GRANULARITIES):
+        case = shapes.Case(shapes.SMALL_SHAPES[1], 2, granularity, dtype=("float32", "bfloat16", "float16")[index])
+        found = correctness.parity(case, "native", CPU, index, seed=7)
+        assert found["status"] == "ok", found
+
+
 def test_the_speed_table_has_every_shape_and_batch_and_compile_at_one_and_sixteen_pairs():
     cases = sections.speed_cases(False)
     timed = {(case.shape.name, case.pairs, case.granularity) for case, _ in cases}
