@@ -458,7 +458,7 @@ def _measure_on_device(entry: dict, step: Step, sets: int, whole: bool) -> None:
 
 
 def measure_copy(device: torch.device, seconds: float = 2.0) -> dict:
-    """The ceiling: bytes read plus bytes written a second of a large copy, far past every cache."""
+    """The ceiling: bytes read plus bytes written per second of a large copy, far past every cache."""
     nbytes = 8 * 2**30 if device.type == "cuda" else 2**29
     timing = copy_timing(nbytes, device, seconds)
     return {"bytes": nbytes, "time": asdict(timing), "bytes_per_second": nbytes / timing.median}

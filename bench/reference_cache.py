@@ -4,7 +4,7 @@
 
 packing   change of loss and gradient by rounded predictions, against the predictions themselves
 disk      writing and reading rows of Wan2.1 480p videos, and how long a step waits for rows read ahead of it
-step      seconds a step and peak memory of training a small Wan network with cached, adapter-off and copied references
+step      seconds per step and peak memory of training a small Wan network; references cached, adapter-off and copied
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ class TextRule:
         masked: the encoder does not attend to padding.
         kept: padded rows are part of the embedding, because the network attends to them. Otherwise they are cut, and
             the network gets zeros in their place.
-        pooled: the encoder's pooled output `[D]` instead of one row a token.
+        pooled: the encoder's pooled output `[D]` instead of one row per token.
         layer: of `hidden_states`, instead of the last layer after its final norm.
         prepare: applied to the prompt first: cleaning, or a text it is put into.
         crop: the first tokens of that text, cut from the result and not counted in `length`.

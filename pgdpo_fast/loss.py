@@ -77,7 +77,7 @@ class PackedReference:
         """Pack reference predictions against their targets, both in any form `preference_loss` takes.
 
         Args:
-            format: "bf16", or "fp8": one byte an element, scaled so that a block's largest residual is 448 and its sum
+            format: "bf16", or "fp8": one byte per element, scaled so that a block's largest residual is 448 and its sum
                 of squares is kept. Rounding to 4 bits loses 0.07% of it, which at the start of training is more than
                 the gaps themselves; with it kept, sample and frame errors are those of the predictions.
             backend: "native" packs in one pass, "eager" in plain torch, to the same bytes; the others take the native

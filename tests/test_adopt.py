@@ -409,7 +409,7 @@ FORMULAS = {
     "diffusers' `train_diffusion_dpo.py`, `hinge`": Formula(hinge, lambda: {**pairs(video=(4, 8, 8)), "beta": 15.0}),
     "diffusers' `train_diffusion_dpo.py`, `ipo`": Formula(ipo, lambda: pairs(video=(4, 8, 8))),
     "VideoDPO, as shipped": Formula(a_sigmoid_a_column),
-    "VideoDPO, one margin a video": Formula(weighted, with_options(**WEIGHT)),
+    "VideoDPO, one margin per video": Formula(weighted, with_options(**WEIGHT)),
     "VideoDPO_wan": Formula(weighted, with_options(**WEIGHT)),
     "VideoDPO_wan, `cogvideo_dpo.py`": Formula(weighted_clean, with_options(**WEIGHT)),
     "RealDPO": Formula(one_against_many, one_against_many_inputs, ("chosen", "rejected")),

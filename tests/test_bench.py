@@ -57,7 +57,7 @@ def test_floor_bytes_are_those_of_the_tensors_a_call_takes():
                 return value.numel() * value.element_size()
             return sum(held(t) for t in vars(value).values() if t is not None)
 
-        scales = 2 * case.pairs * 4 if case.target_form == "built" else 0  # two scalars a pair, not counted
+        scales = 2 * case.pairs * 4 if case.target_form == "built" else 0  # two scalars per pair, not counted
         assert case.input_bytes == held(x.prediction) + held(x.target) + held(x.reference) - scales, case.key
         assert case.floor_bytes == case.input_bytes + held(x.prediction)
 

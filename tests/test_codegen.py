@@ -45,7 +45,7 @@ def compile_for(architectures, folder):
 
 def test_every_kernel_passes_every_gate_on_every_target(tmp_path):
     """No local memory, few registers, no float64 in float32 builds, atomics in the folds and the stream alone, no
-    flushed denormals, wide loads, those of the stream with a hint, sums as in two passes, 120 instructions an element.
+    flushed denormals, wide loads, those of the stream with a hint, sums as in two passes, 120 instructions per element.
     """
     rows = compile_for(("80", "90", "100"), tmp_path)
     kernels = {

@@ -118,7 +118,7 @@ def test_rows_have_the_bytes_of_the_plain_ones_and_errors_are_those_of_float64(e
 @needs_nvcc
 @pytest.mark.parametrize("format", ["bf16", "fp8"])
 def test_bits_depend_on_neither_alignment_nor_batch(emulated, format):
-    q, y = latents((4, 3, 32, 48), pairs=3, dtype=torch.bfloat16)  # five segments a pair, the last one short
+    q, y = latents((4, 3, 32, 48), pairs=3, dtype=torch.bfloat16)  # five segments per pair, the last one short
 
     def shifted(x):
         """The same values on rows that start two bytes past an aligned address."""

@@ -103,7 +103,7 @@ def poisoned_memory():
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """128 elements a segment and 64 a block, three groups of partial sums to a fold step."""
+    """128 elements per segment and 64 per block, three groups of partial sums to a fold step."""
     if DEVICE.type == "cpu":
         monkeypatch.setattr(operands, "MIN_CHUNK", 128)
         monkeypatch.setattr(triton_backend, "DEFAULT_LAUNCH", triton_backend.DEFAULT_LAUNCH._replace(block=64))
@@ -286,7 +286,9 @@ def test_many_segments_are_all_folded(monkeypatch, backend):
     assert_parity(Batch(shape=(5, 9, 1, 2), pairs=1), pf.PGDPO(B), backend, "frame")
 
 
-@pytest.mark.skipif("triton" not in FUSED or DEVICE.type == "cuda", reason="rows a program follow from the shape there")
+@pytest.mark.skipif(
+    "triton" not in FUSED or DEVICE.type == "cuda", reason="rows per program follow from the shape there"
+)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_bits_do_not_depend_on_how_many_groups_a_program_folds(small_chunks, monkeypatch, granularity):
     """One group a program, and the last of many adds the losses, or all groups in one program. Four parts a group:

@@ -26,7 +26,7 @@ GRADIENT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-6, torch.float16: 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """128 elements a segment and 64 a block, so that small videos pass through several, and memory full of NaN."""
+    """128 elements per segment and 64 per block, so that small videos pass through several, and memory full of NaN."""
     if DEVICE.type == "cpu":
         monkeypatch.setattr(operands, "MIN_CHUNK", 128)
         monkeypatch.setattr(triton_backend, "DEFAULT_LAUNCH", triton_backend.DEFAULT_LAUNCH._replace(block=64))

@@ -670,7 +670,7 @@ def test_importance_objectives_take_the_posterior_scale(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_beta_scale_gives_every_pair_a_beta_of_its_own(backend):
-    """One scale for all is another beta, one a pair holds for all its frames, and no gradient flows to it."""
+    """One scale for all is another beta, one per pair holds for all its frames, and no gradient flows to it."""
     x = Batch(dtype=torch.float64)
     inputs = x.prediction, x.target, x.reference
     scale = torch.tensor([0.5, 1.0, 3.0], device=DEVICE, requires_grad=True)

@@ -146,8 +146,8 @@ def test_lora_trains_fp32_adapters_of_the_named_layers_and_nothing_else():
     layers = {name.split(".lora_")[0] for name in trained}
     assert layers == {f"blocks.{b}.{x}" for b in (0, 1) for x in ("attn1.to_q", "attn1.to_out.0", "attn2.to_out.0")}
     assert {p.dtype for p in trained.values()} == {torch.float32}
-    plan = adapter.count_dtypes(policy)
-    assert plan["fp32 trained"] == sum(p.numel() for p in trained.values()) and plan["bf16 frozen"] > 0
+    counts = adapter.count_dtypes(policy)
+    assert counts["fp32 trained"] == sum(p.numel() for p in trained.values()) and counts["bf16 frozen"] > 0
 
 
 def test_casting_the_network_afterwards_breaks_the_dtype_policy_loudly():

@@ -590,7 +590,7 @@ def test_safeguarding_leaves_the_value_alone_and_scales_only_the_rejected_gradie
 
 
 def test_the_published_settings_of_the_safeguard():
-    """arXiv 2511.03317's code: one lambda a batch; mu by model, 0 where the script is not told."""
+    """arXiv 2511.03317's code: one lambda per batch; mu by model, 0 where the script is not told."""
     assert (pf.Safeguarded().mu, pf.Safeguarded().scope) == (0.0, "batch")
     for preset, mu in (("sd15", 0.9), ("sd15_dspo", 0.2), ("sdxl", 0.6)):
         made = getattr(pf.Safeguarded, preset)(pf.DPO(2000.0))

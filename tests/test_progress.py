@@ -23,8 +23,8 @@ def test_a_line_now_and_then_tells_count_rate_drops_and_time_left():
         now[0] += 5.0
     assert len(lines) == 2 + 99 * 5 // SECONDS - 1
     assert lines[0] == "encoding pairs: 10 of 1000 (1%)"
-    assert lines[1] == "encoding pairs: 40 of 1000 (4%), 2 a second, 0:08:00 left"
-    assert lines[-1] == "encoding pairs: 1000 of 1000 (100%), 2 a second, 0:00:00 left, 2 dropped"
+    assert lines[1] == "encoding pairs: 40 of 1000 (4%), 2 per second, 0:08:00 left"
+    assert lines[-1] == "encoding pairs: 1000 of 1000 (100%), 2 per second, 0:00:00 left, 2 dropped"
 
 
 def test_slow_items_are_told_in_seconds_each():

@@ -162,7 +162,7 @@ def test_a_release_that_never_comes_ends_in_nan_and_zeroed_counters(seed):
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """128 elements a segment, 64 a block, gradients one segment later than need be; nothing left of other tests."""
+    """128 elements per segment, 64 per block, gradients one segment later than need be; nothing left of other tests."""
     if DEVICE.type == "cpu":
         monkeypatch.setattr(operands, "MIN_CHUNK", 128)
         launch = triton_backend.DEFAULT_LAUNCH._replace(block=64, ahead=1)

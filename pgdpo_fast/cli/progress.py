@@ -40,7 +40,7 @@ class PlainProgress:
         parts = [f"{done} of {total} ({done / total:.0%})" if total else "0 of 0"]
         if worked and seconds > 0:
             rate = worked / seconds
-            parts.append(f"{rate:.3g} a second" if rate >= 1 else f"{1 / rate:.3g} s each")
+            parts.append(f"{rate:.3g} per second" if rate >= 1 else f"{1 / rate:.3g} s each")
             parts.append(f"{timedelta(seconds=round((total - done) / rate))} left")
         parts += [f"{self.dropped} dropped"] * bool(self.dropped)
         self.write(f"{self.title}: {', '.join(parts)}")

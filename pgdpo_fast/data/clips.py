@@ -1,6 +1,6 @@
 """What is known of clips before any is decoded: whether they are the files they were, and whether they fit.
 
-Both questions read every file once, a few at a time in threads, and ask at every packet whether to stop.
+Both looks read every file once, a few at a time in threads, and ask at every packet whether to stop.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ class PixelUnshuffleCodec:
     """Pixels rearranged into channels: no parameters, and decode(encode(video)) == video to the last bit.
 
     Latents are `[3 * temporal * spatial**2, (F - 1) / temporal + 1, H / spatial, W / spatial]` in [-1, 1]. In time
-    it follows the causal VAEs' rule F = temporal * k + 1: the first frame is repeated to fill its group.
+    it follows the causal VAEs' rule F = temporal * k + 1: the first frame is repeated to fill its latent frame.
     """
 
     spatial: int = 4
@@ -101,15 +101,15 @@ class PixelUnshuffleCodec:
     def encode(self, video: torch.Tensor) -> torch.Tensor:
         """uint8 [F, H, W, 3] -> fp32 [C, F', H', W']."""
         unit = _to_unit(video)
-        channels, groups, height, width = self.latent_shape(*video.shape[:3])
+        channels, frames, height, width = self.latent_shape(*video.shape[:3])
         unit = torch.cat([unit[:, :1].expand(-1, self.temporal - 1, -1, -1), unit], dim=1)
         rows = F.pixel_unshuffle(unit.transpose(0, 1), self.spatial)
-        return rows.reshape(groups, channels, height, width).transpose(0, 1).contiguous()
+        return rows.reshape(frames, channels, height, width).transpose(0, 1).contiguous()
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """[C, F', H', W'] -> uint8 [F, H, W, 3]."""
-        channels, groups, height, width = latents.shape
-        rows = latents.float().transpose(0, 1).reshape(groups * self.temporal, -1, height, width)
+        channels, frames, height, width = latents.shape
+        rows = latents.float().transpose(0, 1).reshape(frames * self.temporal, -1, height, width)
         return _to_uint8(F.pixel_shuffle(rows, self.spatial).transpose(0, 1)[:, self.temporal - 1 :])
 
 

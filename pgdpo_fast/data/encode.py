@@ -23,7 +23,7 @@ import torch
 from pgdpo_fast import __version__
 from pgdpo_fast.data.clips import content_hashes, in_order, remember_hashes, result_of
 from pgdpo_fast.data.codec import Codec
-from pgdpo_fast.data.latent_store import INDEX_FILE, SCHEMA, SHARD_NAME, STORE_FILE, LatentStore, read_state
+from pgdpo_fast.data.latent_store import INDEX_FILE, SCHEMA, SHARD_NAME, SHARDS, STORE_FILE, LatentStore, read_state
 from pgdpo_fast.data.limits import LIMITS, VideoLimits
 from pgdpo_fast.data.manifest import Dropped, Manifest, Pair, read_manifest, write_dropped
 from pgdpo_fast.data.text import TextEncoder
@@ -218,7 +218,7 @@ def encode_manifest(
                         "latent_shape": list(latent_shape),
                         "text_dim": width,
                         **({"conditioning": more} if more else {}),
-                        "groups": [],
+                        SHARDS: [],
                         "dropped": [],
                         "index": None,
                         "truncated_prompts": sum(map(text.truncates, (pair.prompt for pair in manifest.pairs))),
@@ -261,8 +261,8 @@ class _Job:
         where = self.folder.path / STORE_FILE
         if self.state and where.exists():
             self.state = self.folder.read(self.folder.path)
-        groups = self.state["groups"] if self.state else []
-        return {group["number"]: group["file"] and Shard.listed(where, group["file"]) for group in groups}
+        entries = self.state[SHARDS] if self.state else []
+        return {entry["number"]: entry["file"] and Shard.listed(where, entry["file"]) for entry in entries}
 
     def find(self) -> None:
         """Take over the whole shards that are there."""
@@ -271,7 +271,7 @@ class _Job:
         self.folder.find(lost=self.state is None)
         if self.state:
             size, finished = self.state["settings"]["pairs_per_shard"], self.folder.finished
-            self.damaged = [group for group in self.state["groups"] if group["number"] not in finished]
+            self.damaged = [entry for entry in self.state[SHARDS] if entry["number"] not in finished]
             self.dropped = {item["index"]: item for item in self.state["dropped"] if item["index"] // size in finished}
             self.state["dropped"] = [*self.dropped.values()]
 
@@ -279,8 +279,8 @@ class _Job:
         """Write store.json, from `new` where there is none; the caller holds the folder's lock."""
         before = self.folder.described()
         state = before or new
-        groups = [group for group in state["groups"] if group not in self.damaged]
-        self.write({**state, "complete": state["complete"] and not self.damaged, "groups": groups}, before)
+        entries = [entry for entry in state[SHARDS] if entry not in self.damaged]
+        self.write({**state, "complete": state["complete"] and not self.damaged, SHARDS: entries}, before)
         self.list_shards(self.folder.finished)
 
     def record(self, number: int) -> None:
@@ -290,19 +290,19 @@ class _Job:
 
     def list_shards(self, numbers: Iterable[int]) -> None:
         """Name finished shards in store.json, with the pairs dropped from them."""
-        groups, dropped = list(self.state["groups"]), list(self.state["dropped"])
-        for number in {*numbers}.difference(group["number"] for group in groups):
+        entries, dropped = list(self.state[SHARDS]), list(self.state["dropped"])
+        for number in {*numbers}.difference(entry["number"] for entry in entries):
             shard, items = self.folder.finished[number], self.folder.shards[number]
             rows = _rows(self.folder.path / shard.name) if shard else set()
-            groups.append({"number": number, "pairs": len(items), "file": shard and shard.to_dict()})
+            entries.append({"number": number, "pairs": len(items), "file": shard and shard.to_dict()})
             dropped += [self.dropped[index] for index in items if index not in rows]
-        groups.sort(key=lambda group: group["number"])
+        entries.sort(key=lambda entry: entry["number"])
         dropped.sort(key=lambda item: item["index"])
-        self.write({**self.state, "groups": groups, "dropped": dropped}, self.state)
+        self.write({**self.state, SHARDS: entries, "dropped": dropped}, self.state)
 
     def write(self, state: dict, before: dict | None) -> None:
         """Write store.json where it changes; pairs dropped from shards that are not listed are to be tried again."""
-        size, numbers = state["settings"]["pairs_per_shard"], {group["number"] for group in state["groups"]}
+        size, numbers = state["settings"]["pairs_per_shard"], {entry["number"] for entry in state[SHARDS]}
         state["dropped"] = [item for item in state["dropped"] if item["index"] // size in numbers]
         self.state = state
         if state != before:

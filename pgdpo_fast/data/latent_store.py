@@ -33,6 +33,7 @@ __all__ = ["SCHEMA", "Example", "LatentStore"]
 
 SCHEMA = 1  # version of the layout below
 STORE_FILE, INDEX_FILE = "store.json", "index.parquet"
+SHARDS = "groups"  # the key of store.json that lists the shards, as every version has written it
 SHARD_NAME = r"shard-\d{5,}(-[0-9a-f]{64})?\.safetensors"  # without the hash in stores of 0.1.0
 
 
@@ -70,21 +71,21 @@ class LatentStore:
         where = self.path / STORE_FILE
         self.metadata = read_state(self.path)
         if not self.metadata["complete"]:
-            done = sum(group["pairs"] for group in self.metadata["groups"])
+            done = sum(shard["pairs"] for shard in self.metadata[SHARDS])
             raise DataError(
                 f"{self.path}: encoding has not finished ({done} of {self.settings['manifest']['pairs']} pairs); "
                 "run the same encode command again to resume it"
             )
         self._shards = [
-            Shard.listed(where, group["file"]) if group["file"] else None for group in self.metadata["groups"]
+            Shard.listed(where, shard["file"]) if shard["file"] else None for shard in self.metadata[SHARDS]
         ]
         self._index = Shard.listed(where, self.metadata["index"])
         for shard in filter(None, self._shards):
             check_size(self.path, shard)
         index = verified(self.path, self._index)
         with laid_out(where):
-            if [group["number"] for group in self.metadata["groups"]] != list(range(len(self._shards))):
-                raise ValueError("its groups are not numbered in order")
+            if [shard["number"] for shard in self.metadata[SHARDS]] != list(range(len(self._shards))):
+                raise ValueError("its shards are not numbered in order")
         with laid_out(index):
             rows = pyarrow.parquet.read_table(index).to_pylist()
             for row in rows:
@@ -239,10 +240,10 @@ def read_state(path: Path) -> dict:
             tuple(map(int, shape))
         if len(tuple(map(int, state["latent_shape"]))) != 4:
             raise ValueError("latent_shape is not of four numbers")
-        for group in state["groups"]:
-            group["number"] + group["pairs"]
-            if group["file"] and not re.fullmatch(SHARD_NAME, Shard.listed(where, group["file"]).name):
-                raise ValueError(f"{group['file']['name']!r} is no shard")
+        for shard in state[SHARDS]:
+            shard["number"] + shard["pairs"]
+            if shard["file"] and not re.fullmatch(SHARD_NAME, Shard.listed(where, shard["file"]).name):
+                raise ValueError(f"{shard['file']['name']!r} is no shard")
         if state["complete"]:
             Shard.listed(where, state["index"])
         for item in state["dropped"]:

@@ -144,7 +144,7 @@ def _keys_and_draws(
 
 
 def _uniform(key: Sequence[Tensor], draws_b: Tensor, stream: int) -> Tensor:
-    """One float64 in (0, 1) a pair: (k + 1/2) / 2^52 for 52 random bits k, exact."""
+    """One float64 in (0, 1) per pair: (k + 1/2) / 2^52 for 52 random bits k, exact."""
     zero = torch.zeros_like(draws_b)
     high, low, _, _ = philox4x32((zero, zero, draws_b, zero + stream), key)
     return ((high << 20 | low >> 12).double() + 0.5) * 2.0**-52

@@ -126,7 +126,7 @@ class FlowMatching(DiffusionProcess):
         """c_t = Δσ (1 + g²(1 - σ)/(2σ))² / (2g²), g² = a²σ/(1 - σ), Δσ = 1 / sde_steps, float32 [B].
 
         Two Euler-Maruyama steps of the sampler of Flow-GRPO (arXiv 2505.05470) from the same x_t, with velocities whose
-        mean squared difference is e, are Gaussians whose Kullback-Leibler divergence is c_t·e a dimension. Simplifies
+        mean squared difference is e, are Gaussians whose Kullback-Leibler divergence is c_t·e per dimension. Simplifies
         to Δσ (1 + a²/2)² (1 - σ) / (2a²σ): 0 at σ = 1; below σ = Δσ, where no step starts, it keeps its value at Δσ.
         """
         a2, step = self.sde_noise**2, 1 / self.sde_steps
@@ -215,7 +215,7 @@ class DDPM(DiffusionProcess):
         """c_t = β_t² / (2 σ_t² α_t (1 - ā_t)) for ε, times ā_t for v, float32 [B]; σ_t² is the posterior variance.
 
         The Kullback-Leibler divergence of p_θ(x_{t-1}|x_t) from q(x_{t-1}|x_t, x_0) (arXiv 2006.11239, Eq. 7-8, both
-        with variance σ_t² = β_t (1 - ā_{t-1})/(1 - ā_t)) is c_t·e a dimension, e the mean squared prediction error.
+        with variance σ_t² = β_t (1 - ā_{t-1})/(1 - ā_t)) is c_t·e per dimension, e the mean squared prediction error.
         At t = 0 that variance is 0; as usual (arXiv 2102.09672) it keeps its value at t = 1. At a last step with ā = 0
         the v form is finite. With a dynamic rescale, x_0 stands for the rescaled latents.
         """

@@ -270,12 +270,12 @@ class ModelAdapter:
 
     def count_dtypes(self, model: nn.Module) -> dict[str, int]:
         """Number of weights by role and dtype, for the banner."""
-        plan: dict[str, int] = {}
+        counts: dict[str, int] = {}
         for parameter in model.parameters():
             dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[parameter.dtype]
             key = f"{dtype} {'trained' if parameter.requires_grad else 'frozen'}"
-            plan[key] = plan.get(key, 0) + parameter.numel()
-        return plan
+            counts[key] = counts.get(key, 0) + parameter.numel()
+        return counts
 
     # -- attention
 
