@@ -72,6 +72,8 @@ def test_a_key_in_the_wrong_section_is_found(tmp_path):
         ("training.xyz", None),
         ("data.shuffle", None),
         ("training.evaluation", "training.evaluation_every"),
+        ("training.val_every", "training.evaluation_every"),
+        ("data.validation_pairs", "data.evaluation_pairs"),
     ],
 )
 def test_what_was_meant_is_a_setting_or_left_open_never_the_section_itself(tmp_path, given, meant):
