@@ -314,6 +314,7 @@ def table(rows: list[Row]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, help="compute capabilities, e.g. 80 90")
+    parser.add_argument("--calls", nargs="+", help="names of the calls to compile for, by default all")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     parser.add_argument("--output", type=Path, default=RESULTS, help="the Markdown table")
     options = parser.parse_args()
@@ -321,7 +322,7 @@ def main() -> int:
         read(case, kernel, arch, cubin, sums)
         for arch in options.arch
         for case, kernel, cubin, sums in compiled(
-            CASES if arch == 90 else tuple(c for c in CASES if not c.narrow), arch
+            tuple(c for c in CASES if (arch == 90 or not c.narrow) and c.name in (options.calls or [c.name])), arch
         )
     ]
     rows.sort(key=lambda row: (row.kernel, row.case, row.arch))
