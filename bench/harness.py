@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 import pgdpo_fast as pf
+from pgdpo_fast.preemption import check_stop
 
 from .contenders import CONTENDERS, Contender, Inputs, make_inputs, numbers, select
 from .shapes import Case
@@ -128,6 +129,7 @@ def time_in_turns(steps: dict[str, Step], seconds: float, rounds: tuple[int, int
     samples: dict[str, list[float]] = {name: [] for name in steps}
     deadline, calls = time.perf_counter() + seconds, 0
     for turn in range(-1, rounds[1]):  # round -1 warms up
+        check_stop()
         if turn >= rounds[0] and time.perf_counter() > deadline:
             break
         order.shuffle(names)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from pgdpo_fast.preemption import check_stop
+
 from .harness import DEFAULT_BUDGET, Budget, environment, measure, measure_copy
 from .shapes import BATCHES, SHAPES, Case
 
@@ -53,6 +55,7 @@ def run(
     progress("copy bandwidth")
     result["copy"] = measure_copy(device, min(2.0, budget.seconds))
     for case in chosen:
+        check_stop()
         result["cases"].append(measure(case, device, seed=seed, budget=budget, progress=progress, **options))
     result["seconds"] = time.perf_counter() - started
     return result

@@ -1,7 +1,8 @@
 """SIGTERM, SIGINT and SIGHUP (a scheduler, Ctrl-C, a closed terminal) as one orderly end: save, say how to resume.
 
 The first signal raises in the main thread at once, wherever it is, so that nobody waits for a clip, a forward or a
-hash; files are whole or absent at any moment. Where several things must change together, `deferred` holds it back.
+hash; files are whole or absent at any moment. Where several things must change together, `deferred` holds it back. Long
+loops ask besides, because Python drops what is raised while it collects garbage, and raises nothing in other threads.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from contextlib import contextmanager
 
 from pgdpo_fast.errors import Preempted
 
-__all__ = ["Stop", "Stopping", "stoppable"]
+__all__ = ["Stop", "Stopping", "check_stop", "stoppable"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_entered: list[Stopping] = []  # of the `stoppable` blocks that have not been left, the innermost last
 
 
 class Stop(BaseException):
@@ -35,7 +37,7 @@ class Stopping:
         return self.name is not None
 
     def check(self) -> None:
-        """Raise Stop if a signal came: for loops, because Python drops what is raised while it collects garbage."""
+        """Raise Stop if a signal came."""
         if self.name is not None:
             raise Stop(self.name)
 
@@ -63,6 +65,12 @@ class Stopping:
             os.kill(os.getpid(), number)
 
 
+def check_stop() -> None:
+    """Raise Stop if a signal came to the innermost `stoppable` block, in any thread, and nothing holds it back."""
+    if _entered and _entered[-1].name is not None and not _entered[-1]._held_back:
+        raise Stop(_entered[-1].name)
+
+
 @contextmanager
 def stoppable(message: Callable[[str], str], saves: bool = False) -> Iterator[Stopping]:
     """Within the block the first SIGTERM, SIGINT or SIGHUP raises Stop in the main thread, which leaves as Preempted.
@@ -76,6 +84,7 @@ def stoppable(message: Callable[[str], str], saves: bool = False) -> Iterator[St
             signal is taken for Stop: compiled libraries turn it into errors of their own.
     """
     stopping, previous = Stopping(), {}
+    _entered.append(stopping)
     try:
         try:
             if threading.current_thread() is threading.main_thread():
@@ -91,3 +100,5 @@ def stoppable(message: Callable[[str], str], saves: bool = False) -> Iterator[St
         if stopping.name is None or isinstance(error, Preempted) or (saves and not isinstance(error, Stop)):
             raise
         raise Preempted(message(stopping.name)) from None
+    finally:
+        _entered.remove(stopping)

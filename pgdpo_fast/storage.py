@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from pgdpo_fast.errors import BusyError, DamagedError, DataError, PgdpoError
+from pgdpo_fast.preemption import check_stop
 
 __all__ = [
     "Shard",
@@ -172,6 +173,7 @@ def sha256_file(path: str | os.PathLike) -> str:
     with open(path, "rb", buffering=0) as file:
         while block := file.read(1 << 22):
             digest.update(block)
+            check_stop()
     return digest.hexdigest()
 
 
@@ -182,18 +184,25 @@ def weights_digest(model: torch.nn.Module) -> str:
     """
     state = sorted(model.state_dict().items())
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        digests = pool.map(_tensor_digest, (tensor for _, tensor in state))
-        lines = [
-            f"{name} {tensor.dtype} {tuple(tensor.shape)} {digest}"
-            for (name, tensor), digest in zip(state, digests, strict=True)
-        ]
+        try:
+            digests = pool.map(_tensor_digest, (tensor for _, tensor in state))
+            lines = [
+                f"{name} {tensor.dtype} {tuple(tensor.shape)} {digest}"
+                for (name, tensor), digest in zip(state, digests, strict=True)
+            ]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     return sha256_bytes("\n".join(lines).encode())
 
 
 def _tensor_digest(tensor: torch.Tensor) -> str:
-    data = tensor.detach().cpu().contiguous().flatten()
-    # numpy's arrays are buffers, which their types do not say before Python 3.12
-    return hashlib.sha256(data.view(torch.uint8).numpy() if data.numel() else b"").hexdigest()  # type: ignore[arg-type]
+    data, digest = tensor.detach().cpu().contiguous().flatten(), hashlib.sha256()
+    if data.numel():
+        for block in data.view(torch.uint8).split(1 << 26):
+            digest.update(block.numpy())  # type: ignore[arg-type]  # a buffer, which its type does not say before 3.12
+            check_stop()
+    return digest.hexdigest()
 
 
 def canonical_json(value: object) -> str:

@@ -5,11 +5,12 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 
 import pytest
 
-from pgdpo_fast.cli import main
+from pgdpo_fast.cli import demo_stages, main
 from pgdpo_fast.data.video import read_video
 from pgdpo_fast.errors import ConfigError, DataError, Preempted
 
@@ -107,8 +108,6 @@ def test_a_finished_demo_is_not_done_again(demo):
 
 
 def test_work_cut_short_is_thrown_away_not_read(tmp_path, monkeypatch):
-    from pgdpo_fast.cli import demo_stages
-
     out = tmp_path / "demo"
     render = demo_stages.render_pairs
 
@@ -136,3 +135,56 @@ def test_a_folder_of_another_demo_or_of_something_else_is_left_alone(demo, tmp_p
     assert main(["demo", "--fast", "--out", str(tmp_path)]) == DataError.exit_code
     assert main(["demo", "--fast", "--fresh", "--out", str(tmp_path)]) == DataError.exit_code
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.fixture
+def again(demo, tmp_path):
+    """A copy of the finished demo that stages can be taken from."""
+    shutil.copytree(demo, tmp_path / "again")
+    for store in ("store", "base", "reference", "runs", "summary.json", "report.html"):
+        path = tmp_path / "again" / store
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return tmp_path / "again"
+
+
+def test_a_stopped_demo_goes_on_where_it_was_whatever_its_stage(demo, again, capsys, monkeypatch):
+    command = ["demo", "--fast", "--out", str(again)]
+    monkeypatch.setattr("sys.argv", ["pgdpo-fast", *command])
+
+    def stopped_at(number, owner, name, when):
+        """Run the demo until `when` says that a call of `owner.name` is the last; returns what was printed."""
+        called = getattr(owner, name)
+
+        def call(*arguments, **options):
+            result = called(*arguments, **options)
+            if when(*arguments):
+                os.kill(os.getpid(), number)
+            return result
+
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, call)
+            assert main(command) == Preempted.exit_code
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: stopped by {number.name}") and said.count("\n") == 1
+        assert re.search(f"(resume|go on) with: pgdpo-fast {re.escape(' '.join(command))}$", said)
+
+    stopped_at(signal.SIGTERM, demo_stages._PretrainingState, "save", lambda state, step: step == 20)
+    assert not (again / "base").exists()
+    resumed, resume = [], demo_stages._PretrainingState.resume
+
+    def noted(state):
+        resumed.append(resume(state))
+        return resumed[-1]
+
+    monkeypatch.setattr(demo_stages._PretrainingState, "resume", noted)
+    stopped_at(signal.SIGINT, demo_stages._Display, "step", lambda display, row, last, health: row["step"] == 7)
+    assert resumed == [20]
+    assert not list(again.glob("base.*")) and (again / "runs/dpo/checkpoints/step_00000007").is_dir()
+    stopped_at(signal.SIGHUP, demo_stages, "sample", lambda *arguments: True)
+    assert main(command) == 0
+    for weights in (
+        "base/transformer",
+        *(f"runs/{name}/checkpoints/step_00000010/weights" for name in ("dpo", "pgdpo")),
+    ):
+        (ours,), (theirs,) = ((root / weights).glob("*.safetensors") for root in (again, demo))
+        assert ours.read_bytes() == theirs.read_bytes(), weights

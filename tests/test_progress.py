@@ -50,6 +50,9 @@ def test_encode_and_cache_reference_tell_their_progress_without_a_terminal(tmp_p
     flags = ["-m", str(manifest), "-o", str(tmp_path / "store"), *SMALL, "--max-dropped", "0.5"]
     assert main(["encode", *flags]) == 0
     said = capfd.readouterr().err
+    told = ["hashing clips: 8 of 8 (100%)", "reading headers of pairs: 4 of 4 (100%)", "encoding pairs: 4 of 4 (100%)"]
+    places = [said.index(line) for line in told]
+    assert places == sorted(places)
     assert re.search(r"^encoding pairs: 4 of 4 \(100%\), .*left, 1 dropped$", said, re.MULTILINE), said
     (tmp_path / "settings.yaml").write_text(tiny_config().to_yaml())
     assert main(["cache-reference", str(tmp_path / "settings.yaml"), "-o", str(tmp_path / "cache")]) == 0

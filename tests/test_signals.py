@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import os
 import pty
+import shutil
 import signal
 import time
 
 import pytest
+import torch
 
+from pgdpo_fast.analysis.figures import charts
+from pgdpo_fast.analysis.runs import read_rows
 from pgdpo_fast.data.synthetic import render_pairs
 from pgdpo_fast.errors import Preempted
 from pgdpo_fast.preemption import Stop, stoppable
+from pgdpo_fast.storage import sha256_file, weights_digest
+from pgdpo_fast.training.measure import check_weights
+from pgdpo_fast.training.trainer import train
 from tests.commands import Command, lines_of
 
 LONG = {"steps": 5000, "checkpoint_every": 5000, "evaluation_every": 5000}
@@ -139,3 +146,60 @@ def test_an_error_that_a_library_made_of_a_signal_is_told_as_the_signal():
             os.kill(os.getpid(), signal.SIGTERM)
         except Stop:
             raise OSError("no space to save") from None
+
+
+@pytest.mark.parametrize(("verb", "number"), [("report", signal.SIGINT), ("bench", signal.SIGTERM)])
+def test_commands_that_keep_nothing_stop_at_once_and_name_themselves(tiny_config, tmp_path, verb, number):
+    flags = ["--shapes", "videocrafter2", "--batch", 1, "--seconds", 600]
+    if verb == "report":
+        run = train(tiny_config(), display="none").run_dir
+        flags = [shutil.copytree(run, tmp_path / f"run-{number}") for number in range(8)]
+    command = Command(tmp_path, verb, *flags, "--out", tmp_path / "page")
+    command.wait_for((tmp_path / "page").exists)
+    command.send(number)
+    code, seconds = command.end()
+    assert code == 75 and seconds < 5, command.wrote
+    assert command.wrote.startswith(f"error: stopped by {number.name}; go on with: pgdpo-fast {verb} ")
+    assert command.wrote.count("\n") == 1 and not list((tmp_path / "page").iterdir())
+
+
+def test_a_sweep_in_turn_stops_at_once_and_tells_how_to_go_on(settings, tmp_path):
+    path, run = settings
+    grid = ["--grid", "objective.beta=1,2", "--set", "training.draws_per_pair=1"]
+    command = Command(tmp_path, "sweep", path, *grid, "--display", "none")
+    command.wait_for(lambda: lines_of(run / "beta=1/metrics.jsonl") > 3)
+    command.send(signal.SIGINT)
+    code, seconds = command.end()
+    assert code == 75 and seconds < 5, command.wrote
+    assert "or the whole sweep with: pgdpo-fast sweep" in command.wrote and "Traceback" not in command.wrote
+
+
+def test_long_loops_see_a_signal_whose_exception_was_lost(tmp_path):
+    """As Python loses it that comes while it collects garbage, and as threads do that read for the main thread."""
+    (tmp_path / "large").write_bytes(bytes(1000))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"step": 1}\n')
+    network = torch.nn.Linear(2, 2)
+    loops = [
+        lambda: sha256_file(tmp_path / "large"),
+        lambda: weights_digest(network),
+        lambda: check_weights(network.named_parameters(), "now"),
+        lambda: read_rows(rows),
+        lambda: charts([]),
+        lambda: render_pairs(tmp_path / "clips", pairs=1, frames=3, height=16, width=16),
+    ]
+    ended = []
+    for number, loop in enumerate(loops):
+        with pytest.raises(Preempted, match="^SIGTERM$"), stoppable(str):
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            except Stop:
+                loop()
+                ended.append(number)
+    assert not ended
+    loops[0]()  # nothing is left of it outside
+    with pytest.raises(Preempted), stoppable(str) as stopping:  # what changes together is not cut
+        with stopping.deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            digest = sha256_file(tmp_path / "large")
+    assert digest == sha256_file(tmp_path / "large")

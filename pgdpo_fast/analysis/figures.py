@@ -26,6 +26,7 @@ from pgdpo_fast.analysis.displacement import outcome  # noqa: E402
 from pgdpo_fast.analysis.runs import RunRecord, finite, running_mean  # noqa: E402
 from pgdpo_fast.analysis.verdict import join_words  # noqa: E402
 from pgdpo_fast.metrics import ACCURACIES, CHOSEN, MARGINS, REJECTED, timestep_bins  # noqa: E402
+from pgdpo_fast.preemption import check_stop  # noqa: E402
 
 __all__ = ["Chart", "charts", "power_of_ten", "unit"]
 
@@ -119,7 +120,11 @@ def charts(runs: Sequence[RunRecord]) -> list[Chart]:
     )
     runs = [replace(run, label=label) for run, label in zip(runs, _short([run.label for run in runs]), strict=True)]
     colours = {run.label: SERIES[index % len(SERIES)] for index, run in enumerate(runs)}
-    return [chart for make in makers if (chart := make(runs, colours))]
+    made = []
+    for make in makers:
+        check_stop()
+        made.append(make(runs, colours))
+    return [chart for chart in made if chart]
 
 
 def _short(labels: Sequence[str], longest: int = 20) -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any
 from pgdpo_fast.errors import DataError
 from pgdpo_fast.metrics import ACCURACIES, CHOSEN, MARGINS, REJECTED
 from pgdpo_fast.objectives import label as objective_label
+from pgdpo_fast.preemption import check_stop
 from pgdpo_fast.printable import printable
 
 __all__ = ["RunRecord", "finite", "identical_curves", "read_rows", "read_runs", "running_mean"]
@@ -184,6 +185,7 @@ def read_rows(path: Path, needed: Sequence[str] = ("step",)) -> list[Row]:
         ) from None
     rows = []
     for number, line in enumerate(lines[:-1], 1):  # a whole line ends in a newline
+        check_stop()
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pgdpo_fast.diffusion import DiffusionProcess, FlowMatching, draw_noise
 from pgdpo_fast.errors import ConfigError
 from pgdpo_fast.models import ModelAdapter, NoisedBatch
+from pgdpo_fast.preemption import check_stop
 
 __all__ = ["sample", "sampling_times"]
 
@@ -38,7 +39,7 @@ def sample(
     seed: int,
     ids: Sequence[str],
     steps: int = 32,
-    check: Callable[[], None] = lambda: None,
+    check: Callable[[], None] = check_stop,
 ) -> Tensor:
     """Sample one clip per prompt.
 
@@ -46,7 +47,7 @@ def sample(
         conditioning: of N prompts, as `Example.conditioning` holds it.
         shape: (C, F, H, W) of the latents.
         ids: N names; with `seed` they decide the noise.
-        check: called before every step; what it raises ends the sampling.
+        check: called before every step; what it raises ends the sampling. By default it looks for a signal.
 
     Returns:
         Latents `[N, C, F, H, W]`, fp32, on the model's device.

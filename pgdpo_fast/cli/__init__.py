@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         return ConfigError.exit_code
     command_line = shlex.join(["pgdpo-fast", *argv])
     try:
-        with stoppable(lambda name: f"stopped by {name}; resume with: {command_line}"):
+        with stoppable(lambda name: f"stopped by {name}; go on with: {command_line}"):
             return read_flags(_command(argv[0]), f"pgdpo-fast {argv[0]}", argv[1:]).run() or 0
     except PgdpoError as error:
         return _failed(error, error.exit_code)

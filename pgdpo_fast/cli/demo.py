@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 import time
 from contextlib import contextmanager
@@ -17,8 +18,8 @@ class Demo:
     """See likelihood displacement, and PG-DPO avoiding it, in a few minutes on two CPU cores; no network needed.
 
     Renders clips of moving objects, trains a small video transformer on them, fine-tunes it with DPO and with PG-DPO
-    from the same start and on the same draws, and writes report.html and summary.json. Run it again after an
-    interruption: finished stages are kept.
+    from the same start and on the same draws, and writes report.html and summary.json. Stopping is safe at any moment:
+    the same command goes on where it was, in the middle of a training too.
     """
 
     out: Path = Path("out/demo")
@@ -44,7 +45,7 @@ class Demo:
             discard(self.out)
         started = time.monotonic()
         with _progress() as stage:
-            report = run_demo(settings, self.out, stage)
+            report = run_demo(settings, self.out, stage, resume_command=shlex.join(["pgdpo-fast", *sys.argv[1:]]))
         _print_table(report)
         print(f"\nreport   {report.html}\nsummary  {report.summary}\ntime     {time.monotonic() - started:.0f} s")
         return 0

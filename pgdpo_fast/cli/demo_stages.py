@@ -1,8 +1,9 @@
 """The stages of `pgdpo-fast demo`: clips, store, a small model trained from scratch, one pass of it as the reference,
 two fine-tunings, clips from each.
 
-Every stage leaves a folder that is whole or absent, so a demo that was interrupted goes on where it stood. The numbers
-below were chosen for two CPU cores, where the 16 tokens a frame makes keep a training step near a tenth of a second.
+Every stage leaves a folder that is whole or absent, and the trainings keep their state besides, so a demo that was
+interrupted goes on where it stood. The numbers below were chosen for two CPU cores, where the 16 tokens a frame makes
+keep a training step near a tenth of a second.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ from pgdpo_fast.errors import ConfigError, DataError
 from pgdpo_fast.loss import paired_errors
 from pgdpo_fast.metrics import CHOSEN, MARGINS
 from pgdpo_fast.models import ModelConfig, adapter_from_config
+from pgdpo_fast.preemption import check_stop
 from pgdpo_fast.reference.cache import ReferenceCache
-from pgdpo_fast.storage import describe_bytes, read_json, write_json
+from pgdpo_fast.storage import describe_bytes, hashed_shard, load_tensors, read_json, write_json, write_shard
 from pgdpo_fast.training.batches import PairLoader, PairOrder, hold_out
 from pgdpo_fast.training.config import TrainConfig
 from pgdpo_fast.training.reference_pass import cache_reference
@@ -44,6 +46,7 @@ __all__ = ["METHODS", "DemoSettings", "discard", "run_demo"]
 Update = Callable[[float, str], None]  # share of the stage that is done, and what it says about itself
 
 FPS, TEXT_DIM, TEXT_TOKENS = 8, 32, 16
+STATE_EVERY = 10  # steps, a second's work, that an interrupted training from scratch makes again
 BETA = 100.0
 METHODS = {"DPO": {"name": "dpo", "beta": BETA}, "PG-DPO": {"name": "pgdpo", "beta": BETA}}
 # Pixels are small numbers beside unit noise (standard deviation 0.4), so noise levels are shifted towards clean.
@@ -125,33 +128,39 @@ class DemoSettings:
         }
 
 
-def run_demo(demo: DemoSettings, out: Path, stage: Callable[[str, float], Update]) -> Report:
+def run_demo(
+    demo: DemoSettings, out: Path, stage: Callable[[str, float], Update], resume_command: str = "the same call again"
+) -> Report:
     """Go through all stages into `out`.
 
     Args:
         stage: called as stage(title, weight) when one begins; returns what its progress is reported to. The
             weights of all stages add up to 1.
+        resume_command: what a message after a signal names, whatever the stage.
 
     Raises:
         ConfigError: `out` holds a demo with other settings. DataError: it holds something else, or is damaged.
+        Preempted: a signal came during encoding, the reference's pass or a fine-tuning; elsewhere the caller's block of
+            `stoppable` raises it.
     """
     _claim(out, demo)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # steps this small lose more to waiting threads than they gain, on a busy machine tenfold
     try:
-        return _run_stages(demo, out, stage)
+        return _run_stages(demo, out, stage, resume_command)
     finally:
         torch.set_num_threads(threads)
 
 
-def _run_stages(demo: DemoSettings, out: Path, stage: Callable[[str, float], Update]) -> Report:
+def _run_stages(demo: DemoSettings, out: Path, stage: Callable[[str, float], Update], resume_command: str) -> Report:
     clips = _render(demo, out / "clips", stage("Rendering clips", 0.04))
-    store = _encode(demo, clips, out / "store", stage("Encoding them", 0.02))
+    store = _encode(demo, clips, out / "store", stage("Encoding them", 0.02), resume_command)
     base = _pretrain(demo, store, out / "base", stage("Training a video model from scratch", 0.55))
     configs = {label: _config(demo, store, base, out, objective) for label, objective in METHODS.items()}
-    cache = _ask_reference(configs["DPO"], stage("Running the reference, once for both", 0.04))
+    cache = _ask_reference(configs["DPO"], stage("Running the reference, once for both", 0.04), resume_command)
     checkpoints = {
-        label: _fine_tune(config, stage(f"Fine-tuning with {label}", 0.15)) for label, config in configs.items()
+        label: _fine_tune(config, stage(f"Fine-tuning with {label}", 0.15), resume_command)
+        for label, config in configs.items()
     }
     rows = _sample(demo, store, {"base model": base, **checkpoints}, clips, stage("Sampling clips", 0.03))
     update = stage("Writing the report", 0.02)
@@ -230,7 +239,7 @@ def _render(demo: DemoSettings, folder: Path, update: Update) -> Path:
     return folder
 
 
-def _encode(demo: DemoSettings, clips: Path, folder: Path, update: Update) -> LatentStore:
+def _encode(demo: DemoSettings, clips: Path, folder: Path, update: Update, resume_command: str) -> LatentStore:
     return encode_manifest(
         clips / "manifest.jsonl",
         folder,
@@ -241,6 +250,7 @@ def _encode(demo: DemoSettings, clips: Path, folder: Path, update: Update) -> La
         width=demo.side,
         fps=FPS,
         progress=lambda done, total: update(done / total, f"{done}/{total} pairs"),
+        resume_command=resume_command,
     )
 
 
@@ -277,7 +287,9 @@ def _pretrain(demo: DemoSettings, store: LatentStore, folder: Path, update: Upda
             torch.optim.AdamW(others, lr=4e-3, betas=(0.9, 0.99), weight_decay=0.0),
         )
         peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-        for step in range(demo.pretraining_steps):
+        state = _PretrainingState(folder.with_name(f"{folder.name}.state"), model, optimizers)
+        for step in range(state.resume(), demo.pretraining_steps):
+            check_stop()
             share = step / demo.pretraining_steps
             for optimizer, peak in zip(optimizers, peaks, strict=True):
                 optimizer.param_groups[0]["lr"] = (
@@ -293,7 +305,8 @@ def _pretrain(demo: DemoSettings, store: LatentStore, folder: Path, update: Upda
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            if step % 10 == 9:
+            if step % STATE_EVERY == STATE_EVERY - 1:
+                state.save(step + 1)
                 update(
                     (step + 1) / demo.pretraining_steps,
                     f"step {step + 1}/{demo.pretraining_steps}  loss {loss.item():.3f}",
@@ -301,8 +314,53 @@ def _pretrain(demo: DemoSettings, store: LatentStore, folder: Path, update: Upda
         adapter.export(model, scratch / "transformer")
 
     _whole(folder, make)
+    shutil.rmtree(folder.with_name(f"{folder.name}.state"), ignore_errors=True)
     update(1.0, "")
     return folder
+
+
+@dataclass(frozen=True)
+class _PretrainingState:
+    """Weights and moments of the training from scratch in one file of a folder, under its hash, by which a damaged one
+    is known."""
+
+    folder: Path
+    model: nn.Module
+    optimizers: tuple[torch.optim.Optimizer, ...]
+
+    def save(self, step: int) -> None:
+        """Keep the state after `step` steps in place of the one before."""
+        before = self._files()
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for number, optimizer in enumerate(self.optimizers):
+            for place, moments in optimizer.state_dict()["state"].items():
+                tensors |= {f"{number}.{place}.{name}": moment for name, moment in moments.items()}
+        write_shard(self.folder / "state.safetensors", tensors, description=str(step), durable=False, hashed=True)
+        for file in before:
+            file.unlink()
+
+    def resume(self) -> int:
+        """Take up the newest whole state; returns its number of steps, 0 where there is none."""
+        found = [(int(whole[1]), file) for file in self._files() if (whole := hashed_shard(file))]
+        if not found:
+            return 0
+        step, file = max(found)
+        tensors = load_tensors(file)
+        states: dict[str, dict[str, torch.Tensor]] = {}
+        for name, tensor in tensors.items():
+            owner, _, rest = name.partition(".")
+            states.setdefault(owner, {})[rest] = tensor
+        self.model.load_state_dict(states["model"])
+        for number, optimizer in enumerate(self.optimizers):
+            moments: dict[int, dict[str, torch.Tensor]] = {}
+            for name, tensor in states[str(number)].items():
+                place, _, moment = name.partition(".")
+                moments.setdefault(int(place), {})[moment] = tensor
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+        return step
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("state-*.safetensors"))
 
 
 def _align(model: nn.Module) -> nn.Module:
@@ -364,17 +422,20 @@ def _config(demo: DemoSettings, store: LatentStore, base: Path, out: Path, objec
     )
 
 
-def _ask_reference(config: TrainConfig, update: Update) -> ReferenceCache:
+def _ask_reference(config: TrainConfig, update: Update, resume_command: str) -> ReferenceCache:
     """The reference's errors at every draw the two runs share; neither then loads or runs it."""
     cache = cache_reference(
-        config, config.data.reference_cache, progress=lambda done, total: update(done / total, f"{done}/{total} rows")
+        config,
+        config.data.reference_cache,
+        progress=lambda done, total: update(done / total, f"{done}/{total} rows"),
+        resume_command=resume_command,
     )
     update(1.0, "")
     return cache
 
 
-def _fine_tune(config: TrainConfig, update: Update) -> Path:
-    result = train(config, display=_Display(update))
+def _fine_tune(config: TrainConfig, update: Update, resume_command: str) -> Path:
+    result = train(config, display=_Display(update), resume_command=resume_command)
     update(1.0, "")
     return result.checkpoint
 

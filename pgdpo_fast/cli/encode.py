@@ -169,6 +169,7 @@ class Encode:
                 tell=told,
                 provenance={"model": self.model, "revision": self.revision},
                 progress=progress,
+                reading=progress.before,
                 rank=share.rank,
                 world_size=share.world_size,
                 resume_command=shlex.join(["pgdpo-fast", *sys.argv[1:]]),

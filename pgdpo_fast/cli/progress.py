@@ -45,6 +45,10 @@ class PlainProgress:
         parts += [f"{self.dropped} dropped"] * bool(self.dropped)
         self.write(f"{self.title}: {', '.join(parts)}")
 
+    def before(self, title: str) -> PlainProgress:
+        """The progress of work that comes before this, shown where this is."""
+        return PlainProgress(title, self.write, self.clock)
+
 
 @contextmanager
 def rows_progress(console, title: str, shown: bool = True) -> Iterator[PlainProgress]:
@@ -75,6 +79,9 @@ class _Bar(PlainProgress):
     def __init__(self, bar, title: str):
         super().__init__(title, bar.console.print)
         self.bar, self.task = bar, bar.add_task(title, total=None)
+
+    def before(self, title: str) -> PlainProgress:
+        return _Bar(self.bar, title)
 
     def __call__(self, done: int, total: int) -> None:
         title = f"{self.title} ({self.dropped} dropped)" if self.dropped else self.title

@@ -48,8 +48,13 @@ def in_order(items: Iterable[T], call: Callable[[T], R], stop: Stop, ahead: int 
         pool.shutdown(cancel_futures=True)
 
 
-def content_hashes(paths: Iterable[Path], remembered: Path, stop: Stop) -> dict[Path, str]:
-    """sha256 of every file. A file whose size, inode and times are those in `remembered` is not read again."""
+def content_hashes(
+    paths: Iterable[Path], remembered: Path, stop: Stop, progress: Callable[[int, int], None] = lambda done, total: None
+) -> dict[Path, str]:
+    """sha256 of every file. A file whose size, inode and times are those in `remembered` is not read again.
+
+    `progress(done, total)` is called after every file.
+    """
     paths = list(dict.fromkeys(paths))
     try:
         known = read_json(remembered)
@@ -72,7 +77,11 @@ def content_hashes(paths: Iterable[Path], remembered: Path, stop: Stop) -> dict[
                 f"{path}: {error.strerror or error}; restore the clip, or read the manifest again"
             ) from None
 
-    return dict(zip(paths, in_order(paths, digest, stop), strict=True))
+    hashes = {}
+    for path, found in zip(paths, in_order(paths, digest, stop), strict=True):
+        hashes[path] = found
+        progress(len(hashes), len(paths))
+    return hashes
 
 
 def remember_hashes(hashes: dict[Path, str], remembered: Path) -> None:

@@ -113,6 +113,7 @@ def encode_manifest(
     limits: VideoLimits = LIMITS,
     provenance: dict | None = None,
     progress: Callable[[int, int], None] | None = None,
+    reading: Callable[[str], Callable[[int, int], None]] = lambda title: lambda done, total: None,
     tell: Callable[[str], None] = lambda text: None,
     rank: int = 0,
     world_size: int = 1,
@@ -124,8 +125,10 @@ def encode_manifest(
     prompt through `text`. Tensors are stored in `dtype`. A pair with an unusable clip is dropped and listed in
     `store.dropped` and dropped.jsonl, or with `strict` is an error. Existing work in `output` made with the same
     settings, the sha256 of every clip among them, is verified, kept and continued. `progress(done, total)` is called
-    after every pair, `tell(line)` for every dropped pair, for what of the clips 8-bit frames cannot hold and
-    for a damaged store.json that was set aside; `provenance` (paths, versions) is recorded but decides nothing.
+    after every pair; `reading(title)` returns what is called like it as the clips are hashed, and then as the headers
+    of pairs are read, before the first is encoded; `tell(line)` is called for every dropped pair, for what of the clips
+    8-bit frames cannot hold and for a damaged store.json that was set aside; `provenance` (paths, versions) is recorded
+    but decides nothing.
     Calls of several processes, of this `rank` and `world_size` or not, share the work and return when all is done.
 
     Before the first pair is encoded the headers and packets of all clips are read. A larger share of the manifest's
@@ -173,7 +176,7 @@ def encode_manifest(
         try:
             real_folder(output, STAGING)
             clips = [path for pair in manifest.pairs for path in (pair.chosen, pair.rejected)]
-            hashes = content_hashes(clips, output / STAGING / CLIPS_FILE, stop)
+            hashes = content_hashes(clips, output / STAGING / CLIPS_FILE, stop, reading("hashing clips"))
             settings["manifest"] = {"pairs": len(manifest), "sha256": _manifest_hash(manifest, hashes)}
             starts = range(0, len(manifest), per_shard)
             folder = ShardFolder(
@@ -202,7 +205,7 @@ def encode_manifest(
                 + 2 * min(per_shard, len(manifest)) * pair_bytes * bool(todo),
                 "encoding the remaining pairs",
             )
-            job.probe()
+            job.probe(reading("reading headers of pairs"))
             if folder.done:
                 folder.report()
             with folder.locked():
@@ -325,13 +328,15 @@ class _Job:
         listed = {item["index"]: item for item in self.state["dropped"]} if self.state else {}
         return [item for _, item in sorted({**self.dropped, **listed}.items())]
 
-    def probe(self) -> None:
+    def probe(self, progress: Callable[[int, int], None]) -> None:
         """Read the headers and packets of the clips of missing shards, and drop the pairs that cannot be encoded."""
         staged = {path.stem.partition("-")[0] for path in self.folder.path.glob(f"{STAGING}/*/*-*")}
         missing = [index for number in self.folder.missing for index in self.folder.shards[number]]
         todo = [index for index in missing if f"{index:010d}" not in staged]
         notes: dict[str, list[Path]] = {}
-        for index, found in zip(todo, in_order(todo, self._probe_pair, self.folder.stop), strict=True):
+        read = zip(todo, in_order(todo, self._probe_pair, self.folder.stop), strict=True)
+        for number, (index, found) in enumerate(read, 1):
+            progress(number, len(todo))
             if isinstance(found, _Unusable):
                 self._drop(index, found)
                 continue

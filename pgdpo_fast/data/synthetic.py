@@ -21,6 +21,7 @@ from pgdpo_fast.data.manifest import Pair, write_manifest
 from pgdpo_fast.data.video import write_video
 from pgdpo_fast.errors import ConfigError
 from pgdpo_fast.options import choice
+from pgdpo_fast.preemption import check_stop
 
 __all__ = ["DISTANCES", "FAULTS", "Scene", "make_scene", "render_pairs", "render_scene"]
 
@@ -119,6 +120,7 @@ def render_pairs(
     directory = Path(directory).absolute()
     rows = []
     for number in range(pairs):
+        check_stop()
         draw = random.Random(hashlib.blake2b(f"{seed}|{number}".encode(), digest_size=16).digest())
         scene = (scene_of or make_scene)(draw)
         fault = FAULTS[number % len(FAULTS)]

@@ -15,6 +15,7 @@ from torch import Tensor
 from pgdpo_fast.errors import NonFiniteError
 from pgdpo_fast.loss import PreferenceLossOutput
 from pgdpo_fast.metrics import ACCURACIES, MEANS, PAIR_QUANTITIES
+from pgdpo_fast.preemption import check_stop
 from pgdpo_fast.storage import atomic_file
 from pgdpo_fast.training.batches import Batch, Visit
 
@@ -53,7 +54,11 @@ def to_row(measured: Sequence[Measured], norm: Tensor | None = None) -> dict[str
 
 def check_weights(parameters: Iterable[tuple[str, Tensor]], when: str) -> None:
     """Raise NonFiniteError naming the first of the weights (name, tensor) that holds a NaN or an infinity. Syncs."""
-    bad = [name for name, values in parameters if not bool(torch.isfinite(values).all())]
+    bad = []
+    for name, values in parameters:
+        check_stop()
+        if not bool(torch.isfinite(values).all()):
+            bad.append(name)
     if bad:
         raise NonFiniteError(
             f"{len(bad)} of the network's weights hold NaN or infinite numbers {when}, first: {bad[0]}; restore the "

@@ -212,17 +212,18 @@ def sweep(
             began = time.perf_counter()
             if devices:
                 representative = _on(representative, devices[0])
-            cache = cache_reference(representative, folder, progress=progress)
+            cache = cache_reference(representative, folder, progress=progress, resume_command=resume_command)
             cache_of |= dict.fromkeys(names, folder)
             note(f"reference  {len(cache)} rows in {folder} for {len(names)} runs, {time.perf_counter() - began:.1f} s")
         jobs = [_Job(name, config, tuple(keys), cache_of[name]) for name, config in configs.items()]
-        with closing(_spread(jobs, devices, note) if devices else _in_turn(jobs, display, note)) as ended:
-            for outcome in ended:
-                outcomes[outcome.name] = outcome
-                if outcome.failure:
-                    note(f"{outcome.name} failed: {outcome.failure}")
-    except Preempted as error:
-        raise Preempted(f"{error}; or the whole sweep with: {resume_command}") from error
+        try:
+            with closing(_spread(jobs, devices, note) if devices else _in_turn(jobs, display, note)) as ended:
+                for outcome in ended:
+                    outcomes[outcome.name] = outcome
+                    if outcome.failure:
+                        note(f"{outcome.name} failed: {outcome.failure}")
+        except Preempted as error:
+            raise Preempted(f"{error}; or the whole sweep with: {resume_command}") from error
     finally:
         found = [outcomes[name] for name in configs if name in outcomes]
         rows = [{**vars(outcome), "run_dir": str(outcome.run_dir), "cache": str(outcome.cache)} for outcome in found]

@@ -17,14 +17,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from pgdpo_fast.errors import DataError, OutOfMemoryError, PgdpoError, Preempted
 from pgdpo_fast.loss import ReferenceErrors, preference_loss
 from pgdpo_fast.metrics import ACCURACIES, CHOSEN, MARGINS, MEANS, REJECTED, timestep_bins
-from pgdpo_fast.preemption import stoppable
+from pgdpo_fast.preemption import Stop, stoppable
 from pgdpo_fast.storage import exclusive_lock, real_path, remove_temporaries
 from pgdpo_fast.training import measure
 from pgdpo_fast.training.callbacks import Callback
@@ -60,6 +60,7 @@ def train(
     change: Sequence[str] = (),
     display: str | Display = "auto",
     callbacks: Sequence[Callback | Callable[[int, Run], None]] = (),
+    resume_command: str = "",
 ) -> RunResult:
     """Train, or go on training, into `config.output.dir`.
 
@@ -71,6 +72,7 @@ def train(
         display: "auto", "live", "plain", "none" or a `Display`.
         callbacks: more of them than `config.callbacks` names; a function is called as function(step, run) with every
             evaluation.
+        resume_command: what a message after a signal names to go on with, by default `pgdpo-fast train` of this run.
 
     Raises:
         ConfigError: settings that do not fit each other, the store or the checkpoint.
@@ -82,7 +84,8 @@ def train(
     root = Path(config.output.dir)
 
     def stopped(name: str) -> str:
-        return f"stopped by {name} before {root} was loaded, nothing is lost; run the same command again"
+        again = f"resume with: {resume_command}" if resume_command else "run the same command again"
+        return f"stopped by {name} before {root} was loaded, nothing is lost; {again}"
 
     with stoppable(stopped, saves=True) as stopping, exclusive_lock(root):
         for file in FILES:
@@ -104,7 +107,8 @@ def train(
             for callback in run.callbacks:
                 if isinstance(callback, Callback):
                     callback.start(run)
-            return _loop(run, start, shown)
+            again = f"pgdpo-fast train {shlex.quote(str(root / 'config.yaml'))} --resume auto"
+            return _loop(run, start, shown, resume_command or again)
         except BaseException as error:
             with suppress(OSError):  # the disk may be what failed
                 log.write(str(error) if isinstance(error, Preempted) else traceback.format_exc())
@@ -117,7 +121,7 @@ def train(
             shown.close()
 
 
-def _loop(run: Run, start: int, display: Display) -> RunResult:
+def _loop(run: Run, start: int, display: Display, resume_command: str) -> RunResult:
     options, last = run.config.training, run.config.training.steps
     # a checkpoint of another run directory does not count as this run's own
     saved = run.resumed_from
@@ -163,7 +167,11 @@ def _loop(run: Run, start: int, display: Display) -> RunResult:
     except BaseException:  # Stop, or what a compiled library made of it
         if run.stopping.name is None:
             raise
-        _preempt(run, done, saved, run.stopping.name)
+        with suppress(Stop), run.stopping.deferred():
+            _save_stopped(run, done, saved)
+        raise Preempted(
+            f"stopped by {run.stopping.name} after step {done}, state saved; resume with: {resume_command}"
+        ) from None
     saved = saved or run.save(last)
     run.tensorboard.close()
     run.note(f"finished at step {last}; weights in {saved / WEIGHTS}")
@@ -245,16 +253,12 @@ def _read_ahead(run: Run, start: int, last: int) -> Iterator[tuple[int, list, fl
             yield step, tensors, waited
 
 
-def _preempt(run: Run, step: int, saved: Path | None, name: str) -> NoReturn:
+def _save_stopped(run: Run, step: int, saved: Path | None) -> None:
     for parameter in run.optimizer.parameters.values():  # off while the reference runs, and an export asks it
         parameter.requires_grad_(True)
     if saved is None or not saved.name.endswith(f"{step:08d}"):
         run.save(step)
     run.tensorboard.close()
-    raise Preempted(
-        f"stopped by {name} after step {step}, state saved; resume with: "
-        f"pgdpo-fast train {shlex.quote(str(run.root / 'config.yaml'))} --resume auto"
-    )
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
