@@ -151,6 +151,69 @@ def characters():
     )
 
 
+@pytest.fixture(scope="session")
+def rows_stand_alone():
+    """check(ours, rows, shape): two rows in one batch of a family's adapter are what each is alone; `more` is what the
+    network is told beside what `rows` holds."""
+    from pgdpo_fast.models import NoisedBatch
+
+    @torch.no_grad()
+    def check(ours, rows, shape, **more):
+        model, timestep = ours.load(), torch.tensor([900.0, 30.0])
+        noised = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+        found = ours.predict(model, NoisedBatch(noised, timestep, {**ours.collate(rows), **more}))
+        for row in range(2):
+            one = slice(row, row + 1)
+            conditioning = {**ours.collate(rows[one]), **{name: values[one] for name, values in more.items()}}
+            alone = ours.predict(model, NoisedBatch(noised[one], timestep[one], conditioning))
+            torch.testing.assert_close(found[one], alone, atol=1e-6, rtol=1e-5)
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def checkpointing_changes_no_bit():
+    """check(adapter, row, shape): `adapter(**options)` gives the same gradients with and without checkpointing."""
+    from pgdpo_fast.models import NoisedBatch
+
+    def check(adapter, row, shape):
+        gradients = []
+        noised = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+        for checkpointing in (False, True):
+            ours = adapter(train="full", gradient_checkpointing=checkpointing)
+            policy = ours.make_trainable(ours.load())
+            batch = NoisedBatch(noised, torch.tensor([500.0]), ours.collate([row]))
+            ours.predict(policy, batch).square().mean().backward()
+            gradients.append([parameter.grad for parameter in policy.parameters()])
+        assert any(gradient is not None for gradient in gradients[0])
+        assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True) if pair[0] is not None)
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def diffusers_loads():
+    """check(pipeline, adapter, weights, train, lora, row, shape): diffusers makes of exported weights the network that
+    `restore` makes of them, which is not the one training began with."""
+    from pgdpo_fast.models import NoisedBatch
+
+    def check(pipeline, adapter, weights, kind, lora, row, shape):
+        ours = adapter(train=kind, lora=lora)
+        policy = ours.make_trainable(ours.load())
+        ours.restore(policy, weights)
+        if kind == "full":
+            theirs = type(pipeline.transformer).from_pretrained(weights)
+        else:
+            theirs = adapter().load()
+            type(pipeline)(**{**pipeline.components, "transformer": theirs}).load_lora_weights(weights)
+        batch = NoisedBatch(torch.randn(1, *shape), torch.tensor([500.0]), ours.collate([row]))
+        policy, theirs = (model.requires_grad_(False).eval() for model in (policy, theirs))
+        assert torch.equal(ours.predict(policy, batch), ours.predict(theirs, batch))
+        assert not torch.equal(ours.predict(policy, batch), ours.predict(adapter().load(), batch))
+
+    return check
+
+
 @pytest.fixture
 def whole_way(tmp_path):
     """go(family, model, train, **size) walks a family from clips to a resumed run and returns its configuration and

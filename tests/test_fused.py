@@ -25,17 +25,7 @@ from pgdpo_fast.objectives import Terms
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FUSED = [name for name in ("triton", "native") if backends.unavailable(name, DEVICE) is None]
 GRANULARITIES = ("sample", "frame", "element")
-FIELDS = (
-    "per_pair_loss",
-    "logits",
-    "alpha",
-    "gamma",
-    "importance",
-    "policy_chosen_error",
-    "policy_rejected_error",
-    "chosen_gap",
-    "rejected_gap",
-)
+FIELDS = operands.Telemetry._fields
 B = 50.0
 OBJECTIVES = {
     "dpo": pf.DPO(B),

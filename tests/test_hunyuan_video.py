@@ -1,6 +1,7 @@
 """HunyuanVideo: encoded, called, trained, exported and resumed as diffusers' own pipeline would have it."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -129,50 +130,24 @@ def test_the_network_is_called_as_the_pipeline_calls_it(pipeline, folder, dtype)
         assert not torch.equal(ours.predict(model, other), expected), name
 
 
-@torch.no_grad()
-def test_rows_of_a_batch_keep_their_own_masks(folder):
-    ours, generator = adapter(folder), torch.Generator().manual_seed(0)
-    model = ours.load()
-    rows = [{"text": torch.randn(n, 16, generator=generator), "pooled_text": torch.randn(8, generator=generator)}
-            for n in (3, 9)]  # fmt: skip
-    noised, timestep = torch.randn(2, 4, 2, 4, 4, generator=generator), torch.tensor([900.0, 30.0])
-    found = ours.predict(model, NoisedBatch(noised, timestep, ours.collate(rows)))
-    for row in range(2):
-        one = slice(row, row + 1)
-        alone = ours.predict(model, NoisedBatch(noised[one], timestep[one], ours.collate(rows[one])))
-        torch.testing.assert_close(found[one], alone, atol=1e-6, rtol=1e-5)
+def test_rows_of_a_batch_keep_their_own_masks(folder, rows_stand_alone):
+    generator = torch.Generator().manual_seed(0)
+    rows = [{"text": torch.randn(count, 16, generator=generator), "pooled_text": torch.ones(8)} for count in (3, 9)]
+    rows_stand_alone(adapter(folder), rows, (4, 2, 4, 4))
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_the_whole_way_from_clips_to_weights_diffusers_loads(pipeline, folder, whole_way, kind):
+def test_the_whole_way_from_clips_to_weights_diffusers_loads(pipeline, folder, whole_way, diffusers_loads, kind):
     config, weights = whole_way("hunyuan-video", folder, kind, frames=5, height=32, width=32)
     assert config.build_process().shift == 7.0
-    ours = adapter(folder, train=kind, lora=config.model.lora)
-    policy = ours.make_trainable(ours.load())
-    ours.restore(policy, weights)
-    if kind == "full":
-        theirs = HunyuanVideoTransformer3DModel.from_pretrained(weights)
-    else:
-        theirs = adapter(folder).load()
-        HunyuanVideoPipeline(**{**pipeline.components, "transformer": theirs}).load_lora_weights(weights)
-    conditioning = ours.collate([{"text": torch.randn(5, 16), "pooled_text": torch.randn(8)}])
-    batch = NoisedBatch(torch.randn(1, 4, 2, 4, 4), torch.tensor([500.0]), conditioning)
-    policy, theirs = (model.requires_grad_(False).eval() for model in (policy, theirs))
-    assert torch.equal(ours.predict(policy, batch), ours.predict(theirs, batch))
-    assert not torch.equal(ours.predict(policy, batch), ours.predict(adapter(folder).load(), batch))
+    row = {"text": torch.randn(5, 16), "pooled_text": torch.randn(8)}
+    diffusers_loads(pipeline, partial(adapter, folder), weights, kind, config.model.lora, row, (4, 2, 4, 4))
 
 
-def test_gradient_checkpointing_changes_no_bit(folder):
-    gradients = []
-    for checkpointing in (False, True):
-        ours = adapter(folder, train="full", gradient_checkpointing=checkpointing)
-        policy = ours.make_trainable(ours.load())
-        generator = torch.Generator().manual_seed(0)
-        conditioning = ours.collate([{"text": torch.randn(5, 16, generator=generator), "pooled_text": torch.ones(8)}])
-        noised = torch.randn(1, 4, 2, 4, 4, generator=generator)
-        ours.predict(policy, NoisedBatch(noised, torch.tensor([500.0]), conditioning)).square().mean().backward()
-        gradients.append([parameter.grad for parameter in policy.parameters()])
-    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True) if pair[0] is not None)
+def test_gradient_checkpointing_changes_no_bit(folder, checkpointing_changes_no_bit):
+    checkpointing_changes_no_bit(
+        partial(adapter, folder), {"text": torch.randn(5, 16), "pooled_text": torch.randn(8)}, (4, 2, 4, 4)
+    )
 
 
 def test_a_store_or_network_that_does_not_fit_is_named(folder, stored):

@@ -1,5 +1,7 @@
 """LTX-Video: encoded, called, trained, exported and resumed as diffusers' own pipeline would have it."""
 
+from functools import partial
+
 import pytest
 import torch
 from diffusers import AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler, LTXPipeline, LTXVideoTransformer3DModel
@@ -96,51 +98,22 @@ def test_the_network_is_called_as_the_pipeline_calls_it(pipeline, folder, dtype)
     assert not torch.equal(ours.predict(model, slower), ours.predict(model, batch))
 
 
-@torch.no_grad()
-def test_rows_of_a_batch_keep_their_own_masks_and_frame_rates(folder):
-    ours, generator = adapter(folder), torch.Generator().manual_seed(0)
-    model = ours.load()
-    texts = [{"text": torch.randn(rows, 16, generator=generator)} for rows in (3, 9)]
-    noised, timestep = torch.randn(2, 8, 2, 2, 2, generator=generator), torch.tensor([900.0, 30.0])
-    rates = torch.tensor([8.0, 24.0])
-    together = {**ours.collate(texts), "frame_rate": rates}
-    found = ours.predict(model, NoisedBatch(noised, timestep, together))
-    for row in range(2):
-        alone = {**ours.collate(texts[row : row + 1]), "frame_rate": rates[row : row + 1]}
-        one = ours.predict(model, NoisedBatch(noised[row : row + 1], timestep[row : row + 1], alone))
-        torch.testing.assert_close(found[row : row + 1], one, atol=1e-6, rtol=1e-5)
+def test_rows_of_a_batch_keep_their_own_masks_and_frame_rates(folder, rows_stand_alone):
+    generator = torch.Generator().manual_seed(0)
+    rows = [{"text": torch.randn(count, 16, generator=generator)} for count in (3, 9)]
+    rows_stand_alone(adapter(folder), rows, (8, 2, 2, 2), frame_rate=torch.tensor([8.0, 24.0]))
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_the_whole_way_from_clips_to_weights_diffusers_loads(pipeline, folder, whole_way, kind):
+def test_the_whole_way_from_clips_to_weights_diffusers_loads(pipeline, folder, whole_way, diffusers_loads, kind):
     config, weights = whole_way("ltx", folder, kind, frames=9, height=64, width=64)
     assert config.process["name"] == "flow-matching" and config.process["shift"] == pytest.approx(7.768, abs=1e-3)
-    ours = adapter(folder, train=kind, lora=config.model.lora)
-    policy = ours.make_trainable(ours.load())
-    ours.restore(policy, weights)
-    if kind == "full":
-        theirs = LTXVideoTransformer3DModel.from_pretrained(weights)
-    else:
-        theirs = adapter(folder).load()
-        LTXPipeline(**{**pipeline.components, "transformer": theirs}).load_lora_weights(weights)
-    conditioning = ours.collate([{"text": torch.randn(5, 16)}])
-    batch = NoisedBatch(torch.randn(1, 8, 2, 2, 2), torch.tensor([500.0]), conditioning)
-    policy, theirs = (model.requires_grad_(False).eval() for model in (policy, theirs))
-    assert torch.equal(ours.predict(policy, batch), ours.predict(theirs, batch))
-    assert not torch.equal(ours.predict(policy, batch), ours.predict(adapter(folder).load(), batch))
+    row = {"text": torch.randn(5, 16)}
+    diffusers_loads(pipeline, partial(adapter, folder), weights, kind, config.model.lora, row, (8, 2, 2, 2))
 
 
-def test_gradient_checkpointing_changes_no_bit(folder):
-    gradients = []
-    for checkpointing in (False, True):
-        ours = adapter(folder, train="full", gradient_checkpointing=checkpointing)
-        policy = ours.make_trainable(ours.load())
-        generator = torch.Generator().manual_seed(0)
-        conditioning = ours.collate([{"text": torch.randn(5, 16, generator=generator)}])
-        noised = torch.randn(1, 8, 2, 2, 2, generator=generator)
-        ours.predict(policy, NoisedBatch(noised, torch.tensor([500.0]), conditioning)).square().mean().backward()
-        gradients.append([parameter.grad for parameter in policy.parameters()])
-    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True) if pair[0] is not None)
+def test_gradient_checkpointing_changes_no_bit(folder, checkpointing_changes_no_bit):
+    checkpointing_changes_no_bit(partial(adapter, folder), {"text": torch.randn(5, 16)}, (8, 2, 2, 2))
 
 
 def test_a_store_of_another_model_is_named(folder, stored):

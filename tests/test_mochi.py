@@ -1,5 +1,7 @@
 """Mochi: encoded, called, trained, exported and resumed as diffusers' own pipeline would have it."""
 
+from functools import partial
+
 import pytest
 import torch
 from diffusers import AutoencoderKLMochi, FlowMatchEulerDiscreteScheduler, MochiPipeline, MochiTransformer3DModel
@@ -113,50 +115,22 @@ def test_the_network_is_called_as_the_pipeline_calls_it(pipeline, folder, dtype)
     assert not torch.equal(ours.predict(model, other), -expected)
 
 
-@torch.no_grad()
-def test_rows_of_a_batch_keep_their_own_masks(folder):
-    ours, generator = adapter(folder), torch.Generator().manual_seed(0)
-    model = ours.load()
+def test_rows_of_a_batch_keep_their_own_masks(folder, rows_stand_alone):
+    generator = torch.Generator().manual_seed(0)
     rows = [{"text": torch.randn(count, 16, generator=generator)} for count in (3, 9)]
-    noised, timestep = torch.randn(2, 12, 2, 4, 4, generator=generator), torch.tensor([900.0, 30.0])
-    found = ours.predict(model, NoisedBatch(noised, timestep, ours.collate(rows)))
-    for row in range(2):
-        one = slice(row, row + 1)
-        alone = ours.predict(model, NoisedBatch(noised[one], timestep[one], ours.collate(rows[one])))
-        torch.testing.assert_close(found[one], alone, atol=1e-6, rtol=1e-5)
+    rows_stand_alone(adapter(folder), rows, (12, 2, 4, 4))
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_the_whole_way_from_clips_to_weights_diffusers_loads(pipeline, folder, whole_way, kind):
+def test_the_whole_way_from_clips_to_weights_diffusers_loads(pipeline, folder, whole_way, diffusers_loads, kind):
     config, weights = whole_way("mochi", folder, kind, frames=7, height=32, width=32)
     assert config.process["name"] == "flow-matching" and config.build_process().shift == 1.0
-    ours = adapter(folder, train=kind, lora=config.model.lora)
-    policy = ours.make_trainable(ours.load())
-    ours.restore(policy, weights)
-    if kind == "full":
-        theirs = MochiTransformer3DModel.from_pretrained(weights)
-    else:
-        theirs = adapter(folder).load()
-        MochiPipeline(**{**pipeline.components, "transformer": theirs}).load_lora_weights(weights)
-    batch = NoisedBatch(
-        torch.randn(1, 12, 2, 4, 4), torch.tensor([500.0]), ours.collate([{"text": torch.randn(5, 16)}])
-    )
-    policy, theirs = (model.requires_grad_(False).eval() for model in (policy, theirs))
-    assert torch.equal(ours.predict(policy, batch), ours.predict(theirs, batch))
-    assert not torch.equal(ours.predict(policy, batch), ours.predict(adapter(folder).load(), batch))
+    row = {"text": torch.randn(5, 16)}
+    diffusers_loads(pipeline, partial(adapter, folder), weights, kind, config.model.lora, row, (12, 2, 4, 4))
 
 
-def test_gradient_checkpointing_changes_no_bit(folder):
-    gradients = []
-    for checkpointing in (False, True):
-        ours = adapter(folder, train="full", gradient_checkpointing=checkpointing)
-        policy = ours.make_trainable(ours.load())
-        generator = torch.Generator().manual_seed(0)
-        conditioning = ours.collate([{"text": torch.randn(5, 16, generator=generator)}])
-        noised = torch.randn(1, 12, 2, 4, 4, generator=generator)
-        ours.predict(policy, NoisedBatch(noised, torch.tensor([500.0]), conditioning)).square().mean().backward()
-        gradients.append([parameter.grad for parameter in policy.parameters()])
-    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True) if pair[0] is not None)
+def test_gradient_checkpointing_changes_no_bit(folder, checkpointing_changes_no_bit):
+    checkpointing_changes_no_bit(partial(adapter, folder), {"text": torch.randn(5, 16)}, (12, 2, 4, 4))
 
 
 def test_a_store_of_another_model_is_named(folder, stored):
