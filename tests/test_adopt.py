@@ -572,6 +572,11 @@ def test_in_bfloat16_the_recipe_has_no_digit_of_the_logit_and_ours_has_seven(ste
     assert ours < after_float < recipe and cached < recipe
 
 
+def test_the_readme_counts_the_losses_of_the_table():
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    assert re.search(r"(\d+) losses of public trainers", readme)[1] == str(len(table()))
+
+
 def test_the_readme_names_the_columns_that_are_measured():
     readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
     assert f"| dtype, s | {' | '.join(CONTENDERS)} |" in readme.replace("`.float()`", ".float()")

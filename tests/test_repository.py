@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pgdpo_fast import cli
+from pgdpo_fast import cli, errors
 from pgdpo_fast.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,6 +71,12 @@ def test_the_readme_names_every_family_among_the_models_and_where_none_was_loade
     (weights,) = [line for line in readme.splitlines() if line.startswith("| real weights")]
     for _, name in FAMILIES.values():
         assert name in models and name in weights, name
+
+
+def test_the_readme_explains_every_exit_code():
+    table = (ROOT / "README.md").read_text().partition("| exit code |")[2].partition("\n\n")[0]
+    codes = {error.exit_code for error in vars(errors).values() if isinstance(error, type)}
+    assert sorted(map(int, re.findall(r"^\| (\d+) ", table, re.M))) == sorted({0, cli.INTERNAL} | codes)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
