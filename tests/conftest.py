@@ -32,18 +32,29 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_interpreter():
-    """Triton's interpreter patches triton.language anew in every nested call, half of its time: once will do."""
+    """Triton's interpreter patches triton.language anew in every nested call, half of its time: once will do. It builds
+    a table of dtypes for every operation, a tenth: one table will do."""
     if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
         yield
         return
     from triton.runtime import interpreter
 
     patch, launch, done = interpreter._patch_lang, interpreter._LangPatchScope(), set()
+    dtype_of, dtypes, used = interpreter._get_np_dtype, {}, {}
+
+    def dtype_once(kind):
+        kind = kind.scalar
+        if kind.name not in dtypes:
+            dtypes[kind.name] = dtype_of(kind)
+        return dtypes[kind.name]
 
     def patch_once(function):
         nonlocal launch
-        language = interpreter.tl, interpreter.tl.core
-        modules = frozenset(v for v in function.__globals__.values() if any(v is module for module in language))
+        names = function.__globals__
+        if id(names) not in used:  # of a module, which stays
+            language = interpreter.tl, interpreter.tl.core
+            used[id(names)] = frozenset(v for v in names.values() if any(v is module for module in language))
+        modules = used[id(names)]
         if not launch._changes:  # the last launch has taken its patches back
             done.clear()
             launch = patch(function)
@@ -54,9 +65,9 @@ def quick_interpreter():
         done.add(modules)
         return launch
 
-    interpreter._patch_lang = patch_once
+    interpreter._patch_lang, interpreter._get_np_dtype = patch_once, dtype_once
     yield
-    interpreter._patch_lang = patch
+    interpreter._patch_lang, interpreter._get_np_dtype = patch, dtype_of
 
 
 @pytest.fixture(scope="session")
