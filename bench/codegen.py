@@ -35,8 +35,6 @@ ARCHITECTURES = (80, 90, 100)
 # 128 registers leave four blocks of 128 threads on a multiprocessor. Some objectives and operands take more on eight
 # elements a thread; three blocks of it still keep 36 KB of loads on their way, enough to hide the latency of memory.
 MAX_REGISTERS, MAX_REGISTERS_ELEMENTS, MAX_SHARED = 128, 168, 227 * 1024
-# Bytes that the assembler still spills, on one target alone: a fault to mend, held so that it does not grow.
-SPILLS = {("pair_elements_kernel", "elements, sum", 100): 40, ("pair_errors_kernel", "safeguarded, fp16", 100): 63}
 # The last to arrive adds the losses; tickets, arrivals and waits of the stream; none anywhere else.
 ATOMICS = {"fold_kernel": 1, "fold_elements_kernel": 1, "stream_kernel": 10}
 WAN, COGVIDEOX, ODD, ONE = (16, 21, 60, 104), (16, 13, 60, 90), (3, 5, 7, 9), (1, 1, 1, 1)
@@ -176,7 +174,7 @@ class Row:
         """The gates this kernel does not pass."""
         limit = MAX_REGISTERS_ELEMENTS if self.kernel in ("pair_elements_kernel", "stream_kernel") else MAX_REGISTERS
         gates = {
-            f"{self.local} bytes of local memory": self.local <= SPILLS.get((self.kernel, self.case, self.arch), 0),
+            f"{self.local} bytes of local memory": self.local == 0,
             f"{self.registers} registers, {limit} allowed": self.float64 or self.registers <= limit,
             f"{self.shared} bytes of shared memory": self.shared <= MAX_SHARED,
             f"{self.loads_128} 128-bit loads of {self.loads_expected}": self.loads_128 >= self.loads_expected,
@@ -330,7 +328,7 @@ def main() -> int:
     header = (
         f"# Machine code of the Triton kernels\n\nTriton {triton.__version__}, "
         f"{' / '.join(f'sm_{arch}' for arch in options.arch)}; columns with several numbers follow that order. "
-        "No kernel may use local memory (but for the bytes in SPILLS), float64 (in float32 builds) or flush denormals, "
+        "No kernel may use local memory, float64 (in float32 builds) or flush denormals, "
         "none but the folds and the "
         "stream atomics; "
         f"at most {MAX_REGISTERS} registers ({MAX_REGISTERS_ELEMENTS} in pair_elements_kernel, stream_kernel). "

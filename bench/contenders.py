@@ -6,7 +6,8 @@ recipe make no telemetry beyond what their authors print, so a ratio to them nev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.functional import logsigmoid, mse_loss
 
 import pgdpo_fast as pf
 from pgdpo_fast import backends
+from pgdpo_fast.backends import launches
 from pgdpo_fast.backends.eager import unpack
 
 from .shapes import Case
@@ -155,21 +157,39 @@ def recipe(prediction: Tensor, target: Tensor, reference: Tensor, beta: float, g
 Call = Callable[[Inputs], tuple[Tensor, Tensor]]
 
 
+@contextmanager
+def forced(form: str) -> Iterator[None]:
+    """Calls of Triton's sample and frame granularity in this form, as PGDPO_FAST_FORM has it."""
+    before, launches.FORM = launches.FORM, form
+    try:
+        yield
+    finally:
+        launches.FORM = before
+
+
 @dataclass(frozen=True)
 class Contender:
-    """A way to compute loss and gradient. `prepare(case)` returns the call that is timed; `refuses` says why not."""
+    """A way to compute loss and gradient. `prepare(case)` returns the call that is timed; `refuses` says why not.
+
+    A fused one is a backend, by default that of its name, in the form that `auto` takes or in `form`.
+    """
 
     name: str
     summary: str
     fused: bool = False
     objective: pf.Objective = OBJECTIVE
+    backend: str = ""
+    form: str = ""
 
     def refuses(self, case: Case, device: torch.device) -> str | None:
         """Why this contender cannot be timed on `case`, or None."""
         if self.fused:
-            if self.name == "triton" and device.type == "cpu":
+            backend = self.backend or self.name
+            if backend == "triton" and device.type == "cpu":
                 return "needs a CUDA device (Triton's interpreter is a checking tool, never timed)"
-            return backends.unavailable(self.name, device)
+            if self.form and case.granularity == "element":
+                return "element granularity has one form"
+            return backends.unavailable(backend, device)
         if self.name == "diffusion-dpo":
             if case.granularity == "frame":
                 return "the recipe has no rewards per frame"
@@ -190,8 +210,12 @@ class Contender:
 
     def _loss(self, granularity: str) -> Callable[[Inputs], Tensor]:
         if self.fused:
-            settings = dict(objective=self.objective, granularity=granularity, backend=self.name)
-            return lambda x: pf.preference_loss(x.prediction, x.target, x.reference, **settings).loss
+            settings = dict(objective=self.objective, granularity=granularity, backend=self.backend or self.name)
+
+            def fused(x: Inputs) -> Tensor:
+                return pf.preference_loss(x.prediction, x.target, x.reference, **settings).loss
+
+            return forced(self.form)(fused) if self.form else fused
         if self.name == "diffusion-dpo":
             return lambda x: recipe(x.prediction, x.target, x.reference, self.objective.beta, granularity)[0]
         function = formula
@@ -206,4 +230,9 @@ CONTENDERS = (
     Contender("compile", "torch.compile(fullgraph=True) of the same formula"),
     Contender("diffusion-dpo", "the usual training script's recipe (DPO, not PG-DPO)", objective=RECIPE_OBJECTIVE),
     *(Contender(name, f"preference_loss(backend={name!r})", fused=True) for name in backends.NAMES if name != "eager"),
+)
+TRITON = next(contender for contender in CONTENDERS if contender.name == "triton")
+# Timed on a GPU beside the others, whatever the table of launches says.
+STREAM = Contender(
+    "stream", "preference_loss(backend='triton'), PGDPO_FAST_FORM=stream", fused=True, backend="triton", form="stream"
 )

@@ -6,6 +6,7 @@ is red in the correctness part stays in the record and out of the tables.
 
     python bench/gpu.py [--out FOLDER] [--seconds 580] [--require triton native]
     python bench/gpu.py --part smoke     # or full, tuning, confirm: see NOTES.md
+    python bench/gpu.py --only step --wheels .whl --seconds 300   # with diffusers and peft from a folder of wheels
     python bench/gpu.py --dry-run        # the whole harness on a CPU, tiny shapes; its figures mean nothing
 """
 
@@ -27,6 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+TABLE = ROOT / "pgdpo_fast" / "backends" / "launches.json"
 
 
 @dataclass(frozen=True)
@@ -41,25 +43,37 @@ class Section:
 
 SECTIONS = (
     Section("environment", 90, 0),
-    Section("facts", 15, 1),
+    Section("facts", 20, 1),
     Section("parity", 115, 2, shards=8),
     Section("properties", 115, 2),
     Section("suites", 115, 2),
-    Section("warm", 115, 2, shards=3),
+    Section("warm", 115, 2, shards=6),
     Section("alone", 40, 3),
     Section("memcheck", 60, 4),
     Section("racecheck", 60, 5),
-    Section("speed", 200, 6),
-    Section("tuning", 55, 7),
-    Section("cache", 25, 8),
-    Section("step", 60, 9),
+    Section("traffic", 40, 6),
+    Section("speed", 200, 7),
+    Section("tuning", 55, 8),
+    Section("cache", 25, 9),
+    Section("step", 60, 10),
 )
 TIMED = ("speed", "tuning", "cache", "step")
 # The same sections in four commands, for a device that is lent by the minute: name: (seconds, limit of each section).
 # A section a part does not name is left out of it.
 PARTS = {
-    "smoke": (235, {"environment": 90, "facts": 15, "parity": 60, "properties": 70, "memcheck": 60, "cache": 20}),
-    "full": (570, {section.name: section.seconds for section in SECTIONS if section.name != "facts"}),
+    "smoke": (
+        235,
+        {
+            "environment": 90,
+            "facts": 20,
+            "parity": 60,
+            "properties": 70,
+            "memcheck": 40,
+            "traffic": 30,
+            "cache": 20,
+        },
+    ),
+    "full": (570, {section.name: section.seconds for section in SECTIONS if section.name not in ("facts", "traffic")}),
     "tuning": (410, {"environment": 60, "warm": 90, "racecheck": 60, "tuning": 240}),
     "confirm": (145, {"environment": 45, "parity": 30, "speed": 90}),
 }
@@ -92,7 +106,10 @@ def run_section(options: argparse.Namespace) -> int:
 
     checks = json.loads(Path(options.checks).read_text()) if options.checks else []
     index, of = map(int, options.shard.split("/"))
-    run = sections.Run(Path(options.records), options.seconds, options.seed, (index, of), checks, options.dry_run)
+    shard, wheels = (index, of), Path(options.wheels) if options.wheels else None
+    run = sections.Run(
+        Path(options.records), options.seconds, options.seed, shard, checks, options.dry_run, options.tables, wheels
+    )
     sections.SECTIONS[options.section](run)
     run.add(kind="done")
     return 0
@@ -119,6 +136,8 @@ def start(section: Section, shard: int, folder: Path, seconds: float, options, c
     ]
     command += ["--checks", str(checks)] if checks else []
     command += ["--dry-run"] if options.dry_run else []
+    command += ["--wheels", str(options.wheels.resolve())] if options.wheels else []
+    command += ["--tables", *map(str, options.tables)]
     variables = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if options.dry_run:
         variables |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -190,7 +209,9 @@ def run_waves(options, folder: Path, save) -> dict:
         "copy": None,
         "checks": [],
         "cases": [],
+        "launches": [],
         "experiments": [],
+        "traffic": [],
         "cache": [],
         "step": [],
         "left_out": [],
@@ -198,7 +219,9 @@ def run_waves(options, folder: Path, save) -> dict:
     places = {
         "check": "checks",
         "case": "cases",
+        "launch": "launches",
         "experiment": "experiments",
+        "traffic": "traffic",
         "cache": "cache",
         "step": "step",
         "left_out": "left_out",
@@ -292,6 +315,16 @@ def markdown(result: dict) -> str:
         ]
     if result["copy"]:
         out.append(f"* device-to-device copy {result['copy']['bytes_per_second'] / 1e12:.2f} TB/s, read plus written")
+    if "kernel_in_graph_s" in facts:
+        out.append(
+            f"* copy inside the cache {facts['cache_copy_bytes_per_second'] / 1e12:.2f} TB/s; one more kernel in a "
+            f"graph {1e6 * facts['kernel_in_graph_s']:.2f} µs"
+        )
+    if "flag_latency_s" in facts:
+        out.append(
+            f"* from a flag's release to its sight {1e6 * facts['flag_latency_s']:.2f} µs, "
+            f"{facts['flag_looks']:.1f} looks"
+        )
     out += [f"* {name} ended by {e['ended']}" for name, e in result["sections"].items() if e["ended"] != "ok"]
     out += [f"* {entry['check']}: {entry['count']} of {entry['of']} left out, no time" for entry in result["left_out"]]
 
@@ -319,6 +352,34 @@ def markdown(result: dict) -> str:
     red = [check for check in result["checks"] if check["status"] == "red"]
     out += ["", *(f"* red: {c['check']} {c['backend']} {c.get('key', '')} {c['detail']}" for c in red[:40])]
 
+    if result["launches"]:
+        out += [
+            "",
+            "## Launches",
+            "",
+            "Time over the default's, which is two passes; what is at least 3% lower beyond both spreads is taken.",
+            "",
+            "| case | default | candidates | taken | ratio |",
+            "| --- | ---: | --- | --- | ---: |",
+        ]
+        for entry in result["launches"]:
+            tried = ", ".join(
+                f"{name} {c['ratio']:.3f} (expected {c['expected']:.2f})" if "ratio" in c else f"{name} {c['status']}"
+                for name, c in entry["candidates"].items()
+            )
+            median = f"{1e6 * entry['default']['median']:.1f} µs" if "default" in entry else ""
+            ratio = f"{entry['ratio']:.3f}" if "ratio" in entry else ""
+            said = entry["verdict"] + (f": {entry['detail']}" if "detail" in entry else "")
+            out.append(f"| {entry['case']} | {median} | {tried or entry.get('stream', '')} | {said} | {ratio} |")
+    if result["traffic"]:
+        out += ["", "## Bytes moved", "", "| case | form | read | written | over the floor |", "| --- " * 5 + "|"]
+        out += [
+            f"| {t['case']} | {t['form'] or 'one pass'} | {t['read'] / 1e6:.1f} MB | {t['written'] / 1e6:.1f} MB | "
+            f"{t['ratio']:.2f} |"
+            for t in result["traffic"]
+            if t["status"] == "ok"
+        ]
+        out += ["", *(f"* skipped: {t['detail']}" for t in result["traffic"] if t["status"] != "ok")]
     if result["experiments"]:
         out += [
             "",
@@ -398,8 +459,10 @@ def main() -> int:
     parser.add_argument(
         "--require", nargs="*", default=[], choices=("triton", "native"), help="backends whose absence is red"
     )
+    parser.add_argument("--wheels", type=Path, help="folder of wheels for the step, installed offline: see NOTES.md")
     for inner in ("--section", "--records", "--checks"):
         parser.add_argument(inner, help=argparse.SUPPRESS)
+    parser.add_argument("--tables", type=Path, nargs="*", default=[], help=argparse.SUPPRESS)
     parser.add_argument("--shard", default="0/1", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.seed = secrets.randbelow(2**31) if options.seed is None else options.seed
@@ -411,6 +474,10 @@ def main() -> int:
     name = "dry-run" if options.dry_run else f"gpu-{options.part}" if options.part else "gpu"
     out = options.out or (Path(os.environ["OUT"]) if os.environ.get("OUT") else None)
     out = out or (ROOT / "out" / "gpu-dry-run" if options.dry_run else None)
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+    # Where the table of launches goes as it grows: to its place, but for a dry run, and to the results.
+    options.tables = [TABLE] * (not options.dry_run) + ([out.resolve() / TABLE.name] if out else [])
     with tempfile.TemporaryDirectory(prefix="pgdpo-gpu-") as scratch:
 
         def save(result, plots=False):

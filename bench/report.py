@@ -18,8 +18,10 @@ COLOURS = {
     "compile": "#E69F00",
     "diffusion-dpo": "#56B4E9",
     "triton": "#009E73",
+    "stream": "#CC79A7",
     "native": "#D55E00",
 }
+FUSED = ("triton", "stream", "native")
 
 # What the fused loss is held to on a calm CPU: (granularity, form of the reference, column) and the least ratio.
 GOALS = {
@@ -262,7 +264,7 @@ def show(result: dict, changes: list[dict] | None = None) -> None:
             for key, heading in shown:
                 first = key == "contender"
                 table.add_column(heading, justify="left" if first else "right", min_width=13 if first else 9)
-        fused = line["contender"] in ("triton", "native")
+        fused = line["contender"] in FUSED
         tables[line["case"]].add_row(
             *(escape(cell(key, line.get(key))) for key, _ in shown), style="bold" if fused else ""
         )
@@ -448,7 +450,7 @@ def headline(result: dict, limit: int = 11_000) -> str:
     rows = ["case | backend | time | spread | vs eager | vs compile | of copy | host | temporaries"]
     keys = ("time", "spread", "vs_eager", "vs_compile", "of_copy", "host", "beyond_gradients")
     for line in lines(result):
-        if line["contender"] in ("triton", "native"):
+        if line["contender"] in FUSED:
             cells = [cell(key, line.get(key)) for key in keys] if line["status"] == "ok" else [line["reason"][:120]]
             rows.append(" | ".join([line["case"], line["contender"], *cells]))
     rows.append(summary(result))
@@ -459,7 +461,7 @@ def headline(result: dict, limit: int = 11_000) -> str:
 def summary(result: dict) -> str:
     """One line: the fused backends' range of speed-ups over eager and over torch.compile."""
     parts = []
-    for name in ("native", "triton"):
+    for name in FUSED:
         mine = [line for line in lines(result) if line["contender"] == name and "time" in line]
         for against in ("vs_eager", "vs_compile"):
             ratios = [line[against] for line in mine if line[against]]

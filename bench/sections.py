@@ -13,29 +13,42 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict, replace
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 import pgdpo_fast as pf
 from pgdpo_fast.backends import native
+from pgdpo_fast.backends.launches import Launch
 
 from . import correctness, harness
-from .contenders import CONTENDERS, OBJECTIVE, Contender, Inputs, make_inputs
-from .experiments import EXPERIMENTS, KEEP_GAIN, Experiment
+from .contenders import CONTENDERS, OBJECTIVE, STREAM, TRITON, Contender, forced, make_inputs
+from .experiments import BLOCKS, EXPERIMENTS, SIZES, STREAMS, Candidate, Experiment, Size, applied, given
 from .shapes import BATCHES, SHAPES, SMALL_SHAPES, Case
+from .tuning import DEFAULT, Tuner
 
 
 class Run:
-    """What a section knows: device, deadline, seed, which share of the work is its own, and where findings go."""
+    """What a section knows: device, deadline, seed, which share of the work is its own, and where findings go: records
+    of all sections, the table of launches, and where wheels of missing packages lie."""
 
     def __init__(
-        self, records: Path, seconds: float, seed: int, shard: tuple[int, int], checks: list[dict], dry_run: bool
+        self,
+        records: Path,
+        seconds: float,
+        seed: int,
+        shard: tuple[int, int],
+        checks: list[dict],
+        dry_run: bool,
+        tables: Sequence[Path] = (),
+        wheels: Path | None = None,
     ):
         self.records, self.seed, self.shard, self.dry_run = records, seed, shard, dry_run
+        self.tables, self.wheels = tuple(tables), wheels
         self.red = [check for check in checks if check["status"] == "red"]
         self.retried = [check for check in checks if check["status"] == "retried alone"]
         self.deadline = time.monotonic() + seconds
@@ -98,6 +111,38 @@ def facts(run: Run) -> None:
         x = torch.zeros(1, device=run.device)
         long, short = (harness.time_graph(lambda _, n=n: [x.add_(1) for _ in range(n)], 1).median for n in (110, 10))
         run.add(kind="environment", kernel_in_graph_s=(long - short) / 100)
+    if correctness.usable_backends(run.device)[0].count("triton"):
+        from . import latency
+
+        if run.device.type == "cuda":
+            seconds, looks = latency.flag_latency(run.device)
+            run.add(kind="environment", flag_latency_s=seconds, flag_looks=looks)
+        else:  # the interpreter runs one program after the other, so each waits in vain
+            run.add(kind="environment", flag_looks=latency.play(1, run.device, polls=2).tolist())
+
+
+def traffic_calls(run: Run) -> None:
+    """What `traffic` counts the bytes of."""
+    from . import traffic
+
+    traffic.make_calls(run.device, run.seed, lambda case, form: run.add(kind="ran", case=case.key, form=form))
+
+
+def traffic(run: Run) -> None:
+    """Bytes each form moves to and from memory, against the floor's."""
+    from . import traffic
+
+    if run.dry_run:
+        run.add(kind="traffic", status="skipped", detail="dry run")
+        return
+    kept, log = run.records.with_suffix(".calls"), run.records.with_suffix(".csv")
+    calls, reason = traffic.run(_inner("traffic_calls", kept, run.seed), log, max(run.left(), 1))
+    if not calls:
+        run.add(kind="traffic", status="skipped", detail=reason)
+    for (case, form), (read, written, kernels) in zip(traffic.CALLS, calls, strict=False):
+        moved = read + written
+        record = {"case": case.key, "form": form, "read": read, "written": written, "kernels": kernels}
+        run.add(kind="traffic", status="ok", **record, floor=case.floor_bytes, ratio=moved / case.floor_bytes)
 
 
 # -- correctness
@@ -230,19 +275,29 @@ def suites(run: Run) -> None:
 def small_kernels(run: Run) -> None:
     """Every kernel once on small shapes: what compute-sanitizer watches."""
     names, _ = correctness.usable_backends(run.device)
-    for backend in names:
-        for granularity, form in (
-            ("sample", "errors"),
-            ("sample", "predictions"),
-            ("frame", "bf16"),
-            ("element", "fp8"),
-            ("element", "predictions"),
-        ):
-            x = make_inputs(Case(SMALL_SHAPES[1], 2, granularity, form), run.device, run.seed)
-            _, gradient = correctness.loss_and_gradient(x, backend, granularity)
-            run.add(kind="ran", backend=backend, case=f"{granularity}/{form}", sum=float(gradient.float().sum()))
+    forms = [(name, nullcontext()) for name in names] + [("triton", forced("stream"))] * ("triton" in names)
+    for backend, form in forms:
+        with form:
+            for granularity, reference in (
+                ("sample", "errors"),
+                ("sample", "predictions"),
+                ("frame", "bf16"),
+                ("element", "fp8"),
+                ("element", "predictions"),
+            ):
+                x = make_inputs(Case(SMALL_SHAPES[1], 2, granularity, reference), run.device, run.seed)
+                _, gradient = correctness.loss_and_gradient(x, backend, granularity)
+                run.add(
+                    kind="ran", backend=backend, case=f"{granularity}/{reference}", sum=float(gradient.float().sum())
+                )
     if run.device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def _inner(section: str, records: Path, seed: int) -> list[str]:
+    """The command of a section that another tool watches."""
+    script = [sys.executable, str(Path(__file__).with_name("gpu.py")), "--section", section]
+    return [*script, "--records", str(records), "--seconds", "600", "--seed", str(seed)]
 
 
 def _sanitizer(run: Run, tool: str) -> None:
@@ -260,16 +315,7 @@ def _sanitizer(run: Run, tool: str) -> None:
         "no",
         "--error-exitcode",
         "9",
-        sys.executable,
-        str(Path(__file__).with_name("gpu.py")),
-        "--section",
-        "small_kernels",
-        "--records",
-        str(kept),
-        "--seconds",
-        "600",
-        "--seed",
-        str(run.seed),
+        *_inner("small_kernels", kept, run.seed),
     ]
     # Without torch's caching every tensor is its own allocation, so that one byte past it is out of bounds.
     variables = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -311,7 +357,7 @@ def withheld_by(red: list[dict]) -> Callable[[Contender, Case], str | None]:
                 and record.get("reference_form", case.reference_form) == case.reference_form
             )
             if (
-                record["backend"] in ("", contender.name)
+                record["backend"] in ("", contender.name, contender.backend)
                 and record["check"] not in ("draws", "cached_rows")
                 and same_form
             ):
@@ -351,7 +397,9 @@ def speed(run: Run) -> None:
             run.add(kind="left_out", check="speed", count=len(work) - place, of=len(work))
             return
         contenders = [
-            c for c in CONTENDERS if c.fused or ((compiled or c.name != "compile") and (case.pairs != 4 or run.dry_run))
+            c
+            for c in (*CONTENDERS, STREAM)
+            if c.fused or ((compiled or c.name != "compile") and (case.pairs != 4 or run.dry_run))
         ]
         budget = harness.Budget(0.05, (2, 3)) if run.dry_run else harness.DEFAULT_BUDGET
         run.add(
@@ -374,97 +422,78 @@ def warm(run: Run) -> None:
     """Compile what the timed sections will run, beside the correctness checks: they then find it in the disk caches."""
     names, _ = correctness.usable_backends(run.device)
     compiled = next(c for c in CONTENDERS if c.name == "compile")
-    work = [(nullcontext(), compiled, case) for case, with_compile in speed_cases(run.dry_run) if with_compile]
-    work += [
-        (experiment.applied(), Contender(experiment.backend, "", fused=True), case)
-        for experiment in EXPERIMENTS
-        if experiment.backend in names and not run.dry_run
-        for case in experiment.cases
-    ]
+    work = [(nullcontext, compiled, case) for case, with_compile in speed_cases(run.dry_run) if with_compile]
+    if "triton" in names and not run.dry_run:
+        timed = (*STREAMS[:1], *BLOCKS)
+        work += [(lambda c=c: given(c.launch), TRITON, size.cases()[0]) for c in timed for size in SIZES]
+        work += [(lambda e=e: _experiment(e), TRITON, case) for e in EXPERIMENTS for case in e.cases]
     index, shards = run.shard
     for context, contender, case in work[index::shards]:
         if run.left() < 0:
             return
         try:
-            with context:
+            with context():
                 contender.prepare(case)(make_inputs(case, run.device, run.seed))
         except Exception as error:  # the timed section will meet it again and record it
             print(f"{contender.name} on {case.key}: {describe(error)}", file=sys.stderr)
         run.stop_on_dead_device()
 
 
+def _experiment(experiment: Experiment) -> ExitStack:
+    stack = ExitStack()
+    stack.enter_context(given(experiment.launch))
+    stack.enter_context(applied(experiment.settings))
+    return stack
+
+
 # -- tuning
 
 
-def _median_seconds(inputs: list[Inputs], case: Case, backend: str) -> dict:
-    contender = Contender(backend, "", fused=True)
-    call = contender.prepare(case)
-    gate = harness.check(case, inputs[0], contender, *call(inputs[0]))
-    if not gate.green:
-        return {"status": "red", "gate": asdict(gate)}
-
-    def step(i):
-        return call(inputs[i % len(inputs)])
-
-    if inputs[0].prediction.is_cuda:
-        return {"status": "ok", **asdict(harness.time_graph(step, len(inputs)))}
-    return {"status": "ok", **asdict(harness.time_in_turns({"one": step}, 0.05, (2, 3))["one"])}
-
-
-def verdict(pairs: list[tuple[dict, dict]]) -> tuple[str, float | None]:
-    """keep, drop, no difference or red, with the geometric mean of new over old."""
-    if any(x["status"] != "ok" for pair in pairs for x in pair):
-        return "red", None
-    ratios = [new["median"] / old["median"] for old, new in pairs]
-    worst = max(ratio - 1 - max(old["spread"], new["spread"]) for ratio, (old, new) in zip(ratios, pairs, strict=True))
-    mean = statistics.geometric_mean(ratios)
-    if mean <= 1 - KEEP_GAIN and worst <= KEEP_GAIN:
-        return "keep", mean
-    return ("drop" if mean >= 1 + KEEP_GAIN else "no difference"), mean
-
-
 def tuning(run: Run) -> None:
-    experiments = EXPERIMENTS
-    if run.dry_run:  # two settings on a tiny case, in float32: the interpreter truncates where bfloat16 rounds
-        tiny = (Case(SMALL_SHAPES[0], 1, "sample", "errors", dtype="float32"),)
-        experiments = (replace(EXPERIMENTS[0], cases=tiny), replace(EXPERIMENTS[-1], cases=tiny))
-    inputs: dict[Case, list[Inputs]] = {}
+    """The table of launches, forms before blocks, and between them the experiments on settings of the code."""
     names, reasons = correctness.usable_backends(run.device)
-    for experiment in experiments:
-        run.add(kind="experiment", **_experiment(run, experiment, inputs, names, reasons))
+    if "triton" not in names:
+        run.add(kind="experiment", **SKIPPED, detail=reasons["triton"])
+        return
+    sizes, streams, blocks, trials = SIZES, STREAMS, BLOCKS, EXPERIMENTS
+    if run.dry_run:  # a few of each on a tiny case, in float32: the interpreter truncates where bfloat16 rounds
+        sizes, streams, blocks, trials = (TINY,), STREAMS[:1], BLOCKS[-1:], EXPERIMENTS[:1] + EXPERIMENTS[-1:]
+        trials = tuple(replace(trial, cases=TINY.cases()[:1]) for trial in trials)
+    tuner = Tuner(run.device, run.seed, run.tables, withheld_by(run.red))
+    work: list[tuple[str, Callable[[], None]]] = [
+        *(("sizes", lambda size=size: _launches(run, tuner, size, streams)) for size in sizes),
+        *(
+            ("experiments", lambda trial=trial: run.add(kind="experiment", **tuner.experiment(trial)))
+            for trial in trials
+        ),
+        *(("blocks", lambda size=size: _blocks(run, tuner, size, blocks, streams)) for size in sizes),
+    ]
+    for place, (_, step) in enumerate(work):
+        if run.left() < 0:
+            for what, count in Counter(name for name, _ in work[place:]).items():
+                of = sum(name == what for name, _ in work)
+                run.add(kind="left_out", check=f"tuning, {what}", count=count, of=of)
+            return
+        step()
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
-def _experiment(run: Run, experiment: Experiment, inputs: dict, names: list[str], reasons: dict[str, str]) -> dict:
-    record = {
-        "name": experiment.name,
-        "backend": experiment.backend,
-        "because": experiment.because,
-        "expected_ratio": experiment.expected_ratio,
-        "settings": {path: repr(value) for path, value in experiment.settings.items()},
-    }
-    if experiment.backend not in names:
-        return record | {"verdict": "skipped", "detail": reasons[experiment.backend]}
-    if run.left() < 0:
-        return record | {"verdict": "skipped", "detail": "no time left in this section"}
-    pairs = []
-    try:
-        for case in experiment.cases:
-            if case not in inputs:
-                sets = harness.input_sets(case, run.device) if run.device.type == "cuda" else 2
-                inputs[case] = [make_inputs(case, run.device, run.seed + i) for i in range(sets)]
-            before = _median_seconds(inputs[case], case, experiment.backend)
-            with experiment.applied():
-                pairs.append((before, _median_seconds(inputs[case], case, experiment.backend)))
-    except Exception as error:  # a setting that does not even run is an outcome
-        return record | {"verdict": "failed", "detail": describe(error)}
-    decision, ratio = verdict(pairs)
-    return record | {
-        "verdict": decision,
-        "ratio": ratio,
-        "cases": {
-            case.key: {"before": old, "after": new} for case, (old, new) in zip(experiment.cases, pairs, strict=True)
-        },
-    }
+SKIPPED = {"name": "all", "backend": "triton", "expected_ratio": 1.0, "verdict": "skipped"}
+TINY = Size(SMALL_SHAPES[0], "sample", "errors", dtype="float32", batches=(1, 2))
+
+
+def _launches(run: Run, tuner: Tuner, size: Size, streams: tuple[Candidate, ...], block: Launch = DEFAULT) -> None:
+    for record in tuner.choose(size, streams, block):
+        run.add(kind="launch", **record)
+
+
+def _blocks(run: Run, tuner: Tuner, size: Size, blocks: tuple[Candidate, ...], streams: tuple[Candidate, ...]) -> None:
+    best, records = tuner.block(size, blocks)
+    for record in records:
+        run.add(kind="experiment", **record)
+    if best != DEFAULT:
+        _launches(run, tuner, size, streams, best)
 
 
 # -- the reference cache
@@ -548,14 +577,37 @@ WAN_TINY = WAN_1_3B | {
 }
 
 
+def install_wheels(wheels: Path, target: Path) -> None:
+    """Install the wheels of a folder, offline and without what they ask for, where imports look last: packages of the
+    environment, torch above all, come first.
+
+    Raises:
+        RuntimeError: pip failed, or the folder has no wheel.
+    """
+    found = sorted(map(str, wheels.glob("*.whl")))
+    if not found:
+        raise RuntimeError(f"{wheels}: expected wheels in it, as `pip download --no-deps` leaves them")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
+    done = subprocess.run([*command, "--target", str(target), *found], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"pip install of the wheels in {wheels}: {done.stderr.strip()[-300:]}")
+    sys.path.append(str(target))
+
+
+REFERENCES = ("cached", "adapter-off", "copy")
+
+
 def step(run: Run) -> None:
-    """Forward, loss and backward of Wan2.1-1.3B with random weights, 480p: where the time and the memory go."""
+    """Forward, loss and backward of Wan2.1-1.3B with random weights, 480p, for every place the reference can come from:
+    where the time and the memory go."""
     try:
-        import diffusers  # noqa: F401
+        if run.wheels is not None:
+            install_wheels(run.wheels, run.records.parent / "site")
+        import diffusers
         import peft  # noqa: F401
 
         from pgdpo_fast.models import LoraConfig, ModelConfig, NoisedBatch, adapter_from_config, adapters_off
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:
         run.add(kind="step", status="skipped", detail=f"needs diffusers and peft: {error}")
         return
     on_gpu = run.device.type == "cuda"
@@ -568,71 +620,75 @@ def step(run: Run) -> None:
     )
     adapter = adapter_from_config(config)
     with torch.device(run.device):
+        frozen = adapter.load(run.device)
         model = adapter.make_trainable(adapter.load(run.device))
+    for parameter in frozen.parameters():
+        parameter.requires_grad_(False)
     parameters = [p for p in model.parameters() if p.requires_grad]
     height, width = (8, 8) if run.dry_run else (60, 104)
     text = {"text": torch.randn(2, adapter.text_tokens, config.architecture["text_dim"], device=run.device)}
     times = torch.full((2,), 500.0, device=run.device)
-    for frames in (2,) if run.dry_run else (5, 21):
-        noised, target = (torch.randn(2, 16, frames, height, width, device=run.device) for _ in range(2))
+    work = [
+        (frames, reference, backend)
+        for frames in ((2,) if run.dry_run else (5, 21))
+        for reference in REFERENCES
+        for backend in ("auto", "eager")
+    ]
+    for frames, reference, backend in work:
+        record = {
+            "kind": "step",
+            "model": "wan2.1-1.3b" if not run.dry_run else "tiny",
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "diffusers": diffusers.__version__,
+            "frames": frames,
+            "reference": reference,
+            "backend": backend,
+            "train": "lora",
+            "checkpointing": True,
+        }
+        if run.left() < 0:
+            run.add(**record, status="skipped", detail=f"{frames} frames, {reference}, {backend}: no time left")
+            continue
+        generator = torch.Generator(run.device).manual_seed(run.seed)
+        shape = (2, 16, frames, height, width)
+        noised, target = (torch.randn(shape, device=run.device, generator=generator) for _ in range(2))
+        batch = NoisedBatch(noised, times, text)
+        frozen.to(run.device if reference == "copy" else "cpu")  # its memory counts where it is used alone
 
-        def reference_now(noised=noised, target=target):
-            with torch.no_grad(), adapters_off(model):
-                return pf.reference_errors(adapter.predict(model, NoisedBatch(noised, times, text)), target)
+        @torch.no_grad()
+        def reference_now(reference=reference, batch=batch, target=target, backend=backend):
+            with adapters_off(model) if reference != "copy" else nullcontext():
+                prediction = adapter.predict(frozen if reference == "copy" else model, batch)
+            return pf.reference_errors(prediction, target, backend=backend)
 
-        cached = reference_now()
-        for reference, backend in (("cached", "auto"), ("cached", "eager"), ("adapter-off", "auto")):
-            record = {
-                "kind": "step",
-                "model": "wan2.1-1.3b" if not run.dry_run else "tiny",
-                "frames": frames,
-                "reference": reference,
-                "backend": backend,
-                "train": "lora",
-                "checkpointing": True,
-            }
-            if run.left() < 0:
-                run.add(**record, status="skipped", detail="no time left in this section")
-                continue
+        cached = reference_now() if reference == "cached" else None
 
-            def one(
-                reference=reference,
-                backend=backend,
-                noised=noised,
-                target=target,
-                cached=cached,
-                reference_now=reference_now,
-            ):
-                given = cached if reference == "cached" else reference_now()
-                loss = pf.preference_loss(
-                    adapter.predict(model, NoisedBatch(noised, times, text)),
-                    target,
-                    given,
-                    objective=OBJECTIVE,
-                    backend=backend,
-                ).loss
-                torch.autograd.grad(loss, parameters)
+        def one(cached=cached, reference_now=reference_now, batch=batch, target=target, backend=backend):
+            given = cached or reference_now()
+            prediction = adapter.predict(model, batch)
+            loss = pf.preference_loss(prediction, target, given, objective=OBJECTIVE, backend=backend).loss
+            torch.autograd.grad(loss, parameters)
 
-            samples = []
-            for turn in range(2 if run.dry_run else 4):
-                if on_gpu:
-                    torch.cuda.synchronize()
-                    torch.cuda.reset_peak_memory_stats()
-                begin = time.perf_counter()
-                one()
-                if on_gpu:
-                    torch.cuda.synchronize()
-                if turn:
-                    samples.append(time.perf_counter() - begin)
-                if run.left() < 0 and samples:
-                    break
-            run.add(
-                **record,
-                status="ok",
-                seconds=statistics.median(samples),
-                samples=samples,
-                peak_bytes=torch.cuda.max_memory_allocated() if on_gpu else None,
-            )
+        samples = []
+        for turn in range(2 if run.dry_run else 4):
+            if on_gpu:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            begin = time.perf_counter()
+            one()
+            if on_gpu:
+                torch.cuda.synchronize()
+            if turn:
+                samples.append(time.perf_counter() - begin)
+            if run.left() < 0 and samples:
+                break
+        run.add(
+            **record,
+            status="ok",
+            seconds=statistics.median(samples),
+            samples=samples,
+            peak_bytes=torch.cuda.max_memory_allocated() if on_gpu else None,
+        )
 
 
 SECTIONS = {
@@ -648,6 +704,8 @@ SECTIONS = {
         racecheck,
         warm,
         small_kernels,
+        traffic,
+        traffic_calls,
         speed,
         tuning,
         cache,

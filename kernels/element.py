@@ -1,9 +1,9 @@
 """Element granularity: every latent element is its own group, so the objective runs inside the pass over the latents.
 
 Pointwise objectives need no reduction before their gradients: one launch reads each operand once, writes each gradient
-once, for an incoming gradient of 1, and leaves partial sums of the telemetry. The backward launch returns at once when
-the incoming gradient is 1 and otherwise writes the gradients again. The printed listing (`OUTER`) multiplies means over
-the video, so its gradients take a second pass that knows them.
+once, for the incoming gradient that was seen last, and leaves partial sums of the telemetry. Backward's launch returns
+at once where that bet was right and else writes the gradients again. The printed listing (`OUTER`) multiplies means
+over the video, so its gradients take a second pass that knows them.
 """
 
 import triton

@@ -436,6 +436,8 @@ def pair_errors_kernel(
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
+    KEEP: tl.constexpr,
+    PASS: tl.constexpr,
 ):
     """Partial sums of every segment: grid (segments, pairs).
 
@@ -461,6 +463,8 @@ def pair_errors_kernel(
         COMPUTE,
         BLOCK,
         LANES,
+        KEEP,
+        PASS,
     )
     if segment + pair == 0:
         tl.store(arrived_ptr, 0)
@@ -876,17 +880,21 @@ def pair_gradient_kernel(
     ANCHOR: tl.constexpr,
     ANCHOR_REJECTED: tl.constexpr,
     BET: tl.constexpr,
+    BACKWARDS: tl.constexpr,
     PACK_BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
+    PASS: tl.constexpr,
 ):
     """Gradients by both predictions from the coefficients and the incoming gradient.
 
-    Grid (segments, pairs), walked backwards: the error pass ended on the last segments, so those are still in L2.
+    Grid (segments, pairs), walked BACKWARDS: the error pass ended on the last segments, so those are still in L2.
     Reads predictions and targets once (and the reference where the anchor needs it), writes each gradient once.
     """
-    segment = tl.num_programs(0) - 1 - tl.program_id(0)
+    segment = tl.program_id(0)
+    if BACKWARDS:
+        segment = tl.num_programs(0) - 1 - segment
     pair = tl.program_id(1).to(tl.int64)
     incoming = tl.load(incoming_ptr).to(COMPUTE)
     if BET:
@@ -919,4 +927,5 @@ def pair_gradient_kernel(
         PACK_BLOCK,
         COMPUTE,
         BLOCK,
+        PASS,
     )

@@ -3,6 +3,7 @@ measured, and the one GPU command runs end to end on a CPU, survives what its se
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,9 +28,13 @@ from pgdpo_fast.bench import (
     sections,
     shapes,
     table,
+    traffic,
+    tuning,
 )
 
 from pgdpo_fast import objectives
+from pgdpo_fast.backends import launches
+from pgdpo_fast.backends import triton as triton_backend
 from pgdpo_fast.cli.bench import Bench
 from pgdpo_fast.errors import ConfigError, DataError
 
@@ -256,7 +262,7 @@ def test_command_refuses_impossible_requests(tmp_path):
 def test_every_experiment_names_a_setting_that_exists_and_restores_it():
     for experiment in experiments.EXPERIMENTS:
         before = [getattr(*experiments._resolve(path)) for path in experiment.settings]
-        with experiment.applied():
+        with experiments.applied(experiment.settings):
             assert [getattr(*experiments._resolve(path)) for path in experiment.settings] == list(
                 experiment.settings.values()
             )
@@ -279,7 +285,186 @@ def timing(median, spread=0.01):
     ],
 )
 def test_a_setting_is_kept_only_when_it_wins_clearly_and_everywhere(pairs, expected):
-    assert sections.verdict(pairs)[0] == expected
+    assert tuning.verdict(pairs)[0] == expected
+
+
+class MadeUp(tuning.Tuner):
+    """A tuner whose timings are made up: `seconds(case, launch)`, and the stream's bits right or not."""
+
+    def __init__(self, tables, seconds, same_bits=True, withheld=lambda *_: None):
+        super().__init__(CPU, 0, tables, withheld)
+        self.seconds, self.same_bits = seconds, same_bits
+
+    def time(self, case, launch, like=None, settings=None):
+        key = launches.Key(90, case.granularity, case.reference_form, case.dtype, case.shape.numel, case.pairs)
+        if like is not None and not self.same_bits:
+            return {"status": "red", "detail": "other bits than two passes"}
+        return {"status": "ok", "median": self.seconds(case, launch), "spread": 0.01, "found": None, "key": key}
+
+
+SMALLER, LARGER = (experiments.Size(shapes.SHAPES[name], "sample", "errors") for name in list(shapes.SHAPES)[1:3])
+STREAM = experiments.STREAMS[:1]
+
+
+def taken(path, size):
+    """The launches that dispatch takes from a table for every batch of a size."""
+    found = launches.read(path)
+    keys = [launches.Key(90, c.granularity, c.reference_form, c.dtype, c.shape.numel, c.pairs) for c in size.cases()]
+    return [(launches._best(found, key) or launches.Launch()) for key in keys]
+
+
+def test_the_stream_is_taken_where_it_wins_clearly_and_two_passes_stay_where_they_do(tmp_path):
+    path = tmp_path / "launches.json"
+
+    def seconds(case, launch):
+        gain = {1: 0.98, 4: 0.955, 16: 0.7}[case.pairs] if case.shape == SMALLER.shape else 1.0
+        return gain if launch.form == "stream" else 1.0
+
+    tuner = MadeUp([path], seconds)
+    records = tuner.choose(SMALLER, STREAM)
+    assert [r["verdict"] for r in records] == ["two-pass", "stream, block 1024", "stream, block 1024"]
+    assert [launch.form for launch in taken(path, SMALLER)] == ["two-pass", "stream", "stream"]
+    assert [launch.form for launch in taken(path, LARGER)] == ["two-pass", "stream", "stream"]  # as the next smaller
+    tuner.choose(LARGER, STREAM)
+    assert [launch.form for launch in taken(path, SMALLER)] == ["two-pass", "stream", "stream"]
+    assert [launch.form for launch in taken(path, LARGER)] == ["two-pass"] * 3
+    assert [(e.key.elements, e.key.pairs, e.ratio) for e in launches.read(path)] == [
+        (SMALLER.shape.numel, 4, 0.955),
+        (LARGER.shape.numel, 4, 1.0),
+    ]
+    assert {e.device for e in launches.read(path)} == {harness.device_name(CPU)}
+
+
+def test_a_gain_within_the_spreads_is_none():
+    old = timing(1.0, 0.05)
+    assert not tuning.faster(old, timing(0.93, 0.01)) and tuning.faster(old, timing(0.91, 0.01))
+    assert not tuning.faster(old, {"status": "red"}) and not tuning.faster(timing(1.0), timing(0.97, 0.001))
+
+
+def test_a_stream_of_other_bits_or_withheld_is_not_taken(tmp_path):
+    def seconds(case, launch):
+        return 0.5 if launch.form == "stream" else 1.0
+
+    path = tmp_path / "launches.json"
+    records = MadeUp([path], seconds, same_bits=False).choose(SMALLER, STREAM)
+    assert {r["candidates"]["stream"]["status"] for r in records} == {"red"} and launches.read(path) == ()
+    red = [{"check": "stream_bits", "backend": "stream", "status": "red", "detail": "other bits in repeat 7"}]
+    records = MadeUp([path], seconds, withheld=sections.withheld_by(red)).choose(SMALLER, STREAM)
+    assert all("repeat 7" in r["stream"] and not r["candidates"] for r in records) and launches.read(path) == ()
+    red = [{"check": "memcheck", "backend": "", "status": "red", "detail": "1 error"}]
+    (record,) = MadeUp([tmp_path / "none.json"], seconds, withheld=sections.withheld_by(red)).choose(SMALLER, STREAM)
+    assert record["verdict"] == "withheld" and not (tmp_path / "none.json").exists()
+
+
+def test_one_block_serves_all_batches_of_a_size_and_has_to_win_with_few_pairs_and_many(tmp_path):
+    def seconds(case, launch):
+        block = {2048: 0.9, 512: 0.8 if case.pairs == 16 else 1.2}.get(launch.block, 1.0)
+        return block * (0.7 if launch.form == "stream" and case.pairs == 16 else 1.0)
+
+    path = tmp_path / "launches.json"
+    tuner = MadeUp([path], seconds)
+    best, records = tuner.block(SMALLER, experiments.BLOCKS)
+    assert best.block == 2048 and {r["verdict"] for r in records} >= {"keep", "no difference"}
+    tuner.choose(SMALLER, STREAM, best)
+    assert [(x.form, x.block) for x in taken(path, SMALLER)] == [
+        ("two-pass", 2048),
+        ("two-pass", 2048),
+        ("stream", 2048),
+    ]
+    assert [round(e.ratio, 3) for e in launches.read(path)] == [0.9, 0.63]
+
+
+def test_a_table_keeps_what_other_devices_measured_and_loses_what_is_measured_again(tmp_path):
+    path = tmp_path / "launches.json"
+    other = launches.Entry(
+        launches.Key(100, "sample", "errors", "bfloat16", 1, 1), launches.Launch(form="stream"), "B200", 0.8
+    )
+    stale = other._replace(key=other.key._replace(architecture=90), device="an older driver")
+    launches.write([other, stale], path)
+    MadeUp([path, tmp_path / "copy.json"], lambda case, launch: 1.0).choose(SMALLER, STREAM)
+    assert launches.read(path) == (other,) and (tmp_path / "copy.json").read_text() == path.read_text()
+
+
+def test_sizes_of_the_table_begin_with_one_pair():
+    """The block, on which bits depend, is looked up with one pair."""
+    assert all(size.batches[0] == 1 and all(case.possible for case in size.cases()) for size in experiments.SIZES)
+    assert len(set(experiments.SIZES)) == len(experiments.SIZES)
+    names = [candidate.name for candidate in (*experiments.STREAMS, *experiments.BLOCKS)]
+    assert len(set(names)) == len(names)
+
+
+def test_a_given_launch_is_the_one_a_call_takes(monkeypatch):
+    pytest.importorskip("triton")
+    if not correctness.usable_backends(CPU)[0].count("triton"):
+        pytest.skip("needs Triton's interpreter")
+    launched = []
+    run = triton_backend.partial_sums
+    monkeypatch.setattr(
+        triton_backend, "partial_sums", lambda x, p, launch: launched.append(launch) or run(x, p, launch)
+    )
+    x = contenders.make_inputs(replace(SMALL, dtype="float32"), CPU, 0)
+    for asked in (launches.Launch(512, 2), launches.Launch(form="stream")):
+        with experiments.given(asked) as keys:
+            correctness.loss_and_gradient(x, "triton")
+        (key,) = keys
+        assert key == launches.Key(0, "sample", "prediction", "float32", SMALL.shape.numel, 2)
+    assert launched == [launches.Launch(512, 2)]  # the stream has no pass of errors
+
+
+NCU = """==PROF== Connected to process 4242
+"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","1","at::native::vectorized(int)","dram__bytes_read.sum","byte","999"
+"1","1","spin_kernel(long)","dram__bytes_read.sum","byte","5"
+"1","1","spin_kernel(long)","dram__bytes_write.sum","byte","5"
+"2","1","pair_errors_kernel","dram__bytes_read.sum","byte","16,773,120"
+"2","1","pair_errors_kernel","dram__bytes_write.sum","byte","0"
+"3","1","pair_gradient_kernel","dram__bytes_read.sum","byte","1,000"
+"3","1","pair_gradient_kernel","dram__bytes_write.sum","byte","8,386,560"
+"4","1","spin_kernel(long)","dram__bytes_read.sum","byte","5"
+"4","1","spin_kernel(long)","dram__bytes_write.sum","byte","5"
+"5","1","stream_kernel","dram__bytes_read.sum","byte","7"
+"""
+
+
+def test_counted_bytes_are_those_of_the_kernels_between_two_marks():
+    assert traffic.read(NCU) == [
+        (16_774_120, 8_386_560, ["pair_errors_kernel", "pair_gradient_kernel"]),
+        (7, 0, ["stream_kernel"]),
+    ]
+    assert traffic.read("==ERROR== no permission\n") == []
+
+
+def test_why_no_bytes_were_counted_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(traffic.shutil, "which", lambda name: None)
+    assert traffic.run(["true"], tmp_path / "log", 5.0) == ([], "ncu is not installed")
+    profiler = tmp_path / "ncu"
+    profiler.write_text("#!/bin/sh\necho '==ERROR== ERR_NVGPUCTRPERM'\nexit 1\n")
+    profiler.chmod(0o755)
+    monkeypatch.setattr(traffic.shutil, "which", lambda name: str(profiler))
+    assert traffic.run(["true"], tmp_path / "log", 5.0) == ([], "==ERROR== ERR_NVGPUCTRPERM")
+    profiler.write_text(f"#!/bin/sh\ncat <<'TABLE'\n{NCU}TABLE\n")
+    calls, reason = traffic.run(["true"], tmp_path / "log", 5.0)
+    assert calls == [] and "no kernel was seen" in reason  # the table belongs into the log file
+    assert len({(case, form) for case, form in traffic.CALLS}) == len(traffic.CALLS)
+
+
+def test_wheels_of_missing_packages_are_installed_behind_all_others(tmp_path, monkeypatch):
+    """Without an index and without what they ask for; a package that is there already stays the one imported."""
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    with pytest.raises(RuntimeError, match="expected wheels in it"):
+        sections.install_wheels(wheels, tmp_path / "site")
+    for name, needs in (("carried_for_step", "Requires-Dist: no_such_package\n"), ("torch", "")):
+        with zipfile.ZipFile(wheels / f"{name}-9.9-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{name}/__init__.py", "HERE = True\n")
+            info = f"{name}-9.9.dist-info"
+            wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 9.9\n{needs}")
+            wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            wheel.writestr(f"{info}/RECORD", "")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    sections.install_wheels(wheels, tmp_path / "site")
+    found = importlib.util.find_spec("carried_for_step"), importlib.util.find_spec("torch")
+    assert Path(found[0].origin).is_relative_to(tmp_path) and not Path(found[1].origin).is_relative_to(tmp_path)
 
 
 def test_parity_covers_the_whole_grid_at_an_odd_and_at_a_true_size():
@@ -372,7 +557,7 @@ def test_out_of_memory_beside_others_is_retried_alone_and_only_there_red(monkeyp
 
 
 def test_red_forms_and_red_backends_are_withheld():
-    native, triton = (SimpleNamespace(name=name, fused=True) for name in ("native", "triton"))
+    native, triton = (contenders.Contender(name, "", fused=True) for name in ("native", "triton"))
     parity = {
         "check": "parity",
         "backend": "native",
@@ -386,6 +571,9 @@ def test_red_forms_and_red_backends_are_withheld():
     assert reason(native, replace(SMALL, granularity="frame")) is None and reason(triton, SMALL) is None
     reason = sections.withheld_by([{"check": "streams", "backend": "native", "status": "red", "detail": "ran ahead"}])
     assert reason(native, replace(SMALL, granularity="frame")) and reason(triton, SMALL) is None
+    assert reason(contenders.STREAM, SMALL) is None
+    reason = sections.withheld_by([parity | {"backend": "triton"}])
+    assert reason(triton, SMALL) and reason(contenders.STREAM, SMALL)  # one code, two forms
     everyone = sections.withheld_by([{"check": "memcheck", "backend": "", "status": "red", "detail": "1 error"}])
     assert everyone(native, SMALL) and everyone(triton, SMALL) and everyone(EAGER, SMALL) is None
 
@@ -490,7 +678,7 @@ def test_speed_beside_another_computing_process_is_red(monkeypatch):
     monkeypatch.setattr(gpu, "computing", lambda: ["4242, python"])
     found = gpu.alone_on_device(patience=0.0)
     assert found["status"] == "red" and "4242" in found["detail"]
-    assert sections.withheld_by([found])(SimpleNamespace(name="triton", fused=True), SMALL)
+    assert sections.withheld_by([found])(contenders.TRITON, SMALL)
 
 
 def test_without_a_device_nothing_else_is_started(tmp_path, monkeypatch):
@@ -519,8 +707,15 @@ def test_dry_run_goes_through_every_section(tmp_path):
     backends = result["environment"]["backends"]
     assert "triton" in backends and set(checks) >= {(name, b) for name in [*names, "parity"] for b in backends}
     assert set(checks.values()) <= {"ok", "skipped"}
-    assert result["cases"] and result["cache"] and result["step"] and not result["left_out"]
+    assert result["cases"] and result["cache"] and not result["left_out"]
+    steps = {(s["reference"], s["backend"]): s["status"] for s in result["step"]}
+    assert steps == {(r, b): "ok" for r in sections.REFERENCES for b in ("auto", "eager")}
     assert {e["verdict"] for e in result["experiments"]} <= {"keep", "drop", "no difference"}
+    assert checks["stream_bits", "stream"] == "ok"
+    assert [set(entry["candidates"]) for entry in result["launches"]][:2] == [{"stream"}, {"stream"}]
+    launches.read(tmp_path / "launches.json")
+    assert [t["status"] for t in result["traffic"]] == ["skipped"]
+    assert result["environment"]["flag_looks"][0] < 0  # the interpreter runs one program at a time: it gave up
     assert "DRY RUN" in (tmp_path / "dry-run.md").read_text() and (tmp_path / "dry-run-roofline.png").stat().st_size
 
 

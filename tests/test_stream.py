@@ -182,7 +182,7 @@ def interleaved(monkeypatch):
 
     def at_once(self, fn, arg_names, grid, *rest):
         begin(self, fn, arg_names, grid, *rest)
-        if fn.__name__ != "stream_kernel":
+        if fn.__name__ not in ("stream_kernel", "ping_pong_kernel"):
             return
         called, raised = [], []
 
@@ -398,6 +398,23 @@ def test_a_wait_without_end_is_nan_and_an_error_that_names_the_way_out(monkeypat
             else:
                 loss_and_gradient("stream", arguments, "sample", monkeypatch)
         assert_same_bits(loss_and_gradient("stream", arguments, "sample", monkeypatch), expected)
+
+
+@pytest.mark.parametrize("rounds", [1, 20])
+def test_two_programs_hand_a_flag_back_and_forth(interleaved, rounds):
+    """What bench/gpu.py times as the flag's latency."""
+    from pgdpo_fast.bench import latency
+
+    looks = latency.play(rounds, DEVICE, polls=10_000)
+    assert (looks >= rounds).all()
+
+
+def test_a_flag_that_never_comes_is_told():
+    if DEVICE.type == "cuda":
+        pytest.skip("the interpreter runs one program after the other")
+    from pgdpo_fast.bench import latency
+
+    assert latency.play(3, DEVICE, polls=5).tolist() == [-5, -6]  # the second saw the first one
 
 
 # The table.

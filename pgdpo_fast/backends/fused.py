@@ -5,11 +5,12 @@ Sample and frame groups: `pair_objective` makes the loss in two launches (errors
 Doing it then costs no pass over the gradients for loss scaling or accumulation, keeps small float16 gradients from
 vanishing before they are scaled, and allocates nothing in forward.
 
-Elements: `pair_elements` makes loss and gradients in one pass, betting on an incoming gradient of 1;
+Elements: the native `pair_elements` makes loss and gradients in one pass, betting on an incoming gradient of 1;
 `pair_elements_gradient` has nothing to do when the bet was right and writes them again when it was not.
 
-Triton's `pair_stream` does so at every granularity, and bets on the incoming gradient that the device saw last: right
-from the second step on, whatever scales or accumulates the loss. `pair_stream_gradient` checks on the device.
+Triton's `pair_stream` does so at every granularity, elements always, and bets on the incoming gradient that the device
+saw last: right from the second step on, whatever scales or accumulates the loss. `pair_stream_gradient` checks on the
+device. What Triton leaves to `pair_elements` makes no gradients in forward: combine="outer", and calls without any.
 
 Only the predictions have gradients, so each function takes them as arguments of their own; `call` holds them too.
 First derivatives in reverse mode are all there is: every other one is refused, never answered with a constant.
@@ -17,9 +18,8 @@ First derivatives in reverse mode are all there is: every other one is refused, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
-from itertools import islice
 from typing import Any
 
 import torch
@@ -68,6 +68,17 @@ def _is_dual(x: Tensor | None) -> bool:
     return x is not None and forward_ad.unpack_dual(x).tangent is not None
 
 
+def _numbers_and_operands(saved: Sequence[Tensor | None]) -> tuple[PairNumbers, Operands]:
+    """The bundles of a call whose fields were saved for backward one after another."""
+    count = len(PairNumbers._fields)
+    return PairNumbers._make(saved[:count]), Operands._make(saved[count:])
+
+
+def _by_inputs(operands: Operands, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The gradients by `policy` and `policy_rejected`, which may be one stacked tensor."""
+    return chosen, None if operands.policy_rejected is None else rejected
+
+
 class _Objective(torch.autograd.Function):
     @staticmethod
     def forward(ctx, policy, policy_rejected, call: Call, epilogue: Epilogue):
@@ -101,17 +112,15 @@ class _Elements(torch.autograd.Function):
     @staticmethod
     @_first_derivative
     def backward(ctx, incoming, _):
-        means, chosen, rejected, *saved = ctx.saved_tensors
-        rest = iter(saved)
-        numbers = PairNumbers._make(islice(rest, len(PairNumbers._fields)))
-        operands = Operands._make(rest)
+        means, chosen, rejected, *call = ctx.saved_tensors
+        numbers, operands = _numbers_and_operands(call)
         bet, ctx.bet = ctx.bet, False  # a second backward must not write over gradients already handed out
         if not bet:
             chosen, rejected = operators.gradients_like(operands)
         _OPERATORS[ctx.backend].pair_elements_gradient.default(
             *operands, *numbers, means, incoming, chosen, rejected, *ctx.plan, *ctx.epilogue, ctx.outer, bet
         )
-        return chosen, None if operands.policy_rejected is None else rejected, None, None, None
+        return *_by_inputs(operands, chosen, rejected), None, None, None
 
 
 class _Stream(torch.autograd.Function):
@@ -128,17 +137,15 @@ class _Stream(torch.autograd.Function):
     @staticmethod
     @_first_derivative
     def backward(ctx, incoming, _):
-        coefficients, bets, chosen, rejected, *saved = ctx.saved_tensors
-        rest = iter(saved)
-        numbers = PairNumbers._make(islice(rest, len(PairNumbers._fields)))
-        operands = Operands._make(rest)
+        coefficients, bets, chosen, rejected, *call = ctx.saved_tensors
+        numbers, operands = _numbers_and_operands(call)
         if not ctx.bet:  # a second backward must not write over gradients already handed out
             bets, (chosen, rejected) = None, operators.gradients_like(operands)
         ctx.bet = False
         _OPERATORS[ctx.backend].pair_stream_gradient.default(
             *operands, *numbers, coefficients, bets, incoming, chosen, rejected, *ctx.plan, *ctx.epilogue, ctx.elements
         )
-        return chosen, None if operands.policy_rejected is None else rejected, None, None, None
+        return *_by_inputs(operands, chosen, rejected), None, None, None
 
 
 class _Errors(torch.autograd.Function):
@@ -182,10 +189,11 @@ def _error_gradients(ctx: Any, incoming: Tensor):
     return _input_gradients(ctx, operands, coefficients, coefficients.new_ones(()))
 
 
-def _input_gradients(ctx: Any, operands: Operands, coefficients: Tensor, incoming: Tensor):
-    """The gradients by `policy` and `policy_rejected`."""
-    chosen, rejected = _OPERATORS[ctx.backend].pair_gradient.default(*operands, coefficients, incoming, *ctx.plan)
-    return chosen, None if operands.policy_rejected is None else rejected
+def _input_gradients(
+    ctx: Any, operands: Operands, coefficients: Tensor, incoming: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    gradients = _OPERATORS[ctx.backend].pair_gradient.default(*operands, coefficients, incoming, *ctx.plan)
+    return _by_inputs(operands, *gradients)
 
 
 def _wants_gradients(x: Operands) -> bool:

@@ -1,7 +1,7 @@
 """Which launch a call of the Triton kernels gets, and the table of those a device has been measured to want.
 
 The table is `launches.json` beside this file, so that a wheel has it. It has no entry yet: every call gets the default.
-`write` makes it of measurements.
+`make gpu` makes it of measurements.
 """
 
 from __future__ import annotations
@@ -89,13 +89,31 @@ def read(path: Path = TABLE) -> tuple[Entry, ...]:
     return tuple(entries)
 
 
+def combine(before: Iterable[Entry], measured: Iterable[Entry]) -> list[Entry]:
+    """The table that gives every key of `measured` its launch, with no entry that says what a smaller size does.
+
+    Args:
+        before: entries to keep, but for kinds of call (all of a key but its size) that were measured again.
+        measured: a launch for every key, the default where nothing was faster; all keys of one size with one block.
+    """
+    measured = sorted(measured)
+    again = {entry.key[:4] for entry in measured}
+    entries = [entry for entry in before if entry.key[:4] not in again]
+    for entry in measured:
+        if (_best(entries, entry.key) or Launch()) != entry.launch:
+            entries.append(entry)
+    return entries
+
+
 def write(entries: Iterable[Entry], path: Path = TABLE) -> None:
-    """Write a table that `read` takes, in the order of its keys."""
+    """Write a table that `read` takes, in the order of its keys; it appears whole or not at all."""
     rows = [
         {"key": e.key._asdict(), "launch": e.launch._asdict(), "device": e.device, "ratio": e.ratio}
         for e in sorted(entries)
     ]
-    path.write_text(json.dumps({"entries": rows}, indent=1) + "\n")
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(json.dumps({"entries": rows}, indent=1) + "\n")
+    os.replace(partial, path)
 
 
 def _best(entries: Iterable[Entry], key: Key) -> Launch | None:

@@ -153,7 +153,7 @@ def pair_stream(
     epilogue: Epilogue,
     elements: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss `[]`, `Telemetry` `[9, B, G]`, `Coefficients` `[3, B, G]` (empty with `elements`, every element its own
+    """Loss `[]`, `Telemetry` `[9, B, G]`, `Coefficients` `[4, B, G]` (empty with `elements`, every element its own
     group), the incoming gradients that were bet on, `[B, 1]` or one for each segment, and both gradients."""
     telemetry = _planes(operands, Telemetry, plan.groups)
     coefficients = telemetry.new_empty(0) if elements else _planes(operands, Coefficients, plan.groups)

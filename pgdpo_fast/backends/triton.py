@@ -42,6 +42,7 @@ from pgdpo_fast.objectives import (
 )
 
 DEFAULT_LAUNCH = Launch()
+INTERPRETER = (0, 0)  # its compute capability, where launches are looked up
 # Partial sums a program of the folds adds up at a time, over one group or, where groups have fewer, several, and the
 # losses the last one adds at a time. 512 are all chunks of a video (MAX_CHUNKS): one trip to memory.
 FOLD_PARTS, FOLD_LOSSES = 512, 128
@@ -52,9 +53,12 @@ STREAM_POLLS, STREAM_PROGRAMS = 1 << 22, 4
 STREAM_REGISTERS = 168
 # What the stream tells the caches: of predictions and targets, until their gradients are made, and of all else.
 STREAM_KEEP, STREAM_PASS = "evict_last", "evict_first"
-# Of the pass that rewrites elements' gradients. Without a stated limit the assembler spills a few registers to make
-# room for more blocks; 96 hold it on every target.
-REWRITE_REGISTERS = 96
+# The same of the two-pass form, which says nothing until a device has shown it to help, and whether its gradients begin
+# where the errors ended.
+TWO_PASS_KEEP, TWO_PASS_PASS, BACKWARDS = "", "", True
+# Of the error pass and of the one that rewrites elements' gradients. Without a stated limit the assembler spills a few
+# registers to make room for more blocks; four blocks of 128 threads hold both on every target.
+PASS_REGISTERS = 128
 
 
 @constant_when_compiled
@@ -128,11 +132,10 @@ def _lanes(x: PairRows) -> int:
 
 def _launch(x: PairRows, plan: Plan, elements: bool = False) -> Launch:
     policy = x.policy.chosen
-    if policy.device.type != "cuda":
-        return DEFAULT_LAUNCH
-    capability = torch.cuda.get_device_capability(policy.device)
+    on_gpu = policy.device.type == "cuda"
+    major, minor = torch.cuda.get_device_capability(policy.device) if on_gpu else INTERPRETER
     key = Key(
-        architecture=10 * capability[0] + capability[1],
+        architecture=10 * major + minor,
         granularity="element" if elements else "frame" if plan.groups > 1 else "sample",
         reference=ReferenceForm(plan.reference_form).name.lower(),
         dtype=str(policy.dtype).removeprefix("torch."),
@@ -152,9 +155,8 @@ def streams(call: Call, epilogue: Epilogue) -> bool:
     """
     if any(epilogue.flags >> TERM_FLAG_BITS * term & FLAG_SAFEGUARD_BATCH for term in range(TERM_LIMIT)):
         return False
-    if launches.FORM == "auto" and torch.compiler.is_compiling():
-        return False
-    return launches.form(_launch(pair_rows(call.operands), call.plan)) == "stream"
+    launch = DEFAULT_LAUNCH if torch.compiler.is_compiling() else _launch(pair_rows(call.operands), call.plan)
+    return launches.form(launch) == "stream"
 
 
 def _arguments(x: PairRows, plan: Plan, launch: Launch):
@@ -250,6 +252,9 @@ def partial_sums(x: PairRows, plan: Plan, launch: Launch) -> Partial:
             CROSS=plan.cross,
             ANCHOR_REJECTED=plan.anchor_rejected,
             LANES=_lanes(x),
+            KEEP=TWO_PASS_KEEP,
+            PASS=TWO_PASS_PASS,
+            maxnreg=PASS_REGISTERS,
             **switches,
         )
     return partial
@@ -388,6 +393,8 @@ def _launch_gradients(
             ANCHOR=plan.anchor,
             ANCHOR_REJECTED=plan.anchor_rejected,
             BET=bets is not None,
+            BACKWARDS=BACKWARDS,
+            PASS=TWO_PASS_PASS,
             **switches,
         )
 
@@ -696,7 +703,7 @@ def _launch_elements(
             WEIGHTED=numbers.weight is not None,
             BETA_SCALED=numbers.beta_scale is not None,
             LANES=_lanes(x),
-            maxnreg=REWRITE_REGISTERS if partial is None and not outer else None,
+            maxnreg=PASS_REGISTERS if partial is None and not outer else None,
             **switches,
         )
 
