@@ -109,7 +109,7 @@ BLOCKS = (
         "block 2048, 8 warps",
         Launch(2048, 8),
         1.0,
-        "the same 128-bit loads a thread; twice the bytes in flight a program, half the programs",
+        "the same 128-bit loads a thread; twice the bytes in flight per program, half the programs",
     ),
     Candidate(
         "block 2048, 4 warps",
@@ -127,7 +127,7 @@ BLOCKS = (
         "block 512, 2 warps",
         Launch(512, 2),
         1.05,
-        "more, smaller programs: finer tail at B=1, less in flight a program",
+        "more, smaller programs: finer tail at B=1, less in flight per program",
     ),
     Candidate(
         "block 1024, 8 warps",
@@ -210,14 +210,14 @@ EXPERIMENTS = (
         {"backends.triton.PASS_REGISTERS": 96},
         (SMALL, LARGE, PREDICTIONS),
         1.0,
-        "five blocks a multiprocessor in place of four, a few spills on sm_100; bound by memory with either",
+        "five blocks per multiprocessor in place of four, a few spills on sm_100; bound by memory with either",
     ),
     Experiment(
         "chunks of 8192 or more",
         {_CHUNK: 8192},
         (SMALL, LARGE, PREDICTIONS),
         1.0,
-        "half the partial sums; at B=1 256 programs are fewer than two a multiprocessor: may lose",
+        "half the partial sums; at B=1 256 programs are fewer than two per multiprocessor: may lose",
     ),
     Experiment(
         "chunks of 2048 or more",
@@ -238,13 +238,13 @@ EXPERIMENTS = (
         {_FOLD: 256},
         (SMALL, FRAME),
         1.0,
-        "two trips to memory for 512 chunks, two partials a thread; frames take 16 rows a program, twice the programs",
+        "two trips to memory for 512 chunks, two partials a thread; frames take 16 rows per program, twice the programs",
     ),
     Experiment(
         "fold of 1024 parts",
         {_FOLD: 1024},
         (SMALL, FRAME),
         1.02,
-        "frames take 64 rows a program, half the programs; two rows a program at sample granularity",
+        "frames take 64 rows per program, half the programs; two rows per program at sample granularity",
     ),
 )
