@@ -238,7 +238,7 @@ EXPERIMENTS = (
         {_FOLD: 256},
         (SMALL, FRAME),
         1.0,
-        "two trips to memory for 512 chunks, two partials a thread; frames take 16 rows per program, twice the programs",
+        "two trips to memory for 512 chunks; frames take 16 rows per program, twice the programs",
     ),
     Experiment(
         "fold of 1024 parts",

@@ -1,5 +1,5 @@
-// The CUDA operators with their launches run by the host: the same choice of the kernel, the same per-thread code, the
-// same trees of sums, one thread after the other. What only a GPU can show (memory order, barriers, speed) is not in
+// The CUDA operators with their launches run by the host: the same choice of the kernel, the same per-thread code, one
+// thread after the other. What only a GPU can show (memory order, barriers, speed) is not in
 // here.
 #include <algorithm>
 
@@ -15,30 +15,13 @@ namespace pgdpo {
 namespace cuda {
 namespace {
 
-constexpr int WARP = 32;
-
-// A sum over a block as block_sum makes it.
-template <class S>
-S block_total(const S (&threads)[THREADS]) {
-  S warps[THREADS / WARP];
-  for (int warp = 0; warp < THREADS / WARP; ++warp) {
-    S x[WARP];
-    for (int lane = 0; lane < WARP; ++lane) x[lane] = threads[warp * WARP + lane];
-    for (int offset = WARP / 2; offset > 0; offset /= 2)
-      for (int lane = 0; lane < offset; ++lane) x[lane] += x[lane + offset];
-    warps[warp] = x[0];
-  }
-  return (warps[0] + warps[1]) + (warps[2] + warps[3]);
-}
-
 // One block of pack_kernel. Lanes in step: each exchange of the kernel is a loop over the offsets of its shuffles.
 template <class S, int P, bool VECTORS>
-void pack_segment(const Pair& x, const Packed& out, const Segment<S>& s, S (&totals)[2]) {
+void pack_segment(const Pair& x, const Packed& out, const Segment<S>& s) {
   constexpr int WIDTH = width_of(P), LANES = PACK_BLOCK / WIDTH;
-  S sums[THREADS][2] = {};
   for (int base = 0; base < s.count; base += THREADS * WIDTH) {
     float residual[THREADS][2][WIDTH];
-    for (int t = 0; t < THREADS; ++t) lane_residuals<S, P, VECTORS>(s, base + t * WIDTH, residual[t], sums[t]);
+    for (int t = 0; t < THREADS; ++t) lane_residuals<S, P, VECTORS>(s, base + t * WIDTH, residual[t]);
     for (int side = 0; side < 2; ++side) {
       uint32_t words[THREADS][WIDTH / 4] = {};
       for (int first = 0; out.rows[side].dtype == FLOAT8 && first < THREADS; first += LANES) {
@@ -64,11 +47,6 @@ void pack_segment(const Pair& x, const Packed& out, const Segment<S>& s, S (&tot
           put_row<WIDTH, VECTORS>(out.rows[side], x, s.pair, s.start + base + t * WIDTH, residual[t][side], words[t]);
     }
   }
-  for (int k = 0; k < 2; ++k) {
-    S plane[THREADS];
-    for (int t = 0; t < THREADS; ++t) plane[t] = sums[t][k];
-    totals[k] = block_total(plane);
-  }
 }
 
 }  // namespace
@@ -81,21 +59,12 @@ void* device_address(const void* pointer) {
 }
 
 template <class S>
-cudaError_t launch_pack(const Pair& x, const Packed& out, S* partial, S* errors, cudaStream_t) {
-  const int64_t blocks = x.pairs * x.segments;
+cudaError_t launch_pack(const Pair& x, const Packed& out, cudaStream_t) {
   with_pack<S>(x, out, [&](auto dtype, auto vectors) {
-    for (int64_t block = 0; block < blocks; ++block) {
-      S totals[2];
+    for (int64_t block = 0; block < x.pairs * x.segments; ++block)
       pack_segment<S, decltype(dtype)::value, decltype(vectors)::value>(
-          x, out, Segment<S>(x, block / x.segments, block % x.segments), totals);
-      for (int k = 0; k < 2; ++k) partial[k * blocks + block] = totals[k];
-    }
+          x, out, Segment<S>(x, block / x.segments, block % x.segments));
   });
-  for (int64_t row = 0; row < 2 * x.pairs; ++row) {
-    S threads[THREADS];
-    for (int t = 0; t < THREADS; ++t) threads[t] = thread_fold(partial + row * x.segments, x.segments, t);
-    errors[row] = block_total(threads) / S(x.numel);
-  }
   return cudaSuccess;
 }
 
@@ -105,8 +74,8 @@ cudaError_t launch_gather(const Gather& x, int, cudaStream_t) {
   return cudaSuccess;
 }
 
-template cudaError_t launch_pack<float>(const Pair&, const Packed&, float*, float*, cudaStream_t);
-template cudaError_t launch_pack<double>(const Pair&, const Packed&, double*, double*, cudaStream_t);
+template cudaError_t launch_pack<float>(const Pair&, const Packed&, cudaStream_t);
+template cudaError_t launch_pack<double>(const Pair&, const Packed&, cudaStream_t);
 
 }  // namespace cuda
 }  // namespace pgdpo

@@ -59,12 +59,14 @@ def emulated(tmp_path_factory):
         "-DPGDPO_NAMESPACE=pgdpo_fast_emulated",
         "-DPGDPO_CUDA=CPU",
     ]
-    calls = {"kernels": Path(__file__).with_name("cuda_emulation.cpp"), "operators": root / "cuda" / "operators.cpp"}
-    build._compile_and_link(
-        folder / "emulated.so",
-        {n: [*command, "-c", str(p)] for n, p in calls.items()},
-        [*build.compiler(), *build.FLAGS],
-    )
+    kernels = str(Path(__file__).with_name("cuda_emulation.cpp"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(build.SECONDS, kernels, 3)
+        build._compile_and_link(
+            folder / "emulated.so",
+            [(name, command) for name in (kernels, "cuda/operators.cpp")],
+            [*build.compiler(), *build.FLAGS],
+        )
     torch.ops.load_library(folder / "emulated.so")
     yield torch.ops.pgdpo_fast_emulated
     del library
@@ -79,40 +81,34 @@ def latents(shape, pairs=2, dtype=torch.float32):
 
 
 def packed(ops, q, target, format):
-    """Rows and errors of the operator, in memory that nobody wrote before."""
+    """Rows of the operator, in memory that nobody wrote before."""
     tensors = loss._check(q, target, name="reference").operands
     like = pf.PackedReference.pack(q, target, format, backend="eager")
     rows = {name: torch.full_like(value, 77) for name, value in vars(like).items() if value is not None}
     length = segment_length(q.shape[1:])
-    return rows, ops.pack(*tensors, *map(rows.get, NAMES), length)
+    ops.pack(*tensors, *map(rows.get, NAMES), length)
+    return rows
 
 
 EVEN, ODD, LONG = (4, 3, 8, 16), (3, 5, 7, 9), (4, 3, 32, 48)
-TOLERANCE = {torch.bfloat16: 1e-6, torch.float16: 1e-6, torch.float32: 1e-6, torch.float64: 1e-14}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @needs_nvcc
 @pytest.mark.parametrize("format", ["bf16", "fp8"])
 @pytest.mark.parametrize("shape", [EVEN, ODD, LONG], ids=["vectors", "single values", "two segments"])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_rows_have_the_bytes_of_the_plain_ones_and_errors_are_those_of_float64(emulated, dtype, shape, format):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_have_the_bytes_of_the_plain_ones(emulated, dtype, shape, format):
     q, y = latents(shape, dtype=dtype)
     noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(5))
     scales = torch.tensor([1.0, 0.7]), torch.tensor([-1.0, 0.3])
     for target in (y, y.float(), y[:2], pf.NoisedTarget(y, noise, *scales)):
-        rows, errors = packed(emulated, q, target, format)
+        rows = packed(emulated, q, target, format)
         plain = pf.PackedReference.pack(q, target, format, backend="eager")
         native_too = [pf.PackedReference.pack(q, target, format, backend="native")] * (not native.unavailable(CPU))
         for name, value in rows.items():
             for other in (plain, *native_too):
                 assert torch.equal(value, getattr(other, name)), name
-        if isinstance(target, torch.Tensor):
-            wide = target.double()
-        else:
-            wide = pf.NoisedTarget(y.double(), noise.double(), *(s.double() for s in scales))
-        exact = pf.reference_errors(q.double(), wide, backend="eager")
-        expected = torch.stack([exact.chosen, exact.rejected])
-        torch.testing.assert_close(errors.double(), expected, rtol=TOLERANCE[dtype], atol=0)
 
 
 @needs_nvcc
@@ -124,10 +120,9 @@ def test_bits_depend_on_neither_alignment_nor_batch(emulated, format):
         """The same values on rows that start two bytes past an aligned address."""
         return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
 
-    rows, errors = packed(emulated, q, y, format)
-    moved, moved_errors = packed(emulated, shifted(q), shifted(y), format)
-    alone, alone_errors = packed(emulated, q[[1, 4]], y[[1, 4]], format)
-    assert torch.equal(errors, moved_errors) and torch.equal(errors[:, 1:2], alone_errors)
+    rows = packed(emulated, q, y, format)
+    moved = packed(emulated, shifted(q), shifted(y), format)
+    alone = packed(emulated, q[[1, 4]], y[[1, 4]], format)
     for name, value in rows.items():
         assert torch.equal(value, moved[name]) and torch.equal(value[1:2], alone[name]), name
 
@@ -378,7 +373,7 @@ def check_registers(where: str, report: str) -> None:
     assert sum(name.startswith("pack_kernel") for name in table) == 7, where
     for name, (registers, local, shared) in table.items():
         assert local == 0, f"{where} {name}: {local} bytes of stack and spills"
-        assert shared <= 64, f"{where} {name}: {shared} bytes of shared memory"
+        assert shared == 0, f"{where} {name}: {shared} bytes of shared memory"
         assert registers <= 80, f"{where} {name}: {registers} registers"
 
 

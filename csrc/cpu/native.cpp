@@ -311,23 +311,16 @@ void pair_elements_gradient(PGDPO_OPERANDS, PGDPO_NUMBERS, const Tensor& means, 
   call.run(x);
 }
 
-// Residuals q - y of predictions q (in the policy's place) as rows of the reference cache, and their errors.
-Tensor pack(PGDPO_OPERANDS, Tensor chosen, Tensor rejected, MaybeTensor chosen_scale, MaybeTensor rejected_scale,
-            int64_t length) {
+// Residuals q - y of predictions q (in the policy's place) as rows of the reference cache.
+void pack(PGDPO_OPERANDS, Tensor chosen, Tensor rejected, MaybeTensor chosen_scale, MaybeTensor rejected_scale,
+          int64_t length) {
   const Operands x(PGDPO_PASS_OPERANDS, {REFERENCE_NONE, 1, length});
   const Packed out = packed_of(x, chosen, rejected, chosen_scale, rejected_scale, [](const Tensor& place) {
     STD_TORCH_CHECK(place.is_cpu(), "packed rows: expected CPU tensors");
   });
-  const Tensor means = x.numbers({2, x.pair.pairs});
-  const Output means_out(means);
-  const std::vector<double> sums = errors(x, {});
   const Passes& run = passes(x.float64);
   torch::stable::parallel_for(0, x.pair.pairs * pack_blocks_of(x.pair), 256,
                               [&](int64_t begin, int64_t end) { run.pack(x.pair, out, begin, end); });
-  for (int k = 0; k < 2; ++k)
-    for (int64_t pair = 0; pair < x.pair.pairs; ++pair)
-      means_out.set(k * x.pair.pairs + pair, mean_of(x, sums, k, pair));
-  return means;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pgdpo_fast_native, CompositeExplicitAutograd, m) {

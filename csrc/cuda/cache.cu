@@ -1,4 +1,4 @@
-// The reference cache on the device: predictions to rows and errors in one pass, written where they are kept (pinned
+// The reference cache on the device: predictions to rows in one pass, written where they are kept (pinned
 // host memory included), and the rows of a batch brought back in one launch.
 #include "cuda/launch.h"
 #include "cuda/pack.h"
@@ -7,38 +7,20 @@ namespace pgdpo {
 namespace cuda {
 namespace {
 
-constexpr int WARPS = THREADS / 32;
-
-// Adds both planes over the threads of a block in a fixed tree. Returns plane t's sum to thread t < 2.
-template <class S>
-__device__ S block_sum(const S (&mine)[2]) {
-  __shared__ S shared[2][WARPS];
-  const int t = threadIdx.x;
-#pragma unroll
-  for (int k = 0; k < 2; ++k) {
-    S x = mine[k];
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
-    if (t % 32 == 0) shared[k][t / 32] = x;
-  }
-  __syncthreads();
-  return t < 2 ? (shared[t][0] + shared[t][1]) + (shared[t][2] + shared[t][3]) : S(0);
-}
-
-// One block a segment. Reads predictions and targets once, writes rows and scales once.
+// One block a segment. Reads predictions and targets once, writes rows and scales once. Six blocks fit on a
+// multiprocessor; left alone the assembler goes for eight, and spills on sm_80.
 template <class S, int P, bool VECTORS>
-__global__ void __launch_bounds__(THREADS)
-    pack_kernel(const __grid_constant__ Pair x, const __grid_constant__ Packed out, S* __restrict__ partial) {
+__global__ void __launch_bounds__(THREADS, 6)
+    pack_kernel(const __grid_constant__ Pair x, const __grid_constant__ Packed out) {
   constexpr int WIDTH = width_of(P), LANES = PACK_BLOCK / WIDTH;
   const int t = threadIdx.x;
   const uint32_t segments = uint32_t(x.segments);
   const Segment<S> s(x, blockIdx.x / segments, blockIdx.x % segments);
-  S sums[2] = {S(0), S(0)};
 #pragma unroll 1
   for (int base = 0; base < s.count; base += THREADS * WIDTH) {  // the whole warp comes, its lanes exchange
     const int at = base + t * WIDTH;
     float residual[2][WIDTH];
-    lane_residuals<S, P, VECTORS>(s, at, residual, sums);
+    lane_residuals<S, P, VECTORS>(s, at, residual);
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
       uint32_t words[WIDTH / 4] = {};
@@ -64,19 +46,6 @@ __global__ void __launch_bounds__(THREADS)
       if (at < s.count) put_row<WIDTH, VECTORS>(out.rows[side], x, s.pair, s.start + at, residual[side], words);
     }
   }
-  const S sum = block_sum(sums);
-  if (t < 2) partial[int64_t(t) * gridDim.x + blockIdx.x] = sum;
-}
-
-// One block a pair.
-template <class S>
-__global__ void __launch_bounds__(THREADS)
-    errors_kernel(const S* __restrict__ partial, S* __restrict__ errors, int64_t segments, int64_t numel) {
-  const int64_t pair = blockIdx.x, pairs = gridDim.x;
-  const S* from = partial + pair * segments;
-  const S sum = block_sum(
-      {thread_fold(from, segments, threadIdx.x), thread_fold(from + pairs * segments, segments, threadIdx.x)});
-  if (threadIdx.x < 2) errors[threadIdx.x * pairs + pair] = sum / S(numel);
 }
 
 // Row blockIdx.y of the batch, all tables: 16 bytes a thread and step where everything is aligned. Reads of pinned
@@ -102,14 +71,11 @@ __global__ void __launch_bounds__(256) gather_kernel(const __grid_constant__ Gat
 }  // namespace
 
 template <class S>
-cudaError_t launch_pack(const Pair& x, const Packed& out, S* partial, S* errors, cudaStream_t stream) {
+cudaError_t launch_pack(const Pair& x, const Packed& out, cudaStream_t stream) {
   with_pack<S>(x, out, [&](auto dtype, auto vectors) {
     pack_kernel<S, decltype(dtype)::value, decltype(vectors)::value>
-        <<<unsigned(x.pairs * x.segments), THREADS, 0, stream>>>(x, out, partial);
+        <<<unsigned(x.pairs * x.segments), THREADS, 0, stream>>>(x, out);
   });
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) return error;
-  errors_kernel<S><<<unsigned(x.pairs), THREADS, 0, stream>>>(partial, errors, x.segments, x.numel);
   return cudaGetLastError();
 }
 
@@ -122,8 +88,8 @@ cudaError_t launch_gather(const Gather& x, int multiprocessors, cudaStream_t str
   return cudaGetLastError();
 }
 
-template cudaError_t launch_pack<float>(const Pair&, const Packed&, float*, float*, cudaStream_t);
-template cudaError_t launch_pack<double>(const Pair&, const Packed&, double*, double*, cudaStream_t);
+template cudaError_t launch_pack<float>(const Pair&, const Packed&, cudaStream_t);
+template cudaError_t launch_pack<double>(const Pair&, const Packed&, cudaStream_t);
 
 }  // namespace cuda
 }  // namespace pgdpo

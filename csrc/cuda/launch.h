@@ -25,9 +25,9 @@ struct Current {
 // else.
 void* device_address(const void* pointer);
 
-// Rows and mean squared errors of predictions (x.policy). partial: [2, pairs * segments]; errors: [2, pairs].
+// Rows of predictions (x.policy); residuals are made in S.
 template <class S>
-cudaError_t launch_pack(const Pair& x, const Packed& out, S* partial, S* errors, cudaStream_t stream);
+cudaError_t launch_pack(const Pair& x, const Packed& out, cudaStream_t stream);
 
 // Rows `rows` of up to TABLES tables, copied to consecutive rows; one launch.
 struct Gather {

@@ -25,9 +25,9 @@ char* reachable(const char* data, const char* name) {
   return static_cast<char*>(address);
 }
 
-// Residuals q - y of predictions q (in the policy's place) as rows of the reference cache, and their errors: one pass.
-Tensor pack(PGDPO_OPERANDS, Tensor chosen, Tensor rejected, MaybeTensor chosen_scale, MaybeTensor rejected_scale,
-            int64_t length) {
+// Residuals q - y of predictions q (in the policy's place) as rows of the reference cache, in one pass.
+void pack(PGDPO_OPERANDS, Tensor chosen, Tensor rejected, MaybeTensor chosen_scale, MaybeTensor rejected_scale,
+          int64_t length) {
   const cuda::Current on(p_w.get_device_index());
   const Operands x(PGDPO_PASS_OPERANDS, {REFERENCE_NONE, 1, length});
   STD_TORCH_CHECK(length % PACK_BLOCK == 0 || length == x.pair.numel, "length: expected a multiple of ", PACK_BLOCK,
@@ -42,12 +42,7 @@ Tensor pack(PGDPO_OPERANDS, Tensor chosen, Tensor rejected, MaybeTensor chosen_s
     out.rows[side].data = reachable(out.rows[side].data, "packed rows");
     if (out.scale[side].data != nullptr) out.scale[side].data = reachable(out.scale[side].data, "scales");
   }
-  const Tensor errors = x.numbers({2, x.pair.pairs}), partial = x.numbers({2, x.chunks()});
-  void *to = errors.mutable_data_ptr(), *between = partial.mutable_data_ptr();
-  check(x.float64 ? cuda::launch_pack(x.pair, out, static_cast<double*>(between), static_cast<double*>(to), on.stream)
-                  : cuda::launch_pack(x.pair, out, static_cast<float*>(between), static_cast<float*>(to), on.stream),
-        "pack");
-  return errors;
+  check((x.float64 ? cuda::launch_pack<double> : cuda::launch_pack<float>)(x.pair, out, on.stream), "pack");
 }
 
 void gather_rows(std::vector<Tensor> tables, std::vector<int64_t> rows, std::vector<Tensor> out) {

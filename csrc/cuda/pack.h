@@ -1,10 +1,9 @@
 // What one CUDA thread computes of packing, and how the host picks the kernel. No function here knows about blocks or
 // grids, so tests run them all on the host.
 //
-// THREADS threads share a segment; thread t takes elements t * WIDTH, (t + THREADS) * WIDTH, ... in that order whatever
-// the alignment, the grid or the number of pairs, and sums meet in a fixed tree: results depend on the shape alone. A
-// lane holds WIDTH residuals, PACK_BLOCK / WIDTH neighbouring lanes one block; between the steps lanes exchange the
-// block's largest residual and its sums.
+// THREADS threads share a segment; thread t takes elements t * WIDTH, (t + THREADS) * WIDTH, ... whatever the
+// alignment, the grid or the number of pairs. A lane holds WIDTH residuals, PACK_BLOCK / WIDTH neighbouring lanes one
+// block; between the steps lanes exchange the block's largest residual and its sums, in a fixed tree.
 #pragma once
 
 #include <type_traits>
@@ -51,9 +50,9 @@ struct Segment {
   }
 };
 
-// WIDTH residuals q - y of both videos from element `at` on, zeros past the end; adds their squares to `sums`.
+// WIDTH residuals q - y of both videos from element `at` on, zeros past the end.
 template <class S, int P, bool VECTORS>
-PGDPO_HD void lane_residuals(const Segment<S>& s, int at, float (&residual)[2][width_of(P)], S (&sums)[2]) {
+PGDPO_HD void lane_residuals(const Segment<S>& s, int at, float (&residual)[2][width_of(P)]) {
   constexpr int WIDTH = width_of(P);
 #pragma unroll
   for (int i = 0; i < WIDTH; ++i) residual[0][i] = residual[1][i] = 0.0f;
@@ -89,11 +88,7 @@ PGDPO_HD void lane_residuals(const Segment<S>& s, int at, float (&residual)[2][w
   for (int side = 0; side < 2; ++side)
 #pragma unroll
     for (int i = 0; i < WIDTH; ++i)
-      if (VECTORS || at + i < s.count) {
-        const S difference = q[side][i] - y[side][i];
-        sums[side] = fused(difference, difference, sums[side]);
-        residual[side][i] = float(difference);
-      }
+      if (VECTORS || at + i < s.count) residual[side][i] = float(q[side][i] - y[side][i]);
 }
 
 template <int WIDTH>
@@ -167,14 +162,6 @@ PGDPO_HD void put_row(const MutableRows& rows, const Pair& x, int64_t pair, int6
       }
     }
   }
-}
-
-// Thread `t`'s part of one pair's sum: a plane of partial sums, one a segment.
-template <class S>
-PGDPO_HD S thread_fold(const S* partial, int64_t segments, int t) {
-  S sum = S(0);
-  for (int64_t part = t; part < segments; part += THREADS) sum += partial[part];
-  return sum;
 }
 
 // Whether vectors of `width` elements of every row start at a multiple of their size.

@@ -29,13 +29,6 @@ PGDPO_HD constexpr int width_of(int dtype) {
   return size_of(dtype) == 2 ? 8 : 4;
 }
 
-PGDPO_HD float fused(float a, float b, float c) {
-  return fmaf(a, b, c);
-}
-PGDPO_HD double fused(double a, double b, double c) {
-  return fma(a, b, c);
-}
-
 // A product that is rounded on its own: built targets are those of torch, bit for bit.
 PGDPO_HD float product(float a, float b) {
 #if defined(__CUDA_ARCH__)

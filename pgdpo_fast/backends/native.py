@@ -163,8 +163,8 @@ def _keep(tensors: Sequence[Tensor], device: torch.device) -> None:
         _in_flight.append((event, host))
 
 
-def pack(operands: Operands, out: Mapping[str, Tensor]) -> Tensor:
-    """Rows of the reference cache, the bytes of `PackedReference.pack`, and the reference's errors, in one pass.
+def pack(operands: Operands, out: Mapping[str, Tensor]) -> None:
+    """Rows of the reference cache, the bytes of `PackedReference.pack`, in one pass.
 
     Args:
         operands: the reference's predictions in the policy's place, and their targets.
@@ -172,11 +172,8 @@ def pack(operands: Operands, out: Mapping[str, Tensor]) -> Tensor:
             chosen_scale and rejected_scale `[B, ceil(N / 128)]` float32. On the predictions' device; for CUDA
             predictions also pinned host memory, which the kernel writes itself, to be read once the current stream has
             come that far.
-
-    Returns:
-        `[2, B]` mean squared errors of chosen and rejected, in the accumulation dtype.
     """
-    errors = _operators.pack.default(
+    _operators.pack.default(
         *operands,
         chosen=out["chosen"],
         rejected=out["rejected"],
@@ -185,7 +182,6 @@ def pack(operands: Operands, out: Mapping[str, Tensor]) -> Tensor:
         length=segment_length(operands.policy.shape[1:]),
     )
     _keep(list(out.values()), operands.policy.device)
-    return errors
 
 
 def gather_rows(tables: Sequence[Tensor], rows: Sequence[int], out: Sequence[Tensor]) -> None:

@@ -187,9 +187,8 @@ def pack(
     chosen_scale: Annotated[Tensor | None, Written("c")],
     rejected_scale: Annotated[Tensor | None, Written("d")],
     length: int,
-) -> Tensor:
-    """Writes rows of the reference cache; the reference's mean squared errors, `[2, B]`: chosen and rejected."""
-    return operands.policy.new_empty((2, operands.pairs), dtype=operands.compute_dtype)
+) -> None:
+    """Writes rows of the reference cache."""
 
 
 def gather_rows(tables: list[Tensor], rows: list[int], out: Annotated[list[Tensor], Written("a")]) -> None:
