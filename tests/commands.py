@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import signal
 import sys
 import time
 
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["tests.server"])
+
+
+def _print_to(descriptor):
+    for number in (1, 2):
+        os.dup2(descriptor, number)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
 
 
 def _run(arguments, output, terminal, ignored, environment, begun):
@@ -22,9 +29,7 @@ def _run(arguments, output, terminal, ignored, environment, begun):
         descriptor = os.open(terminal, os.O_RDWR)  # the controlling terminal of the new session
     else:
         descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for number in (1, 2):
-        os.dup2(descriptor, number)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    _print_to(descriptor)
     os.environ.update(environment)
     from pgdpo_fast.cli import script
 
@@ -71,6 +76,23 @@ class Command:
     @property
     def wrote(self):
         return self.output.read_text()
+
+
+def _run_script(script, output):
+    """Body of a process that is `python SCRIPT`."""
+    _print_to(os.open(output, os.O_WRONLY | os.O_CREAT))
+    sys.argv, sys.path[0] = [script], os.path.dirname(script)
+    runpy.run_path(script, run_name="__main__")
+
+
+def run_script(script, folder):
+    """What `python SCRIPT` prints; it has to succeed."""
+    output = folder / "printed.txt"
+    process = FORK.Process(target=_run_script, args=(str(script), str(output)))
+    process.start()
+    process.join(300)
+    assert process.exitcode == 0, output.read_text()
+    return output.read_text()
 
 
 def lines_of(path):

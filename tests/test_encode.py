@@ -27,6 +27,7 @@ from pgdpo_fast.data.video import read_video
 from pgdpo_fast.errors import ConfigError, DataError, Preempted
 from pgdpo_fast.models import adapter_class
 from pgdpo_fast.storage import open_shard, read_json, write_json, write_shard
+from tests.commands import FORK
 
 
 def video_of(frames, height, width, seed=0):
@@ -618,34 +619,40 @@ def test_killed_at_any_write_and_resumed_equals_never_killed(manifest, store, tm
     assert files_of(output) == files_of(store.path)
 
 
-SHARED = """
-    import pathlib, sys, time
-    from pgdpo_fast.data.codec import PixelUnshuffleCodec
-    from pgdpo_fast.data.encode import encode_manifest
-    from pgdpo_fast.data.text import HashTextEncoder
+class SlowCodec(PixelUnshuffleCodec):
+    """Writes how many clips it encoded."""
 
-    class Slow(PixelUnshuffleCodec):
-        def encode(self, video):
-            print("clip", flush=True)
-            time.sleep(0.1)
-            return super().encode(video)
+    def __init__(self, counter):
+        super().__init__(4)
+        self.counter, self.encoded = counter, 0
 
-    manifest, output, rank = sys.argv[1:]
-    pathlib.Path(f"{output}-{rank}").touch()
-    while not pathlib.Path(f"{output}-{1 - int(rank)}").exists():  # begin together
+    def encode(self, video):
+        self.encoded += 1
+        self.counter.write_text(str(self.encoded))
+        time.sleep(0.1)
+        return super().encode(video)
+
+
+def encode_as(rank, manifest, output):
+    """Body of one of two processes that begin together."""
+    counters = [output.with_name(f"{output.name}-{number}") for number in (0, 1)]
+    counters[rank].write_text("0")
+    while not counters[1 - rank].exists():
         time.sleep(0.01)
-    encode_manifest(manifest, output, codec=Slow(4), text=HashTextEncoder(8), frames=3, height=16, width=16,
-                    shard_bytes=2 * 2 * 4 * 48 * 3 * 16, rank=int(rank), world_size=2)
-"""
+    options = {"frames": 3, "height": 16, "width": 16, "shard_bytes": 2 * 2 * 4 * 48 * 3 * 16}
+    codec, text = SlowCodec(counters[rank]), HashTextEncoder(8)
+    encode_manifest(manifest, output, codec=codec, text=text, rank=rank, world_size=2, **options)
 
 
 def share(manifest, output):
     """Clips that each of two processes encoded."""
-    command = [sys.executable, "-c", textwrap.dedent(SHARED), str(manifest), str(output)]
-    processes = [subprocess.Popen([*command, rank], stdout=subprocess.PIPE, text=True) for rank in "01"]
-    encoded = [process.communicate(timeout=120)[0].count("clip") for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    return encoded
+    processes = [FORK.Process(target=encode_as, args=(rank, manifest, output)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    return [int(output.with_name(f"{output.name}-{rank}").read_text()) for rank in (0, 1)]
 
 
 def test_processes_share_the_work_and_leave_the_store_of_one(manifest, store, tmp_path):

@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
+from tests.commands import run_script
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 INTEGRATIONS = EXAMPLES / "integrations"
 OBJECTIVES = EXAMPLES / "objectives"
@@ -55,8 +57,8 @@ def test_an_integration_trains(name):
     assert after < 0.3
 
 
-def test_a_new_objective_in_ten_lines():
-    assert re.search(r"loss 2\.75\d+, gradient norm", run(EXAMPLES / "new_objective.py"))
+def test_a_new_objective_in_ten_lines(tmp_path):
+    assert re.search(r"loss 2\.75\d+, gradient norm", run_script(EXAMPLES / "new_objective.py", tmp_path))
 
 
 # Objectives: each example against its formula, written out over whole clips in plain torch.
@@ -159,7 +161,6 @@ def test_an_objective_of_the_examples_is_its_formula(formula):
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("formula", FORMULAS, ids=lambda formula: formula.__name__)
-def test_an_objective_of_the_examples_runs_as_its_first_line_says(formula):
-    assert re.search(r"loss -?\d", run(OBJECTIVES / f"{formula.__name__}.py"))
+def test_an_objective_of_the_examples_runs_as_its_first_line_says(formula, tmp_path):
+    assert re.search(r"loss -?\d", run_script(OBJECTIVES / f"{formula.__name__}.py", tmp_path))
