@@ -78,21 +78,26 @@ class Command:
         return self.output.read_text()
 
 
-def _run_script(script, output):
-    """Body of a process that is `python SCRIPT`."""
+def _run_script(script, arguments, output):
+    """Body of a process that is `python SCRIPT ARGUMENTS...`."""
     _print_to(os.open(output, os.O_WRONLY | os.O_CREAT))
-    sys.argv, sys.path[0] = [script], os.path.dirname(script)
+    sys.argv, sys.path[0] = [script, *arguments], os.path.dirname(script)
     runpy.run_path(script, run_name="__main__")
 
 
-def run_script(script, folder):
-    """What `python SCRIPT` prints; it has to succeed."""
-    output = folder / "printed.txt"
-    process = FORK.Process(target=_run_script, args=(str(script), str(output)))
-    process.start()
-    process.join(300)
-    assert process.exitcode == 0, output.read_text()
-    return output.read_text()
+def run_scripts(folder, *calls):
+    """What `python SCRIPT ARGUMENTS...` prints for every call, all of them run at once; each has to succeed."""
+    outputs = [folder / f"script-{number}.txt" for number in range(len(calls))]
+    processes = []
+    for (script, *arguments), output in zip(calls, outputs, strict=True):
+        given = (str(script), [str(argument) for argument in arguments], str(output))
+        processes.append(FORK.Process(target=_run_script, args=given))
+        processes[-1].start()
+    for process in processes:
+        process.join(300)
+    printed = [output.read_text() if output.exists() else "" for output in outputs]
+    assert [process.exitcode for process in processes] == [0] * len(calls), "\n".join(printed)
+    return printed
 
 
 def lines_of(path):

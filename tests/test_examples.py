@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from tests.commands import run_script
+from tests.commands import run_scripts
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 INTEGRATIONS = EXAMPLES / "integrations"
@@ -58,7 +58,7 @@ def test_an_integration_trains(name):
 
 
 def test_a_new_objective_in_ten_lines(tmp_path):
-    assert re.search(r"loss 2\.75\d+, gradient norm", run_script(EXAMPLES / "new_objective.py", tmp_path))
+    assert re.search(r"loss 2\.75\d+, gradient norm", run_scripts(tmp_path, [EXAMPLES / "new_objective.py"])[0])
 
 
 # Objectives: each example against its formula, written out over whole clips in plain torch.
@@ -163,4 +163,4 @@ def test_an_objective_of_the_examples_is_its_formula(formula):
 
 @pytest.mark.parametrize("formula", FORMULAS, ids=lambda formula: formula.__name__)
 def test_an_objective_of_the_examples_runs_as_its_first_line_says(formula, tmp_path):
-    assert re.search(r"loss -?\d", run_script(OBJECTIVES / f"{formula.__name__}.py", tmp_path))
+    assert re.search(r"loss -?\d", run_scripts(tmp_path, [OBJECTIVES / f"{formula.__name__}.py"])[0])

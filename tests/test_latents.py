@@ -2,8 +2,6 @@
 pairs. Every backend, granularity, form of the reference and dtype against the definition written out in float64."""
 
 import itertools
-import subprocess
-import sys
 import textwrap
 import warnings
 
@@ -14,6 +12,7 @@ import pgdpo_fast as pf
 from pgdpo_fast import backends
 from pgdpo_fast.backends import operands
 from pgdpo_fast.backends import triton as triton_backend
+from tests.commands import run_scripts
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = [name for name in ("eager", "triton", "native") if backends.unavailable(name, DEVICE) is None]
@@ -498,10 +497,4 @@ def test_weights_are_normalised_over_the_ranks_that_share_the_latents(tmp_path):
     script = tmp_path / "sharded.py"
     script.write_text(textwrap.dedent(SHARDED))
     address = f"file://{tmp_path / 'meeting'}"
-    processes = [
-        subprocess.Popen([sys.executable, str(script), address, str(rank)], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
+    run_scripts(tmp_path, *([script, address, rank] for rank in range(2)))

@@ -5,8 +5,6 @@ import functools
 import itertools
 import math
 import pickle
-import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -16,6 +14,7 @@ from torch.autograd import forward_ad
 import pgdpo_fast as pf
 from pgdpo_fast import backends
 from pgdpo_fast.errors import BackendUnavailable, ConfigError, DerivativeError, NonFiniteError
+from tests.commands import run_scripts
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = [name for name in ("eager", "triton", "native") if backends.unavailable(name, DEVICE) is None]
@@ -1074,17 +1073,7 @@ def run_ranks(tmp_path, body, world=2):
         dist.destroy_process_group()
     """)
     )
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(r), str(world), str(tmp_path)],
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for r in range(world)
-    ]
-    outputs = [r.communicate(timeout=120)[0] for r in ranks]
-    assert all(r.returncode == 0 for r in ranks), "\n".join(outputs)
+    run_scripts(tmp_path, *([script, rank, world, tmp_path] for rank in range(world)))
     return [torch.load(tmp_path / f"result{r}.pt") for r in range(world)]
 
 
