@@ -81,7 +81,8 @@ class Command:
 def _run_script(script, arguments, output):
     """Body of a process that is `python SCRIPT ARGUMENTS...`."""
     _print_to(os.open(output, os.O_WRONLY | os.O_CREAT))
-    sys.argv, sys.path[0] = [script, *arguments], os.path.dirname(script)
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, os.path.dirname(script))
     runpy.run_path(script, run_name="__main__")
 
 

@@ -8,8 +8,6 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
 import textwrap
 import threading
 import time
@@ -27,7 +25,7 @@ from pgdpo_fast.data.video import read_video
 from pgdpo_fast.errors import ConfigError, DataError, Preempted
 from pgdpo_fast.models import adapter_class
 from pgdpo_fast.storage import open_shard, read_json, write_json, write_shard
-from tests.commands import FORK
+from tests.commands import FORK, run_scripts
 
 
 def video_of(frames, height, width, seed=0):
@@ -612,10 +610,9 @@ KILLER = """
 
 def test_killed_at_any_write_and_resumed_equals_never_killed(manifest, store, tmp_path):
     output = tmp_path / "s"
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(KILLER), str(manifest.path), str(output)],
-                          capture_output=True, text=True, timeout=120)  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert int(done.stdout.split()[-1]) > 10  # so many runs were killed on the way
+    (tmp_path / "killer.py").write_text(textwrap.dedent(KILLER))
+    (printed,) = run_scripts(tmp_path, [tmp_path / "killer.py", manifest.path, output])
+    assert int(printed.split()[-1]) > 10  # so many runs were killed on the way
     assert files_of(output) == files_of(store.path)
 
 
