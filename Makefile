@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 demo: $(READY)  ## render clips, encode, train, fine-tune with DPO and PG-DPO, write out/demo/report.html
 	$(BIN)/pgdpo-fast demo
 
-test: $(READY)  ## the whole suite, two workers; of the sweeps over hostile inputs a few of every kind
+test: $(READY)  ## the suite, two workers; of the sweeps over hostile inputs, kills, damage and GPU targets a few of every kind
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q -m 'not sweep'
 
 test-all: $(READY)  ## the whole suite and all of the sweeps
