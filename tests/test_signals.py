@@ -13,6 +13,7 @@ import torch
 
 from pgdpo_fast.analysis.figures import charts
 from pgdpo_fast.analysis.runs import read_rows
+from pgdpo_fast.data.manifest import read_manifest
 from pgdpo_fast.data.synthetic import render_pairs
 from pgdpo_fast.errors import Preempted
 from pgdpo_fast.preemption import Stop, stoppable
@@ -179,12 +180,14 @@ def test_long_loops_see_a_signal_whose_exception_was_lost(tmp_path):
     (tmp_path / "large").write_bytes(bytes(1000))
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"step": 1}\n')
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "a.mp4", "rejected": "b.mp4"}\n')
     network = torch.nn.Linear(2, 2)
     loops = [
         lambda: sha256_file(tmp_path / "large"),
         lambda: weights_digest(network),
         lambda: check_weights(network.named_parameters(), "now"),
         lambda: read_rows(rows),
+        lambda: read_manifest(tmp_path / "pairs.jsonl"),
         lambda: charts([]),
         lambda: render_pairs(tmp_path / "clips", pairs=1, frames=3, height=16, width=16),
     ]

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from pgdpo_fast.errors import ConfigError, DataError
 from pgdpo_fast.options import choice, close_to
+from pgdpo_fast.preemption import check_stop
 from pgdpo_fast.printable import printable
 from pgdpo_fast.storage import atomic_file
 
@@ -288,6 +289,7 @@ def _read_records(path: Path, suffix: str) -> Iterator[tuple[str, dict]]:
         raise DataError(f"{path}: suffix {suffix or 'none'} is not a manifest's; expected .jsonl, .csv or .parquet")
     try:
         for where, row in readers[suffix](path):
+            check_stop()
             yield where, {key: value for key, value in row.items() if value is not None and value != ""}
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error.reason}); save the manifest as UTF-8") from None
@@ -480,6 +482,7 @@ def _check_rows(path: Path, root: Path | None, format: str, rows, notes: list[st
     pairs: dict[str, tuple[str, Pair]] = {}
     dropped = []
     for where, row in rows:
+        check_stop()
         try:
             if isinstance(row, _Drop):
                 raise row
