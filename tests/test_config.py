@@ -1,13 +1,32 @@
 """A run's settings: every mistake is named at once, every value knows where it came from."""
 
+import inspect
+import typing
 from pathlib import Path
 
 import pytest
+from pgdpo_fast.bench import shapes
 
 import pgdpo_fast as pf
+from pgdpo_fast import backends, loss
+from pgdpo_fast.cli import bench as bench_command
+from pgdpo_fast.cli import cache_reference as cache_command
+from pgdpo_fast.cli import encode as encode_command
+from pgdpo_fast.cli import train as train_command
+from pgdpo_fast.data import manifest
 from pgdpo_fast.errors import ConfigError
+from pgdpo_fast.models.config import ModelConfig
 from pgdpo_fast.options import DECISIONS
-from pgdpo_fast.training.config import _DECLARED, _KEYS, TrainConfig, describe_settings, load_config
+from pgdpo_fast.reference import rows
+from pgdpo_fast.training.config import (
+    _DECLARED,
+    _KEYS,
+    CHANGEABLE,
+    TrainConfig,
+    TrainingConfig,
+    describe_settings,
+    load_config,
+)
 from pgdpo_fast.training.reference_pass import reference_settings
 from pgdpo_fast.training.trainer import train
 
@@ -25,6 +44,37 @@ def problems_of(path, overrides=()):
     with pytest.raises(ConfigError) as caught:
         load_config(path, overrides)
     return str(caught.value)
+
+
+def words_of(kind):
+    """The words a `Literal` allows, wherever it stands in a type."""
+    if typing.get_origin(kind) is typing.Literal:
+        return set(typing.get_args(kind))
+    return set().union(*map(words_of, typing.get_args(kind)))
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "known"),
+    [
+        (TrainingConfig, "granularity", loss.GRANULARITIES),
+        (TrainingConfig, "backend", ("auto", *backends.NAMES)),
+        (ModelConfig, "dtype", rows.DTYPES),
+        (encode_command.Encode, "format", manifest.FORMATS),
+        (encode_command.Encode, "criterion", manifest.CRITERIA),
+        (cache_command.CacheReference, "granularity", loss.GRANULARITIES),
+        (cache_command.CacheReference, "format", ("auto", *rows.FORMATS)),
+        (bench_command.Bench, "shapes", shapes.SHAPES),
+        (bench_command.Bench, "granularity", loss.GRANULARITIES),
+        (bench_command.Bench, "reference_form", shapes.REFERENCE_FORMS),
+    ],
+)
+def test_the_choices_of_a_setting_or_flag_are_all_there_are(owner, name, known):
+    assert words_of(typing.get_type_hints(owner)[name]) == set(known)
+
+
+def test_the_help_of_change_names_every_setting_that_may_change():
+    text = inspect.getsource(train_command).partition("    change: ")[2].partition("    display: ")[0]
+    assert all(key.rpartition(".")[2] in text for key in CHANGEABLE)
 
 
 def test_all_problems_are_reported_at_once_with_what_was_meant(tmp_path):
