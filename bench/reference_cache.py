@@ -252,7 +252,7 @@ def markdown(results: dict) -> str:
             "Disk tier, rows of 16x21x60x104",
             (
                 "format",
-                "MB a row",
+                "MB per row",
                 "write MB/s",
                 "first read (hashing) MB/s",
                 "read again MB/s",
@@ -273,7 +273,7 @@ def markdown(results: dict) -> str:
     if steps := results.get("step"):
         table(
             "A training step, Wan of 7M weights, fp32",
-            ("trains", "reference", "s a step", "peak resident MB", "loss of the last step"),
+            ("trains", "reference", "s per step", "peak resident MB", "loss of the last step"),
             [
                 (r["train"], r["reference"], f"{r['step_seconds']:.3f}", f"{r['peak_rss_mb']:.0f}", repr(r["loss"]))
                 for r in steps

@@ -19,7 +19,7 @@ PROMPT = "A red  square, moving"
 
 @pytest.fixture(scope="module")
 def pipeline(characters):
-    """All parts, tiny: a VAE of 8 frames and 32 pixels a latent with statistics of its own, T5, transformer."""
+    """All parts, tiny: a VAE of 8 frames and 32 pixels per latent with statistics of its own, T5, transformer."""
     from transformers import T5Config, T5EncoderModel
 
     torch.manual_seed(0)

@@ -20,7 +20,7 @@ PROMPT = "A red  square, moving"
 
 @pytest.fixture(scope="module")
 def pipeline(characters):
-    """All parts, tiny: a VAE of 6 frames and 8 pixels a latent, T5, transformer with positions of its own."""
+    """All parts, tiny: a VAE of 6 frames and 8 pixels per latent, T5, transformer with positions of its own."""
     from transformers import T5Config, T5EncoderModel
 
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ from datetime import timedelta
 
 __all__ = ["PlainProgress", "rows_progress"]
 
-SECONDS = 15.0  # between two plain lines: four a minute keep the log of a day's work below 6000 lines
+SECONDS = 15.0  # between two plain lines: four per minute keep the log of a day's work below 6000 lines
 
 
 class PlainProgress:

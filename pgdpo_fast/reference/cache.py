@@ -145,8 +145,9 @@ class ReferenceCache:
         return sum(block.rows for block in self.blocks)
 
     def __contains__(self, visit: Visit) -> bool:
-        place = self._positions.get(visit[0])
-        return place is not None and 0 <= visit[1] < place[2]
+        id, draw = visit
+        _, _, draws = self._positions.get(id, (0, 0, 0))
+        return 0 <= draw < draws
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_tables": {}}

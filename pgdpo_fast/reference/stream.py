@@ -1,6 +1,6 @@
 """Brings cached rows to where the loss runs before it asks: disk to host in another thread, host to device beside it.
 
-Two scalars a row (format "errors") live on the device as one table. Predictions are read ahead from the memory-mapped
+Two scalars per row (format "errors") live on the device as one table. Predictions are read ahead from the memory-mapped
 shards; for a GPU they pass through pinned slots and a side stream, in one launch, so neither the disk nor the bus is
 waited for while a step computes.
 """

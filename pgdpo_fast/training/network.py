@@ -16,7 +16,7 @@ from pgdpo_fast.training.checkpoint import MANIFEST, WEIGHTS, check_checkpoint, 
 from pgdpo_fast.training.config import TrainConfig
 from pgdpo_fast.training.measure import check_weights
 
-__all__ = ["Opened", "open_network", "started_from"]
+__all__ = ["Opened", "open_network"]
 
 
 def started_from(start: str) -> Path:
@@ -39,13 +39,14 @@ def started_from(start: str) -> Path:
 
 
 class Opened(NamedTuple):
-    """What a configuration names, as opened: the store with its pairs divided, and the network on its device, frozen,
-    without the adapters to be trained."""
+    """What a configuration names, as opened: the store with its pairs divided, the network on its device, frozen and
+    without the adapters to be trained, and the folder of the weights of `model.start`, where there is one."""
 
     store: LatentStore
     split: Split
     adapter: ModelAdapter
     network: nn.Module
+    start: Path | None
 
 
 def open_network(config: TrainConfig, device: torch.device) -> Opened:
@@ -60,9 +61,10 @@ def open_network(config: TrainConfig, device: torch.device) -> Opened:
     store = LatentStore(config.data.store)
     adapter = adapter_from_config(config.model)
     network = adapter.load(device)
-    if config.model.start:
-        adapter.start_from(network, started_from(config.model.start))
+    start = started_from(config.model.start) if config.model.start else None
+    if start:
+        adapter.start_from(network, start)
     check_weights(network.named_parameters(), "as loaded")
     if problems := adapter.check_store(network, store):
         raise ConfigError(f"data.store={config.data.store!r} does not fit the network: {'; '.join(problems)}")
-    return Opened(store, split(config, store), adapter, network)
+    return Opened(store, split(config, store), adapter, network, start)

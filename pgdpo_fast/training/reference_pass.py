@@ -59,7 +59,7 @@ def reference_settings(config: TrainConfig, without: Sequence[str] = ()) -> dict
 
 def reference_fingerprint(config: TrainConfig, opened: Opened) -> dict[str, Any]:
     """Everything the rows depend on, from a network as opened: without adapters, before any training."""
-    store, split, adapter, network = opened
+    store, split, adapter, network, _ = opened
     return reference_settings(config, without=["store", "weights"]) | {
         "model.architecture": architecture_digest(network.config),
         "model.weights": weights_digest(network),
@@ -122,7 +122,7 @@ def cache_reference(
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", local_rank)
     opened = open_network(config, device)
-    store, split, adapter, network = opened
+    store, split, adapter, network, _ = opened
     fingerprint = reference_fingerprint(config, opened)
     network.eval()
     if config.model.compile:

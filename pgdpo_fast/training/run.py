@@ -31,7 +31,7 @@ from pgdpo_fast.training.cached_reference import CachedReference
 from pgdpo_fast.training.callbacks import CALLBACKS
 from pgdpo_fast.training.checkpoint import Checkpoints, check_checkpoint, find_checkpoint
 from pgdpo_fast.training.config import CHANGEABLE, TrainConfig
-from pgdpo_fast.training.network import open_network, started_from
+from pgdpo_fast.training.network import open_network
 from pgdpo_fast.training.optimizer import MasterAdamW
 from pgdpo_fast.training.reference import AdapterOffReference, CopyReference, ReferenceProvider
 from pgdpo_fast.training.telemetry import MetricsFile, PreferenceHealth, TensorBoard
@@ -89,7 +89,7 @@ class Run:
         """
         options, device = config.training, select_device(config.training.device, "training.device")
         opened = open_network(config, device)
-        store, split, adapter, network = opened
+        store, split, adapter, network, start = opened
         objective, process = config.build_objective(), config.build_process()
         loss = {"objective": objective, "granularity": options.granularity, "backend": options.backend}
         reference = None
@@ -116,9 +116,8 @@ class Run:
         identity = config.deciding("numbers", "reference", without=["store"])
         del identity["data.split"]
         identity |= {"store.fingerprint": store.fingerprint, **split.setting}
-        if config.model.start:
-            files = sorted(started_from(config.model.start).glob("*.safetensors"))
-            identity["model.start (content)"] = [sha256_file(file) for file in files]
+        if start:
+            identity["model.start (content)"] = [sha256_file(file) for file in sorted(start.glob("*.safetensors"))]
         checkpoints = Checkpoints(
             root / "checkpoints", adapter, policy, optimizer, json.loads(json.dumps(identity)), options.checkpoint_keep
         )
