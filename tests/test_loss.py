@@ -1194,3 +1194,22 @@ def test_sharded_training_equals_one_process(tmp_path):
     for rank in run_ranks(tmp_path, body):
         torch.testing.assert_close(rank, alone["result"], rtol=1e-6, atol=1e-6)
     assert all(gradient.abs().max() > 1e-3 for gradient, _ in alone["result"][names[0]].values())
+
+
+@pytest.mark.parametrize("backend", ["native", "eager"])
+def test_kept_errors_come_in_any_dtype_with_or_without_an_axis_of_groups_and_get_no_gradient(backend):
+    if reason := backends.unavailable(backend, torch.device("cpu")):
+        pytest.skip(reason)
+    p, y, q = (torch.randn(4, 3, 2, 4, 5) for _ in range(3))
+    kept = pf.reference_errors(q, y, backend="eager")
+
+    def loss(chosen, rejected):
+        errors = pf.ReferenceErrors(chosen, rejected)
+        return pf.preference_loss(p, y, errors, objective=pf.DPO(10.0), backend=backend).loss
+
+    expected = loss(kept.chosen, kept.rejected)
+    assert torch.equal(loss(kept.chosen[:, None], kept.rejected), expected)
+    assert torch.equal(loss(kept.chosen[:, None], kept.rejected[:, None]), expected)
+    assert torch.equal(loss(kept.chosen.double(), kept.rejected), expected)
+    learnt = kept.chosen.clone().requires_grad_()
+    assert torch.equal(loss(learnt, kept.rejected), expected) and not loss(learnt, kept.rejected).requires_grad

@@ -42,7 +42,9 @@ def _first_derivative(backward: Callable) -> Callable:
 
     @wraps(backward)
     def checked(ctx, *incoming):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if not torch.is_grad_enabled():  # as it nearly always is
+            return backward(ctx, *incoming)
+        if not torch.compiler.is_compiling():
             raise DerivativeError(
                 f"create_graph=True: the gradients of backend={ctx.backend!r} cannot be differentiated again; for a "
                 'gradient penalty or any second derivative pass backend="eager"'
