@@ -178,7 +178,7 @@ class Experiment:
     backend: str = "triton"
 
 
-_CHUNK, _CHUNKS = "backends.operands.MIN_CHUNK", "backends.operands.MAX_CHUNKS"
+_CHUNK, _CHUNKS = "backends.operands.MIN_SEGMENT", "backends.operands.MAX_SEGMENTS"
 _FOLD = "backends.triton.FOLD_PARTS"
 
 EXPERIMENTS = (

@@ -24,7 +24,7 @@ from pgdpo_fast.backends.operands import (
     ReferenceForm,
     Telemetry,
     pair_rows,
-    runs_of,
+    segments_of,
 )
 from pgdpo_fast.errors import ConfigError, NonFiniteError
 from pgdpo_fast.metrics import METRICS
@@ -496,7 +496,7 @@ def _check(
     elif weight is not None and groups > 1:
         weight = weight.expand(-1, groups).contiguous()
 
-    length, consecutive = runs_of(video, None if frame_dim is None else frame_dim - 1)
+    length, consecutive = segments_of(video, None if frame_dim is None else frame_dim - 1)
     return Call(
         operands=Operands(
             policy=policy,

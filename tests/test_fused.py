@@ -92,10 +92,10 @@ def poisoned_memory():
 
 
 @pytest.fixture
-def small_chunks(monkeypatch):
+def small_segments(monkeypatch):
     """128 elements per segment and 64 per block, three groups of partial sums to a fold step."""
     if DEVICE.type == "cpu":
-        monkeypatch.setattr(operands, "MIN_CHUNK", 128)
+        monkeypatch.setattr(operands, "MIN_SEGMENT", 128)
         monkeypatch.setattr(triton_backend, "DEFAULT_LAUNCH", triton_backend.DEFAULT_LAUNCH._replace(block=64))
 
 
@@ -203,7 +203,7 @@ def ill_conditioned(objective, granularity):
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_objective_equals_eager_in_float64(small_chunks, backend, granularity, name):
+def test_every_objective_equals_eager_in_float64(small_segments, backend, granularity, name):
     """The formulas to 1e-11 in float64 arithmetic, and to rounding in float32."""
     objective = OBJECTIVES[name]
     loosen = ill_conditioned(objective, granularity)
@@ -224,7 +224,7 @@ FORMS = [(*form, DTYPES[i % 4], SHAPES[i % 3]) for i, form in enumerate(FORMS) i
     FORMS,
     ids=["-".join(map(str, (t, r, g, str(d)[6:]))) for t, r, g, d, _ in FORMS],
 )
-def test_every_form_of_input_equals_eager(small_chunks, backend, target, reference, granularity, dtype, shape):
+def test_every_form_of_input_equals_eager(small_segments, backend, target, reference, granularity, dtype, shape):
     """Targets x references x granularities; dtypes and odd and even sizes take turns."""
     batch = Batch(target=target, reference=reference, granularity=granularity, dtype=dtype, shape=shape, seed=2)
     anchor = reference not in ("errors",)
@@ -240,7 +240,7 @@ def test_every_form_of_input_equals_eager(small_chunks, backend, target, referen
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_tuples_weights_and_no_reference(small_chunks, backend, dtype, granularity):
+def test_tuples_weights_and_no_reference(small_segments, backend, dtype, granularity):
     batch = Batch(dtype=dtype, pairs=3)
     weight = torch.tensor([0.5, 2.0, 0.0], device=DEVICE)
     assert_parity(batch, pf.PGDPO(), backend, granularity, pair_weight=weight)
@@ -267,8 +267,8 @@ def test_any_size_with_the_committed_launch(backend, shape):
 def test_many_segments_are_all_folded(monkeypatch, backend):
     """More partial sums than one step of the fold takes, and more pairs than one of its blocks."""
     if DEVICE.type == "cpu":
-        monkeypatch.setattr(operands, "MIN_CHUNK", 1)
-        monkeypatch.setattr(operands, "MAX_CHUNKS", 150)
+        monkeypatch.setattr(operands, "MIN_SEGMENT", 1)
+        monkeypatch.setattr(operands, "MAX_SEGMENTS", 150)
         monkeypatch.setattr(triton_backend, "FOLD_PARTS", 16)
     assert DEVICE.type == "cuda" or operands.segment_length(torch.Size((37,))) == 1
     for granularity in ("sample", "element"):
@@ -280,7 +280,7 @@ def test_many_segments_are_all_folded(monkeypatch, backend):
     "triton" not in FUSED or DEVICE.type == "cuda", reason="rows per program follow from the shape there"
 )
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_bits_do_not_depend_on_how_many_groups_a_program_folds(small_chunks, monkeypatch, granularity):
+def test_bits_do_not_depend_on_how_many_groups_a_program_folds(small_segments, monkeypatch, granularity):
     """One group a program, and the last of many adds the losses, or all groups in one program. Four parts a group:
     from eight on the interpreter's own sums depend on how many lie side by side."""
     batch, found = Batch(pairs=3, shape=(2, 2, 8, 16)), []
@@ -298,9 +298,9 @@ def test_a_video_is_cut_by_its_shape_alone():
     for shape in ((16, 21, 60, 104), (16, 33, 90, 160), (4, 16, 40, 64), (16, 13, 60, 90), (1, 1, 1, 1), (5,)):
         shape = torch.Size(shape)
         numel, length = shape.numel(), operands.segment_length(shape)
-        assert length <= numel <= length * operands.MAX_CHUNKS
+        assert length <= numel <= length * operands.MAX_SEGMENTS
         if len(shape) == 4 and shape[1] > 1:
-            assert operands.runs_of(shape, 1) == (shape[2] * shape[3], 1)
+            assert operands.segments_of(shape, 1) == (shape[2] * shape[3], 1)
 
 
 # Numerical promises.
@@ -335,7 +335,7 @@ def test_float16_gradients_are_rounded_after_the_loss_scale(backend, granularity
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_a_pairs_bits_depend_on_nothing_but_the_pair(small_chunks, granularity):
+def test_a_pairs_bits_depend_on_nothing_but_the_pair(small_segments, granularity):
     """The same from run to run, alone or in a batch, whatever its neighbours and its place."""
     batch = Batch(pairs=5, shape=(2, 2, 8, 16))
     out, grad = batch.run(pf.PGDPO(), "triton", granularity=granularity)
@@ -414,7 +414,7 @@ class Median(pf.Objective):
 
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("granularity", ["sample", "frame"])
-def test_an_objective_written_in_torch_runs_fused(small_chunks, backend, granularity):
+def test_an_objective_written_in_torch_runs_fused(small_segments, backend, granularity):
     assert Median().epilogue() is None
     assert_parity(Batch(dtype=torch.float64), Median(), backend, granularity)
     batch = Batch(dtype=torch.bfloat16, target="built", reference="fp8")
@@ -422,7 +422,7 @@ def test_an_objective_written_in_torch_runs_fused(small_chunks, backend, granula
 
 
 @pytest.mark.parametrize("backend", FUSED)
-def test_launches_reads_and_writes_nothing_it_was_not_given(small_chunks, backend):
+def test_launches_reads_and_writes_nothing_it_was_not_given(small_segments, backend):
     """Rows surrounded by guard bands: nothing outside them is read into the result or written."""
     batch = Batch(pairs=2, shape=(2, 2, 5, 7))
     clean, _ = batch.run(pf.PGDPO(), backend, granularity="frame")

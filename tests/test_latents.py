@@ -24,10 +24,10 @@ GRADIENT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-6, torch.float16: 
 
 
 @pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
+def small_segments(monkeypatch):
     """128 elements per segment and 64 per block, so that small videos pass through several, and memory full of NaN."""
     if DEVICE.type == "cpu":
-        monkeypatch.setattr(operands, "MIN_CHUNK", 128)
+        monkeypatch.setattr(operands, "MIN_SEGMENT", 128)
         monkeypatch.setattr(triton_backend, "DEFAULT_LAUNCH", triton_backend.DEFAULT_LAUNCH._replace(block=64))
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -295,12 +295,12 @@ def test_frames_outside_channels_are_the_same_frames(backend, shape, weighted):
 
 
 def test_a_frame_outside_channels_is_cut_into_runs_that_do_not_cross_it():
-    assert operands.runs_of(torch.Size((16, 13, 60, 90)), 1) == (60 * 90, 1)
+    assert operands.segments_of(torch.Size((16, 13, 60, 90)), 1) == (60 * 90, 1)
     operands_of = {(13, 16, 60, 90): 0, (21, 16, 90, 160): 0, (13, 4, 40, 64): 0, (5, 1350, 64): 0, (7, 9): 0}
     for shape, axis in operands_of.items():
-        length, consecutive = operands.runs_of(torch.Size(shape), axis)
+        length, consecutive = operands.segments_of(torch.Size(shape), axis)
         assert length * consecutive == torch.Size(shape[1:]).numel()
-        assert consecutive == 1 or length >= operands.MIN_CHUNK
+        assert consecutive == 1 or length >= operands.MIN_SEGMENT
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -161,10 +161,10 @@ def test_a_release_that_never_comes_ends_in_nan_and_zeroed_counters(seed):
 
 
 @pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
+def small_segments(monkeypatch):
     """128 elements per segment, 64 per block, gradients one segment later than need be; nothing left of other tests."""
     if DEVICE.type == "cpu":
-        monkeypatch.setattr(operands, "MIN_CHUNK", 128)
+        monkeypatch.setattr(operands, "MIN_SEGMENT", 128)
         launch = triton_backend.DEFAULT_LAUNCH._replace(block=64, ahead=1)
         monkeypatch.setattr(triton_backend, "DEFAULT_LAUNCH", launch)
     for held in (triton_backend._last, triton_backend._states, triton_backend._gave_up):

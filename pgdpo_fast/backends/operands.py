@@ -61,11 +61,11 @@ class Plan(NamedTuple):
 
     reference_form: ReferenceForm
     groups: int  # 1 at element granularity, whose passes need none
-    length: int  # of the runs a video is cut into, see `runs_of`
+    length: int  # of the segments a video is cut into, see `segments_of`
     anchor: bool  # whether the sums of these statistics are wanted
     cross: bool
     anchor_rejected: bool = False
-    consecutive: int = 1  # runs in a row that belong to one group
+    consecutive: int = 1  # segments in a row that belong to one group
 
 
 class Call(NamedTuple):
@@ -184,33 +184,33 @@ def pair_rows(x: Operands) -> PairRows:
 
 
 PACK_BLOCK = 128  # elements of a row that share one float8 scale
-MIN_CHUNK = 4096
-MAX_CHUNKS = 512
+MIN_SEGMENT = 4096
+MAX_SEGMENTS = 512
 
 
 def segment_length(shape: torch.Size) -> int:
-    """Elements of the runs that one video of `shape` is cut into where it is one group, the last may be short. Depends
-    on nothing but the shape."""
+    """Elements of the segments that one video of `shape` is cut into where it is one group, the last may be short.
+    Depends on nothing but the shape."""
     numel = shape.numel()
-    length = MIN_CHUNK
-    while length * MAX_CHUNKS < numel:
+    length = MIN_SEGMENT
+    while length * MAX_SEGMENTS < numel:
         length *= 2
     return min(length, numel)
 
 
-def runs_of(shape: torch.Size, frame_axis: int | None) -> tuple[int, int]:
-    """The runs one video of `shape` is cut into: their length, and how many in a row belong to one group.
+def segments_of(shape: torch.Size, frame_axis: int | None) -> tuple[int, int]:
+    """The segments one video of `shape` is cut into: their length, and how many in a row belong to one group.
 
-    With `frame_axis` (an axis of `shape`) run s belongs to frame s // consecutive % frames: what lies inside a frame is
-    cut along its outermost axes into runs of MIN_CHUNK elements or more. `[C, F, H, W]` has runs of H*W, `[F, C, H, W]`
-    the same, C of them in a row.
+    With `frame_axis` (an axis of `shape`) segment s belongs to frame s // consecutive % frames: what lies inside a
+    frame is cut along its outermost axes into segments of MIN_SEGMENT elements or more. `[C, F, H, W]` has segments
+    of H*W, `[F, C, H, W]` the same, C of them in a row.
     """
     if frame_axis is None or shape[frame_axis] == 1:
         return segment_length(shape), 1
     inside = shape[frame_axis + 1 :].numel()
     length = inside
     for size in shape[frame_axis + 1 :]:
-        if length // size < MIN_CHUNK:
+        if length // size < MIN_SEGMENT:
             break
         length //= size
     return length, inside // length

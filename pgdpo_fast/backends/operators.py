@@ -137,9 +137,9 @@ def pair_elements_gradient(
     plan: Plan,
     epilogue: Epilogue,
     outer: bool,
-    speculative: bool,
+    bet: bool,
 ) -> None:
-    """Writes both gradients; with `speculative` they are already there for an incoming gradient of 1."""
+    """Writes both gradients; with `bet` they are already there for an incoming gradient of 1."""
 
 
 # What Triton has besides: gradients in forward, for the incoming gradient that was seen last on the device.

@@ -44,7 +44,7 @@ from pgdpo_fast.objectives import (
 DEFAULT_LAUNCH = Launch()
 INTERPRETER = (0, 0)  # its compute capability, where launches are looked up
 # Partial sums a program of the folds adds up at a time, over one group or, where groups have fewer, several, and the
-# losses the last one adds at a time. 512 are all chunks of a video (MAX_CHUNKS): one trip to memory.
+# losses the last one adds at a time. 512 are all segments of a video (MAX_SEGMENTS): one trip to memory.
 FOLD_PARTS, FOLD_LOSSES = 512, 128
 # How often a program of the stream looks for its coefficients before it gives up. A look takes about a microsecond and
 # a pair some ten: these are seconds. And its programs on a device that does not say how many multiprocessors it has.
@@ -472,7 +472,7 @@ def pair_elements_gradient(
     plan: Plan,
     epilogue: Epilogue,
     outer: bool,
-    speculative: bool,  # gradients for 1 are written once more: those of training come from pair_stream
+    bet: bool,  # gradients for 1 are written once more: those of training come from pair_stream
 ) -> None:
     _launch_elements(
         pair_rows(operands),
