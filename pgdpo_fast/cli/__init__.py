@@ -40,26 +40,11 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code: 0, or the one of the error's class."""
-    try:
-        from pgdpo_fast.cli.flags import read_flags
-    except ImportError:
-        print("error: the command line needs the train extra; run: pip install 'pgdpo-fast[train]'", file=sys.stderr)
-        return ConfigError.exit_code
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        print(_overview())
-        return 0
-    if argv[0] == "--version":
-        print(__version__)
-        return 0
-    if argv[0] not in COMMANDS:
-        hint = did_you_mean(argv[0], COMMANDS) or f"; expected one of {', '.join(COMMANDS)}"
-        print(f"error: no command {argv[0]!r}{hint}", file=sys.stderr)
-        return ConfigError.exit_code
     command_line = shlex.join(["pgdpo-fast", *argv])
     try:
         with stoppable(lambda name: f"stopped by {name}; go on with: {command_line}"):
-            return read_flags(_command(argv[0]), f"pgdpo-fast {argv[0]}", argv[1:]).run() or 0
+            return _run(argv)
     except PgdpoError as error:
         return _failed(error, error.exit_code)
     except OSError as error:
@@ -72,6 +57,23 @@ def main(argv: list[str] | None = None) -> int:
             file.write(f"{command_line}\n\n{traceback.format_exc()}")
         what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         return _failed(f"{what}; this is a fault of pgdpo-fast, please report it with {file.name}", INTERNAL)
+
+
+def _run(argv: list[str]) -> int:
+    try:
+        from pgdpo_fast.cli.flags import read_flags
+    except ImportError:
+        raise ConfigError("the command line needs the train extra; run: pip install 'pgdpo-fast[train]'") from None
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    if argv[0] not in COMMANDS:
+        hint = did_you_mean(argv[0], COMMANDS) or f"; expected one of {', '.join(COMMANDS)}"
+        raise ConfigError(f"no command {argv[0]!r}{hint}")
+    return read_flags(_command(argv[0]), f"pgdpo-fast {argv[0]}", argv[1:]).run() or 0
 
 
 def script() -> int:
