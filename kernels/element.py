@@ -223,10 +223,7 @@ def pair_elements_kernel(
     gw_ptr,  # [B, n] in the predictions' dtype, written with GRADS
     gl_ptr,  # the same
     operands,  # Operands
-    weight_ptr,  # [B] COMPUTE, with WEIGHTED
-    posterior_scale_ptr,  # [B] COMPUTE, with FLAG_IMPORTANCE
-    beta_scale_ptr,  # [B] COMPUTE, with BETA_SCALED
-    params_ptr,  # [TERMS, PARAMETERS] COMPUTE
+    numbers,  # Numbers
     mean_ptr,  # [MEANS, B] COMPUTE, with OUTER and GRADS
     incoming_ptr,  # [] fp32 or fp64, with INCOMING
     last_ptr,  # [1] COMPUTE, with BET: the incoming gradient seen last; with INCOMING written
@@ -282,7 +279,7 @@ def pair_elements_kernel(
         tl.debug_barrier()  # another stream may be writing: what counts is what was noted
         scale *= tl.load(bets_ptr, cache_modifier=".cg")
     if WEIGHTED:
-        scale *= tl.load(weight_ptr + pair).to(COMPUTE)
+        scale *= tl.load(numbers.weight_ptr + pair).to(COMPUTE)
     start = tl.multiple_of(segment.to(tl.int64) * seg_len, ALIGN)
     length = tl.minimum(n - start, seg_len).to(tl.int32)
     gw_ptr += pair * gw_stride + start
@@ -290,10 +287,10 @@ def pair_elements_kernel(
     x = segment_at(operands, pair, start, pairs, TARGET_BUILT, LATENT_WEIGHT, PACK_BLOCK, COMPUTE)
     posterior_scale = 0.0
     if (EVERY_TERM * FLAG_IMPORTANCE) & FLAGS:
-        posterior_scale = tl.load(posterior_scale_ptr + pair).to(COMPUTE)
+        posterior_scale = tl.load(numbers.posterior_scale_ptr + pair).to(COMPUTE)
     beta_scale = 1.0
     if BETA_SCALED:
-        beta_scale = tl.load(beta_scale_ptr + pair).to(COMPUTE)
+        beta_scale = tl.load(numbers.beta_scale_ptr + pair).to(COMPUTE)
     mean_gamma = 0.0
     mean_preference = 0.0
     mean_complement = 0.0
@@ -314,7 +311,7 @@ def pair_elements_kernel(
             gw_ptr,
             gl_ptr,
             x,
-            params_ptr,
+            numbers.params_ptr,
             posterior_scale,
             beta_scale,
             scale,
@@ -349,7 +346,7 @@ def pair_elements_kernel(
             gw_ptr,
             gl_ptr,
             x,
-            params_ptr,
+            numbers.params_ptr,
             posterior_scale,
             beta_scale,
             scale,
@@ -389,10 +386,8 @@ def pair_elements_kernel(
 
 @triton.jit(do_not_specialize=["pairs"])  # one binary for every B: the same bits
 def fold_elements_kernel(
+    numbers,  # Numbers
     partial_ptr,  # [SUMS, B, segments] COMPUTE
-    weight_ptr,  # [B] COMPUTE, with WEIGHTED
-    beta_scale_ptr,  # [B] COMPUTE, with BETA_SCALED
-    params_ptr,  # [TERMS, PARAMETERS] COMPUTE
     loss_ptr,  # [] COMPUTE, written
     telemetry_ptr,  # [TELEMETRY, B] COMPUTE, written
     mean_ptr,  # [MEANS, B] COMPUTE, written
@@ -427,8 +422,9 @@ def fold_elements_kernel(
         implicit = sums[SUM_IMPLICIT] * mean
         beta_scale = 1.0
         if BETA_SCALED:
-            beta_scale = tl.load(beta_scale_ptr + row, mask=inside, other=1.0).to(COMPUTE)
-        loss = gamma * preference + scaled_ipr(params_ptr, beta_scale, FLAGS, BETA_SCALED) * complement * implicit
+            beta_scale = tl.load(numbers.beta_scale_ptr + row, mask=inside, other=1.0).to(COMPUTE)
+        ipr_scale = scaled_ipr(numbers.params_ptr, beta_scale, FLAGS, BETA_SCALED)
+        loss = gamma * preference + ipr_scale * complement * implicit
     tl.store(mean_ptr + MEAN_GAMMA * pairs + row, gamma, mask=inside)
     tl.store(mean_ptr + MEAN_PREFERENCE * pairs + row, preference, mask=inside)
     tl.store(mean_ptr + MEAN_COMPLEMENT * pairs + row, complement, mask=inside)
@@ -440,4 +436,4 @@ def fold_elements_kernel(
             value += float("nan")
         tl.store(telemetry_ptr + k * pairs + row, value, mask=inside)
     if arrive(arrived_ptr) == tl.num_programs(0) - 1:
-        mean_loss(loss_ptr, telemetry_ptr, weight_ptr, pairs, WEIGHTED, COMPUTE, WIDTH)
+        mean_loss(loss_ptr, telemetry_ptr, numbers.weight_ptr, pairs, WEIGHTED, COMPUTE, WIDTH)

@@ -282,8 +282,10 @@ def fold(partial: Tensor, groups: int, count: int, launch: Launch) -> Tensor:
     return out
 
 
-def _numbers(reference_errors: Tensor | None, numbers: PairNumbers, epilogue: Epilogue, absent: Tensor):
-    """The numbers of a call as the kernels take them. What is absent is never read."""
+def _numbers(
+    reference_errors: Tensor | None, numbers: PairNumbers, epilogue: Epilogue, dtype: torch.dtype, absent: Tensor
+):
+    """The numbers of a call as the kernels take them, in `dtype`. What is absent is never read."""
     from pgdpo_fast.kernels import pair
 
     return pair.Numbers(
@@ -291,7 +293,7 @@ def _numbers(reference_errors: Tensor | None, numbers: PairNumbers, epilogue: Ep
         weight_ptr=absent if numbers.weight is None else numbers.weight,
         posterior_scale_ptr=absent if numbers.posterior_scale is None else numbers.posterior_scale,
         beta_scale_ptr=absent if numbers.beta_scale is None else numbers.beta_scale,
-        params_ptr=_parameters(epilogue, absent.dtype, absent.device),
+        params_ptr=_parameters(epilogue, dtype, absent.device),
     )
 
 
@@ -316,7 +318,7 @@ def fold_objective(
     rows, switches = _fold_launch(groups, segments, launch)
     with _guard(sums.device):
         fold_kernel[(-(-pairs * groups // rows),)](
-            _numbers(reference_errors, numbers, epilogue, sums),
+            _numbers(reference_errors, numbers, epilogue, sums.dtype, sums),
             partial_ptr=sums,
             loss_ptr=loss,
             telemetry_ptr=telemetry,
@@ -439,10 +441,8 @@ def _elements(
     rows, switches = _fold_launch(1, segments, _launch(x, plan, elements=True))
     with _guard(sums.device):
         fold_elements_kernel[(-(-x.pairs // rows),)](
+            _numbers(None, numbers, epilogue, sums.dtype, sums),
             partial_ptr=sums,
-            weight_ptr=sums if numbers.weight is None else numbers.weight,
-            beta_scale_ptr=sums if numbers.beta_scale is None else numbers.beta_scale,
-            params_ptr=_parameters(epilogue, sums.dtype, sums.device),
             loss_ptr=loss,
             telemetry_ptr=telemetry,
             mean_ptr=means,
@@ -577,7 +577,7 @@ def pair_stream(
             gw_ptr=chosen,
             gl_ptr=rejected,
             operands=arguments,
-            numbers=_numbers(reference_errors, numbers, epilogue, partial),
+            numbers=_numbers(reference_errors, numbers, epilogue, partial.dtype, partial),
             partial_ptr=partial,
             loss_ptr=loss,
             telemetry_ptr=telemetry,
@@ -677,10 +677,7 @@ def _launch_elements(
             gw_ptr=chosen,
             gl_ptr=rejected,
             operands=operands,
-            weight_ptr=absent if numbers.weight is None else numbers.weight,
-            posterior_scale_ptr=absent if numbers.posterior_scale is None else numbers.posterior_scale,
-            beta_scale_ptr=absent if numbers.beta_scale is None else numbers.beta_scale,
-            params_ptr=_parameters(epilogue, x.compute_dtype, absent.device),
+            numbers=_numbers(None, numbers, epilogue, x.compute_dtype, absent),
             mean_ptr=means,
             incoming_ptr=absent if incoming is None else incoming,
             last_ptr=absent if bets is None else _last_incoming(x),
