@@ -1,5 +1,6 @@
 # Two commands do all set-up on a fresh machine: `make demo` and `make test`.
-# PYTHON=python3.13 takes another interpreter, TORCH=2.11.0 another torch than the pinned one (with the triton it asks for),
+# PYTHON=python3.13 takes another interpreter, TORCH=2.11.0 another torch than the pinned one (with the triton it asks for
+# and a numpy that the interpreter of triton 3.6 takes),
 # VENV=DIR keeps such an environment beside the usual one.
 PYTHON ?= python3
 TORCH ?=
@@ -46,7 +47,7 @@ clean:
 # The venv counts as ready only once everything is installed; a broken install is redone.
 $(READY): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	sed -e '' $(if $(TORCH),-e 's/^torch==.*/torch==$(TORCH)/' -e '/^triton==/d') constraints.txt > $(PINS)
+	sed -e '' $(if $(TORCH),-e 's/^torch==.*/torch==$(TORCH)/' -e '/^triton==/d' -e 's/^numpy==.*/numpy<2.4/') constraints.txt > $(PINS)
 	$(PIP) install --quiet --constraint $(PINS) torch 'setuptools>=77' wheel
 	$(PIP) install --quiet --constraint $(PINS) --no-build-isolation --editable '.[train,bench,dev]'
 	touch $@
