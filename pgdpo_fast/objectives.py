@@ -258,10 +258,10 @@ def terms_of(
 
 
 def _packed(terms: tuple[Epilogue, ...] | None) -> Epilogue | None:
+    """One epilogue of all terms, its numbers a plain tuple: torch 2.11 compiles no call that has another made by
+    `_replace`."""
     if terms is None or len(terms) > TERM_LIMIT:
         return None
-    if len(terms) == 1:
-        return terms[0]
     kinds = (term.kind << TERM_KIND_BITS * k for k, term in enumerate(terms))
     flags = (term.flags << TERM_FLAG_BITS * k for k, term in enumerate(terms))
     return Epilogue(sum(kinds), sum(flags), tuple(number for term in terms for number in term.parameters))

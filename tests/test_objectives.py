@@ -678,6 +678,7 @@ def test_an_epilogue_is_plain_numbers_by_name(case):
         for term in o.kernel_terms():
             assert type(term.parameters) is objectives.Parameters
             assert term.kind < 2**objectives.TERM_KIND_BITS and term.flags < 2**objectives.TERM_FLAG_BITS
+    assert type(pf.Safeguarded(objective).epilogue().parameters) is tuple, "torch 2.11 compiles no other"
     distinct = {o.epilogue() for o in INSIDE_THE_KERNELS.values()}
     # combine is not the kernel's business; everything else that differs must differ for the kernel too
     assert len(distinct) == len(
