@@ -297,7 +297,13 @@ def test_sanitizers(tmp_path):
     """Every pass on buffers that end where their data ends, under AddressSanitizer and UndefinedBehaviorSanitizer; and
     the vector functions against long double."""
     errors, numbers = _driver(
-        tmp_path, "-O0", "-g1", "-DPGDPO_QUICK_BUILD", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
+        tmp_path,
+        "-O0",
+        "-g1",
+        "-DPGDPO_QUICK_BUILD",
+        "-DPGDPO_BEYOND_CACHE=1000",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
     )
     if numbers is None:
         if "asan" in errors or "ubsan" in errors or "sanitize" in errors:
@@ -581,6 +587,21 @@ def test_auto_is_native_on_the_cpu_and_says_nothing():
     status = native.status()
     assert status.reason is None and Path(status.library).exists()
     assert status.instruction_set == build.host_instruction_set()
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_statistic_has_the_same_bits_whatever_else_is_asked_for(dtype):
+    """So errors kept without a reference and those of a call with one have gaps of exactly zero."""
+    p, y, q = pair((3, 5, 30, 31), dtypes=(dtype,) * 3)
+    alone = pf.paired_errors(p, y, backend="native")
+    with_gaps = pf.paired_errors(p, y, q, backend="native")
+    with_all = pf.paired_errors(p, y, q, anchor=True, cross=True, backend="native")
+    for name in ("policy_chosen", "policy_rejected"):
+        assert torch.equal(getattr(alone, name), getattr(with_gaps, name))
+        assert torch.equal(getattr(alone, name), getattr(with_all, name))
+    for name in ("gap_chosen", "gap_rejected"):
+        assert distance(getattr(with_all, name), getattr(with_gaps, name)) <= 1e-6
 
 
 @needs_native

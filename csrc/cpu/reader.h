@@ -83,18 +83,17 @@ PGDPO_APART void load_scaled_block(const char* from, const Rows& scale, int phas
   for (int i = count; i % Vec<S>::width; ++i) to[i] = S(0);
 }
 
-// Writes a vector's bytes without fetching what they replace into the caches; `to` is aligned to 16 bytes.
-template <class Bytes>
-PGDPO_INLINE void write_past_caches(char* to, const Bytes& bytes) {
+// Writes without fetching what is replaced into the caches; `to` and `bytes` are multiples of 16. To be called for a
+// whole block of one video: half a line at a time, in turns with another video, takes up to twice as long.
+PGDPO_INLINE void write_past_caches(char* to, const void* from, int bytes) {
 #if defined(__x86_64__)
-  static_assert(sizeof(Bytes) % 16 == 0, "whole units");
-  for (size_t at = 0; at < sizeof(Bytes); at += 16) {
+  for (int at = 0; at < bytes; at += 16) {
     __m128i unit;
-    memcpy(&unit, reinterpret_cast<const char*>(&bytes) + at, 16);
+    memcpy(&unit, static_cast<const char*>(from) + at, 16);
     _mm_stream_si128(reinterpret_cast<__m128i*>(to + at), unit);
   }
 #else
-  memcpy(to, &bytes, sizeof(Bytes));
+  memcpy(to, from, bytes);
 #endif
 }
 
@@ -102,19 +101,19 @@ PGDPO_INLINE void write_past_caches(char* to, const Bytes& bytes) {
 template <class S>
 PGDPO_APART void store_block(int dtype, char* to, int first, int count, const S* from, bool past_caches = false) {
   int i = 0;
-  if (sizeof(S) == 4 && dtype == FLOAT32 && past_caches)
-    for (; i + Vec<S>::width <= count; i += Vec<S>::width)
-      write_past_caches(to + 4 * (first + i), Vec<S>::at(from + i).v);
+  if (sizeof(S) == 4 && dtype == FLOAT32 && past_caches) {
+    i = count & -Vec<S>::width;
+    write_past_caches(to + 4 * first, from, 4 * i);
+  }
   for (; i + Vec<S>::width <= count; i += Vec<S>::width) store<S>(dtype, to, first + i, Vec<S>::at(from + i));
   if (i < count) store_lanes<S>(dtype, to, first + i, count - i, Vec<S>::at(from + i));
 }
 
 // Two vectors of gradients as bfloat16, of the even and of the odd elements.
 template <class S>
-PGDPO_INLINE void put_split(char* to, int i, Vec<S> even, Vec<S> odd, bool past_caches = false) {
+PGDPO_INLINE void put_split(char* to, int i, Vec<S> even, Vec<S> odd) {
   if constexpr (sizeof(S) == 4) {
     const auto words = split_words(even, odd);
-    if (past_caches) return write_past_caches(to + 2 * i, words);
     memcpy(to + 2 * i, &words, sizeof(words));
   }
 }
@@ -368,7 +367,7 @@ struct Sums {
     }
   }
   // Plane k goes to out[planes[k] * stride].
-  void write(double* out, const int (&planes)[PLANES], int64_t stride) {
+  void write(double* out, const int* planes, int64_t stride) {
     flush();
     for (int k = 0; k < PLANES; ++k) {
       double total = 0;
