@@ -73,7 +73,7 @@ Out rows_of(const Tensor& x, const char* name, const Tensor& like, int64_t pairs
 struct PairNumbers {
   const MaybeTensor &weight, &posterior_scale, &beta_scale;
 };
-struct Plan {
+struct Reduction {
   int64_t reference_form, groups, length;
   bool anchor = false, cross = false, anchor_rejected = false;
   int64_t consecutive = 1;
@@ -92,9 +92,9 @@ struct Operands {
 
   Operands(const Tensor& p_w, const MaybeTensor& p_l, const Tensor& y_w, const MaybeTensor& y_l,
            const MaybeTensor& noise, const MaybeTensor& target_scale, const MaybeTensor& q_w, const MaybeTensor& q_l,
-           const MaybeTensor& s_w, const MaybeTensor& s_l, const MaybeTensor& latent_weight, const Plan& plan)
+           const MaybeTensor& s_w, const MaybeTensor& s_l, const MaybeTensor& latent_weight, const Reduction& reduction)
       : policy(p_w), stacked(!p_l) {
-    const int64_t groups = plan.groups, length = plan.length, form = plan.reference_form;
+    const int64_t groups = reduction.groups, length = reduction.length, form = reduction.reference_form;
     STD_TORCH_CHECK(p_w.dim() >= 2 && p_w.numel() > 0 && (p_l || p_w.size(0) % 2 == 0), "policy: expected pairs");
     pair.pairs = p_l ? p_w.size(0) : p_w.size(0) / 2;
     const int64_t n = p_w.numel() / p_w.size(0);
@@ -104,8 +104,8 @@ struct Operands {
                     " elements do not cut ", n, " into ", groups, " groups");
     pair.length = length;
     pair.segments = (n + length - 1) / length;
-    pair.consecutive = plan.consecutive;
-    STD_TORCH_CHECK(plan.consecutive > 0 && pair.segments % (groups * plan.consecutive) == 0, pair.segments,
+    pair.consecutive = reduction.consecutive;
+    STD_TORCH_CHECK(reduction.consecutive > 0 && pair.segments % (groups * reduction.consecutive) == 0, pair.segments,
                     " segments of ", length, " elements do not make ", groups, " groups");
     set_side(pair.policy, p_w, p_l, "policy", n);
     set_side(pair.target, y_w, y_l, "target", n);
@@ -264,11 +264,11 @@ inline std::vector<RowCopy> row_copies(const std::vector<Tensor>& tables, const 
   PairNumbers {                         \
     weight, posterior_scale, beta_scale \
   }
-#define PGDPO_PLAN                                                                                       \
+#define PGDPO_REDUCTION                                                                                  \
   int64_t reference_form, int64_t groups, int64_t length, bool anchor, bool cross, bool anchor_rejected, \
       int64_t consecutive
 #define PGDPO_PASS_PLAN                                                         \
-  Plan {                                                                        \
+  Reduction {                                                                   \
     reference_form, groups, length, anchor, cross, anchor_rejected, consecutive \
   }
 #define PGDPO_EPILOGUE int64_t kind, int64_t flags, std::vector<double> parameters

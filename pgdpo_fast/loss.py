@@ -20,7 +20,7 @@ from pgdpo_fast.backends.operands import (
     Call,
     Operands,
     PairNumbers,
-    Plan,
+    Reduction,
     ReferenceForm,
     Telemetry,
     pair_rows,
@@ -517,7 +517,7 @@ def _check(
             beta_scale=None if beta_scale is None else number_of_groups(beta_scale, "beta_scale"),
         ),
         reference_errors=errors,
-        plan=Plan(
+        reduction=Reduction(
             reference_form=form,
             groups=groups,
             length=length,
@@ -835,7 +835,7 @@ def preference_loss(
         if granularity == "element" and not objective.whole_batch:
             outer = objective.outer and call.operands.policy.shape[1:].numel() > 1
             return PreferenceLossOutput(*fused.elements(call, epilogue, outer), per_frame)
-        if granularity != "element" and (call.plan.groups == 1 or not objective.outer):
+        if granularity != "element" and (call.reduction.groups == 1 or not objective.outer):
             return PreferenceLossOutput(*fused.objective(call, epilogue), per_frame)
 
     errors = _group_errors(call)

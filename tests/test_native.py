@@ -19,7 +19,7 @@ import torch
 import pgdpo_fast as pf
 from pgdpo_fast import backends, objectives
 from pgdpo_fast.backends import build, native
-from pgdpo_fast.backends.operands import Operands, Plan, ReferenceForm
+from pgdpo_fast.backends.operands import Operands, Reduction, ReferenceForm
 from pgdpo_fast.cli import doctor
 from pgdpo_fast.errors import NonFiniteError
 
@@ -611,7 +611,7 @@ def test_operators_check_what_they_are_given():
     arguments = {
         **dict.fromkeys(Operands._fields),
         **dict(policy=x, policy_rejected=x, target=x, target_rejected=x),
-        **Plan(ReferenceForm.NONE, groups=1, length=8, anchor=False, cross=False)._asdict(),
+        **Reduction(ReferenceForm.NONE, groups=1, length=8, anchor=False, cross=False)._asdict(),
     }
     errors = torch.ops.pgdpo_fast_native.pair_errors
     assert torch.equal(errors(**arguments), torch.zeros(len(pf.GroupErrors._fields), 2, 1))

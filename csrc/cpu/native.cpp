@@ -101,7 +101,7 @@ double mean_of(const Operands& x, const std::vector<double>& sums, int plane, in
   return total / double(x.pair.numel / x.pair.groups);
 }
 
-Tensor pair_errors(PGDPO_OPERANDS, PGDPO_PLAN) {
+Tensor pair_errors(PGDPO_OPERANDS, PGDPO_REDUCTION) {
   const Operands x(PGDPO_PASS_OPERANDS, PGDPO_PASS_PLAN);
   const int64_t rows = x.pair.pairs * groups;
   const Tensor means = x.numbers({STATISTICS, x.pair.pairs, groups});
@@ -134,7 +134,7 @@ bool any_flag(const std::vector<Formula>& formulas, int flag) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> pair_objective(PGDPO_OPERANDS, const MaybeTensor& reference_errors, PGDPO_NUMBERS,
-                                                  PGDPO_PLAN, PGDPO_EPILOGUE) {
+                                                  PGDPO_REDUCTION, PGDPO_EPILOGUE) {
   const Operands x(PGDPO_PASS_OPERANDS, PGDPO_PASS_PLAN);
   const int64_t pairs = x.pair.pairs, rows = pairs * groups, count = x.pair.numel / groups;
   const Tensor loss = x.numbers({}), telemetry = x.numbers({TELEMETRY, pairs, groups}),
@@ -208,7 +208,7 @@ std::tuple<Tensor, Tensor, Tensor> pair_objective(PGDPO_OPERANDS, const MaybeTen
 }
 
 std::tuple<Tensor, Tensor> pair_gradient(PGDPO_OPERANDS, const Tensor& coefficients, const Tensor& incoming,
-                                         PGDPO_PLAN) {
+                                         PGDPO_REDUCTION) {
   const Operands x(PGDPO_PASS_OPERANDS, PGDPO_PASS_PLAN);
   std::vector<double> scaled = numbers(coefficients, "coefficients", COEFFICIENTS * x.pair.pairs * x.pair.groups);
   const double factor = numbers(incoming, "incoming", 1)[0];
@@ -257,7 +257,7 @@ struct ElementCall : Elements {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pair_elements(PGDPO_OPERANDS, PGDPO_NUMBERS, PGDPO_PLAN,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pair_elements(PGDPO_OPERANDS, PGDPO_NUMBERS, PGDPO_REDUCTION,
                                                                  PGDPO_EPILOGUE, bool outer, bool with_gradients) {
   const Operands x(PGDPO_PASS_OPERANDS, PGDPO_PASS_PLAN);
   ElementCall call(x, PGDPO_PASS_NUMBERS, PGDPO_PASS_EPILOGUE, outer);
@@ -298,9 +298,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pair_elements(PGDPO_OPERANDS,
 }
 
 void pair_elements_gradient(PGDPO_OPERANDS, PGDPO_NUMBERS, const Tensor& means, const Tensor& incoming, Tensor chosen,
-                            Tensor rejected, PGDPO_PLAN, PGDPO_EPILOGUE, bool outer, bool speculative) {
+                            Tensor rejected, PGDPO_REDUCTION, PGDPO_EPILOGUE, bool outer, bool bet) {
   const double factor = numbers(incoming, "incoming", 1)[0];
-  if (speculative && factor == 1.0) return;
+  if (bet && factor == 1.0) return;
   const Operands x(PGDPO_PASS_OPERANDS, PGDPO_PASS_PLAN);
   ElementCall call(x, PGDPO_PASS_NUMBERS, PGDPO_PASS_EPILOGUE, outer);
   if (outer) {

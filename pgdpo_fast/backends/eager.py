@@ -72,7 +72,7 @@ def group_errors(call: Call) -> GroupErrors:
 
     p = Side(*(t.to(x.compute_dtype) for t in x.policy))
     y = targets(x)
-    q = references(x, call.plan.reference_form, y)
+    q = references(x, call.reduction.reference_form, y)
     gaps: tuple[Tensor | None, ...] = (None, None)
     if q is not None:
         gaps = tuple(mean(counted(a - b) * counted((a - t) + (b - t))) for a, b, t in zip(p, q, y, strict=True))
@@ -82,11 +82,11 @@ def group_errors(call: Call) -> GroupErrors:
         policy_rejected=mean(counted(p.rejected - y.rejected) ** 2),
         gap_chosen=gap_chosen,
         gap_rejected=gap_rejected,
-        anchor=mean(counted(p.chosen - q.chosen) ** 2) if call.plan.anchor and q is not None else None,
+        anchor=mean(counted(p.chosen - q.chosen) ** 2) if call.reduction.anchor and q is not None else None,
         cross=mean(counted(p.chosen - y.chosen) * counted(p.rejected - y.rejected)).detach()
-        if call.plan.cross
+        if call.reduction.cross
         else None,
         anchor_rejected=mean(counted(p.rejected - q.rejected) ** 2)
-        if call.plan.anchor_rejected and q is not None
+        if call.reduction.anchor_rejected and q is not None
         else None,
     )

@@ -85,9 +85,9 @@ class _Objective(torch.autograd.Function):
     @staticmethod
     def forward(ctx, policy, policy_rejected, call: Call, epilogue: Epilogue):
         loss, telemetry, coefficients = _OPERATORS[call.backend].pair_objective.default(
-            *call.operands, call.reference_errors, *call.numbers, *call.plan, *epilogue
+            *call.operands, call.reference_errors, *call.numbers, *call.reduction, *epilogue
         )
-        ctx.plan, ctx.backend = call.plan, call.backend
+        ctx.reduction, ctx.backend = call.reduction, call.backend
         ctx.save_for_backward(coefficients, *call.operands)
         ctx.mark_non_differentiable(telemetry)
         return loss, telemetry
@@ -104,9 +104,15 @@ class _Elements(torch.autograd.Function):
     def forward(ctx, policy, policy_rejected, call: Call, epilogue: Epilogue, outer: bool):
         bet = not outer and any(ctx.needs_input_grad)
         loss, telemetry, means, chosen, rejected = _OPERATORS[call.backend].pair_elements.default(
-            *call.operands, *call.numbers, *call.plan, *epilogue, outer, bet
+            *call.operands, *call.numbers, *call.reduction, *epilogue, outer, bet
         )
-        ctx.plan, ctx.backend, ctx.epilogue, ctx.outer, ctx.bet = call.plan, call.backend, epilogue, outer, bet
+        ctx.reduction, ctx.backend, ctx.epilogue, ctx.outer, ctx.bet = (
+            call.reduction,
+            call.backend,
+            epilogue,
+            outer,
+            bet,
+        )
         ctx.save_for_backward(means, chosen, rejected, *call.numbers, *call.operands)
         ctx.mark_non_differentiable(telemetry)
         return loss, telemetry
@@ -120,7 +126,7 @@ class _Elements(torch.autograd.Function):
         if not bet:
             chosen, rejected = operators.gradients_like(operands)
         _OPERATORS[ctx.backend].pair_elements_gradient.default(
-            *operands, *numbers, means, incoming, chosen, rejected, *ctx.plan, *ctx.epilogue, ctx.outer, bet
+            *operands, *numbers, means, incoming, chosen, rejected, *ctx.reduction, *ctx.epilogue, ctx.outer, bet
         )
         return *_by_inputs(operands, chosen, rejected), None, None, None
 
@@ -129,9 +135,15 @@ class _Stream(torch.autograd.Function):
     @staticmethod
     def forward(ctx, policy, policy_rejected, call: Call, epilogue: Epilogue, elements: bool):
         loss, telemetry, coefficients, bets, chosen, rejected = _OPERATORS[call.backend].pair_stream.default(
-            *call.operands, call.reference_errors, *call.numbers, *call.plan, *epilogue, elements
+            *call.operands, call.reference_errors, *call.numbers, *call.reduction, *epilogue, elements
         )
-        ctx.plan, ctx.backend, ctx.epilogue, ctx.elements, ctx.bet = call.plan, call.backend, epilogue, elements, True
+        ctx.reduction, ctx.backend, ctx.epilogue, ctx.elements, ctx.bet = (
+            call.reduction,
+            call.backend,
+            epilogue,
+            elements,
+            True,
+        )
         ctx.save_for_backward(coefficients, bets, chosen, rejected, *call.numbers, *call.operands)
         ctx.mark_non_differentiable(telemetry)
         return loss, telemetry
@@ -145,7 +157,16 @@ class _Stream(torch.autograd.Function):
             bets, (chosen, rejected) = None, operators.gradients_like(operands)
         ctx.bet = False
         _OPERATORS[ctx.backend].pair_stream_gradient.default(
-            *operands, *numbers, coefficients, bets, incoming, chosen, rejected, *ctx.plan, *ctx.epilogue, ctx.elements
+            *operands,
+            *numbers,
+            coefficients,
+            bets,
+            incoming,
+            chosen,
+            rejected,
+            *ctx.reduction,
+            *ctx.epilogue,
+            ctx.elements,
         )
         return *_by_inputs(operands, chosen, rejected), None, None, None
 
@@ -153,8 +174,8 @@ class _Stream(torch.autograd.Function):
 class _Errors(torch.autograd.Function):
     @staticmethod
     def forward(ctx, policy, policy_rejected, call: Call):
-        statistics = _OPERATORS[call.backend].pair_errors.default(*call.operands, *call.plan)
-        ctx.plan, ctx.backend, ctx.samples = call.plan, call.backend, policy.shape[0]
+        statistics = _OPERATORS[call.backend].pair_errors.default(*call.operands, *call.reduction)
+        ctx.reduction, ctx.backend, ctx.samples = call.reduction, call.backend, policy.shape[0]
         ctx.save_for_backward(*call.operands)
         return statistics
 
@@ -179,7 +200,7 @@ class _SampleErrors(_Errors):
 def _error_gradients(ctx: Any, incoming: Tensor):
     """The gradients by `policy` and `policy_rejected` from those by the statistics."""
     operands, by = Operands._make(ctx.saved_tensors), dict(zip(GroupErrors._fields, incoming, strict=True))
-    numel = operands.policy[0].numel() // ctx.plan.groups
+    numel = operands.policy[0].numel() // ctx.reduction.groups
     coefficients = torch.stack(
         Coefficients(
             chosen=by["policy_chosen"] + by["gap_chosen"],
@@ -194,7 +215,7 @@ def _error_gradients(ctx: Any, incoming: Tensor):
 def _input_gradients(
     ctx: Any, operands: Operands, coefficients: Tensor, incoming: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    gradients = _OPERATORS[ctx.backend].pair_gradient.default(*operands, coefficients, incoming, *ctx.plan)
+    gradients = _OPERATORS[ctx.backend].pair_gradient.default(*operands, coefficients, incoming, *ctx.reduction)
     return _by_inputs(operands, *gradients)
 
 
@@ -227,7 +248,7 @@ def elements(call: Call, epilogue: Epilogue, outer: bool) -> tuple[Tensor, Tenso
 def group_errors(call: Call, samples: Tensor | None = None) -> GroupErrors:
     """Statistics `[B, G]`, differentiable by the predictions (the cross term is not): two launches, one in backward.
 
-    Those without operands to make them from, or that the plan does not ask for, are None. With `samples` the
+    Those without operands to make them from, or that are not asked for, are None. With `samples` the
     predictions of `call` are views of it, and the gradient is made whole: both halves (chosen and rejected), halves
     that have their middle sample in common, or all samples twice, of which the rejected ones are nobody's.
     """
@@ -236,13 +257,13 @@ def group_errors(call: Call, samples: Tensor | None = None) -> GroupErrors:
     else:
         statistics = _apply(_SampleErrors, samples, None, call)
     errors = GroupErrors._make(statistics)
-    gaps = call.plan.reference_form != ReferenceForm.NONE
+    gaps = call.reduction.reference_form != ReferenceForm.NONE
     return GroupErrors(
         policy_chosen=errors.policy_chosen,
         policy_rejected=errors.policy_rejected,
         gap_chosen=errors.gap_chosen if gaps else None,
         gap_rejected=errors.gap_rejected if gaps else None,
-        anchor=errors.anchor if call.plan.anchor else None,
-        cross=errors.cross.detach() if errors.cross is not None and call.plan.cross else None,
-        anchor_rejected=errors.anchor_rejected if call.plan.anchor_rejected else None,
+        anchor=errors.anchor if call.reduction.anchor else None,
+        cross=errors.cross.detach() if errors.cross is not None and call.reduction.cross else None,
+        anchor_rejected=errors.anchor_rejected if call.reduction.anchor_rejected else None,
     )

@@ -49,14 +49,14 @@ class Operands(NamedTuple):
 
 
 class PairNumbers(NamedTuple):
-    """Numbers of every pair, contiguous and in the compute dtype; groups are those of the `Plan`."""
+    """Numbers of every pair, contiguous and in the compute dtype; groups are those of the `Reduction`."""
 
     weight: Tensor | None = None  # [B, G], multiplies the losses
     posterior_scale: Tensor | None = None  # [B, 1], c_t of importance-weighted objectives
     beta_scale: Tensor | None = None  # [B, G], multiplies beta wherever it stands
 
 
-class Plan(NamedTuple):
+class Reduction(NamedTuple):
     """Everything of the passes over the latents that is not a tensor."""
 
     reference_form: ReferenceForm
@@ -74,14 +74,14 @@ class Call(NamedTuple):
     operands: Operands
     numbers: PairNumbers
     reference_errors: Tensor | None  # [2, B, G] in the compute dtype: chosen and rejected
-    plan: Plan
+    reduction: Reduction
     granularity: str
     frame_dim: int | None  # at frame granularity
     backend: str
 
     @property
     def has_gaps(self) -> bool:
-        return self.plan.reference_form != ReferenceForm.NONE or self.reference_errors is not None
+        return self.reduction.reference_form != ReferenceForm.NONE or self.reference_errors is not None
 
 
 class Telemetry(NamedTuple):

@@ -21,7 +21,7 @@ from pgdpo_fast.backends.operands import (
     ElementMeans,
     Operands,
     PairNumbers,
-    Plan,
+    Reduction,
     ReferenceForm,
     Telemetry,
 )
@@ -38,7 +38,7 @@ _TYPES = {
     list[int]: "int[]",
     str: "str",
 }
-_BUNDLES = (Operands, PairNumbers, Plan, Epilogue)
+_BUNDLES = (Operands, PairNumbers, Reduction, Epilogue)
 
 
 class Written(NamedTuple):
@@ -99,26 +99,33 @@ def _planes(x: Operands, planes: type[NamedTuple], groups: int) -> Tensor:
     return x.policy.new_empty((len(planes._fields), x.pairs, groups), dtype=x.compute_dtype)
 
 
-def pair_errors(operands: Operands, plan: Plan) -> Tensor:
+def pair_errors(operands: Operands, reduction: Reduction) -> Tensor:
     """Means over each group, `[7, B, G]`: the fields of `GroupErrors`."""
-    return _planes(operands, GroupErrors, plan.groups)
+    return _planes(operands, GroupErrors, reduction.groups)
 
 
 def pair_objective(
-    operands: Operands, reference_errors: Tensor | None, numbers: PairNumbers, plan: Plan, epilogue: Epilogue
+    operands: Operands, reference_errors: Tensor | None, numbers: PairNumbers, reduction: Reduction, epilogue: Epilogue
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss `[]`, `Telemetry` `[9, B, G]` and `Coefficients` `[4, B, G]`; reference errors `[2, B, G]`."""
-    telemetry = _planes(operands, Telemetry, plan.groups)
-    return telemetry.new_empty(()), telemetry, _planes(operands, Coefficients, plan.groups)
+    telemetry = _planes(operands, Telemetry, reduction.groups)
+    return telemetry.new_empty(()), telemetry, _planes(operands, Coefficients, reduction.groups)
 
 
-def pair_gradient(operands: Operands, coefficients: Tensor, incoming: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+def pair_gradient(
+    operands: Operands, coefficients: Tensor, incoming: Tensor, reduction: Reduction
+) -> tuple[Tensor, Tensor]:
     """The gradients by both predictions, times `incoming` []; the second empty where those are one stacked tensor."""
     return gradients_like(operands)
 
 
 def pair_elements(
-    operands: Operands, numbers: PairNumbers, plan: Plan, epilogue: Epilogue, outer: bool, with_gradients: bool
+    operands: Operands,
+    numbers: PairNumbers,
+    reduction: Reduction,
+    epilogue: Epilogue,
+    outer: bool,
+    with_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Every element its own group: loss `[]`, `Telemetry` `[9, B, 1]`, `ElementMeans` `[4, B]`, and with
     `with_gradients` both gradients for an incoming gradient of 1, in the same pass."""
@@ -134,7 +141,7 @@ def pair_elements_gradient(
     incoming: Tensor,
     chosen: Annotated[Tensor, Written("a")],
     rejected: Annotated[Tensor, Written("b")],
-    plan: Plan,
+    reduction: Reduction,
     epilogue: Epilogue,
     outer: bool,
     bet: bool,
@@ -149,15 +156,15 @@ def pair_stream(
     operands: Operands,
     reference_errors: Tensor | None,
     numbers: PairNumbers,
-    plan: Plan,
+    reduction: Reduction,
     epilogue: Epilogue,
     elements: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss `[]`, `Telemetry` `[9, B, G]`, `Coefficients` `[4, B, G]` (empty with `elements`, every element its own
     group), the incoming gradients that were bet on, `[B, 1]` or one for each segment, and both gradients."""
-    telemetry = _planes(operands, Telemetry, plan.groups)
-    coefficients = telemetry.new_empty(0) if elements else _planes(operands, Coefficients, plan.groups)
-    segments = -(-operands.policy[0].numel() // plan.length) if elements else 1
+    telemetry = _planes(operands, Telemetry, reduction.groups)
+    coefficients = telemetry.new_empty(0) if elements else _planes(operands, Coefficients, reduction.groups)
+    segments = -(-operands.policy[0].numel() // reduction.length) if elements else 1
     bets = telemetry.new_empty((operands.pairs, segments))
     return telemetry.new_empty(()), telemetry, coefficients, bets, *gradients_like(operands)
 
@@ -170,7 +177,7 @@ def pair_stream_gradient(
     incoming: Tensor,
     chosen: Annotated[Tensor, Written("a")],
     rejected: Annotated[Tensor, Written("b")],
-    plan: Plan,
+    reduction: Reduction,
     epilogue: Epilogue,
     elements: bool,
 ) -> None:

@@ -24,7 +24,7 @@ from pgdpo_fast.backends.operands import (
     Operands,
     PairNumbers,
     PairRows,
-    Plan,
+    Reduction,
     ReferenceForm,
     Side,
     Telemetry,
@@ -131,14 +131,14 @@ def _lanes(x: PairRows) -> int:
     return 16 // x.policy.chosen.element_size()
 
 
-def _launch(x: PairRows, plan: Plan, elements: bool = False) -> Launch:
+def _launch(x: PairRows, reduction: Reduction, elements: bool = False) -> Launch:
     policy = x.policy.chosen
     on_gpu = policy.device.type == "cuda"
     major, minor = torch.cuda.get_device_capability(policy.device) if on_gpu else INTERPRETER
     key = Key(
         architecture=10 * major + minor,
-        granularity="element" if elements else "frame" if plan.groups > 1 else "sample",
-        reference=ReferenceForm(plan.reference_form).name.lower(),
+        granularity="element" if elements else "frame" if reduction.groups > 1 else "sample",
+        reference=ReferenceForm(reduction.reference_form).name.lower(),
         dtype=str(policy.dtype).removeprefix("torch."),
         elements=x.numel,
         pairs=x.pairs,
@@ -156,11 +156,11 @@ def streams(call: Call, epilogue: Epilogue) -> bool:
     """
     if any(epilogue.flags >> TERM_FLAG_BITS * term & FLAG_SAFEGUARD_BATCH for term in range(TERM_LIMIT)):
         return False
-    launch = DEFAULT_LAUNCH if torch.compiler.is_compiling() else _launch(pair_rows(call.operands), call.plan)
+    launch = DEFAULT_LAUNCH if torch.compiler.is_compiling() else _launch(pair_rows(call.operands), call.reduction)
     return launches.form(launch) == "stream"
 
 
-def _arguments(x: PairRows, plan: Plan, launch: Launch):
+def _arguments(x: PairRows, reduction: Reduction, launch: Launch):
     """The operands as the kernels take them, and the switches common to all passes. What is absent is never read."""
     from pgdpo_fast.kernels import pair
 
@@ -197,13 +197,13 @@ def _arguments(x: PairRows, plan: Plan, launch: Launch):
         latent_weight_stride=0 if weight is None else weight.stride(0),
     )
     switches = dict(
-        REFERENCE=int(plan.reference_form),
+        REFERENCE=int(reduction.reference_form),
         SHARED_TARGET=x.shared_target,
         TARGET_BUILT=x.noise is not None,
         LATENT_WEIGHT=latent_weight.value,
         PACK_BLOCK=PACK_BLOCK,
         COMPUTE=_triton_dtype(x.compute_dtype),
-        ALIGN=_alignment(plan.length),
+        ALIGN=_alignment(reduction.length),
         BLOCK=launch.block,
         num_warps=launch.warps,
         enable_fp_fusion=True,
@@ -218,8 +218,8 @@ class Partial(NamedTuple):
     arrived: Tensor  # [1] int32, zero once the pass is over: programs of the fold count themselves there
 
 
-def _partial(x: PairRows, plan: Plan, planes: int) -> Partial:
-    shape = (planes, x.pairs, _segments(x, plan.length))
+def _partial(x: PairRows, reduction: Reduction, planes: int) -> Partial:
+    shape = (planes, x.pairs, _segments(x, reduction.length))
     # One allocation; the sums start 16 bytes in or more, as aligned as they would be alone.
     room = torch.empty(4 + math.prod(shape), dtype=x.compute_dtype, device=x.policy.chosen.device)
     return Partial(room[4:].view(shape), room[:1].view(torch.int32)[:1])
@@ -233,25 +233,25 @@ def _fold_launch(groups: int, segments: int, launch: Launch) -> tuple[int, dict[
     return rows, dict(ROWS=rows, FOLD=width, num_warps=launch.warps, enable_fp_fusion=True)
 
 
-def partial_sums(x: PairRows, plan: Plan, launch: Launch) -> Partial:
+def partial_sums(x: PairRows, reduction: Reduction, launch: Launch) -> Partial:
     """Sums over every segment; planes are the fields of `GroupErrors`."""
     from pgdpo_fast.kernels.pair import pair_errors_kernel
 
-    operands, switches = _arguments(x, plan, launch)
-    partial = _partial(x, plan, len(GroupErrors._fields))
+    operands, switches = _arguments(x, reduction, launch)
+    partial = _partial(x, reduction, len(GroupErrors._fields))
     with _guard(partial.sums.device):
-        pair_errors_kernel[(_segments(x, plan.length), x.pairs)](
+        pair_errors_kernel[(_segments(x, reduction.length), x.pairs)](
             operands,
             partial_ptr=partial.sums,
             arrived_ptr=partial.arrived,
             pairs=x.pairs,
             n=x.numel,
-            seg_len=plan.length,
-            groups=plan.groups,
-            consecutive=plan.consecutive,
-            ANCHOR=plan.anchor,
-            CROSS=plan.cross,
-            ANCHOR_REJECTED=plan.anchor_rejected,
+            seg_len=reduction.length,
+            groups=reduction.groups,
+            consecutive=reduction.consecutive,
+            ANCHOR=reduction.anchor,
+            CROSS=reduction.cross,
+            ANCHOR_REJECTED=reduction.anchor_rejected,
             LANES=_lanes(x),
             KEEP=TWO_PASS_KEEP,
             PASS=TWO_PASS_PASS,
@@ -342,32 +342,34 @@ def fold_objective(
     return loss, telemetry, coefficients
 
 
-def pair_errors(operands: Operands, plan: Plan) -> Tensor:
+def pair_errors(operands: Operands, reduction: Reduction) -> Tensor:
     x = pair_rows(operands)
-    launch = _launch(x, plan)
-    return fold(partial_sums(x, plan, launch).sums, plan.groups, x.numel // plan.groups, launch)
+    launch = _launch(x, reduction)
+    return fold(partial_sums(x, reduction, launch).sums, reduction.groups, x.numel // reduction.groups, launch)
 
 
 def pair_objective(
-    operands: Operands, reference_errors: Tensor | None, numbers: PairNumbers, plan: Plan, epilogue: Epilogue
+    operands: Operands, reference_errors: Tensor | None, numbers: PairNumbers, reduction: Reduction, epilogue: Epilogue
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = pair_rows(operands)
     gaps = x.reference is not None or reference_errors is not None
-    count = x.numel // plan.groups
-    launch = _launch(x, plan)
-    partial = partial_sums(x, plan, launch)
-    return fold_objective(partial, plan.groups, count, gaps, reference_errors, numbers, epilogue, launch)
+    count = x.numel // reduction.groups
+    launch = _launch(x, reduction)
+    partial = partial_sums(x, reduction, launch)
+    return fold_objective(partial, reduction.groups, count, gaps, reference_errors, numbers, epilogue, launch)
 
 
-def pair_gradient(operands: Operands, coefficients: Tensor, incoming: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+def pair_gradient(
+    operands: Operands, coefficients: Tensor, incoming: Tensor, reduction: Reduction
+) -> tuple[Tensor, Tensor]:
     gradients = gradients_like(operands)
-    _launch_gradients(pair_rows(operands), plan, coefficients, incoming, _halves(*gradients), bets=None)
+    _launch_gradients(pair_rows(operands), reduction, coefficients, incoming, _halves(*gradients), bets=None)
     return gradients
 
 
 def _launch_gradients(
     x: PairRows,
-    plan: Plan,
+    reduction: Reduction,
     coefficients: Tensor,
     incoming: Tensor,
     gradients: tuple[Tensor, Tensor],
@@ -376,9 +378,9 @@ def _launch_gradients(
     from pgdpo_fast.kernels.pair import pair_gradient_kernel
 
     chosen, rejected = gradients
-    arguments, switches = _arguments(x, plan, _launch(x, plan))
+    arguments, switches = _arguments(x, reduction, _launch(x, reduction))
     with _guard(chosen.device):
-        pair_gradient_kernel[(_segments(x, plan.length), x.pairs)](
+        pair_gradient_kernel[(_segments(x, reduction.length), x.pairs)](
             gw_ptr=chosen,
             gl_ptr=rejected,
             operands=arguments,
@@ -389,12 +391,12 @@ def _launch_gradients(
             gw_stride=chosen.stride(0),
             gl_stride=rejected.stride(0),
             pairs=x.pairs,
-            groups=plan.groups,
+            groups=reduction.groups,
             n=x.numel,
-            seg_len=plan.length,
-            consecutive=plan.consecutive,
-            ANCHOR=plan.anchor,
-            ANCHOR_REJECTED=plan.anchor_rejected,
+            seg_len=reduction.length,
+            consecutive=reduction.consecutive,
+            ANCHOR=reduction.anchor,
+            ANCHOR_REJECTED=reduction.anchor_rejected,
             BET=bets is not None,
             BACKWARDS=BACKWARDS,
             PASS=TWO_PASS_PASS,
@@ -403,17 +405,22 @@ def _launch_gradients(
 
 
 def pair_elements(
-    operands: Operands, numbers: PairNumbers, plan: Plan, epilogue: Epilogue, outer: bool, with_gradients: bool
+    operands: Operands,
+    numbers: PairNumbers,
+    reduction: Reduction,
+    epilogue: Epilogue,
+    outer: bool,
+    with_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     gradients = gradients_like(operands, with_gradients)
     halves = _halves(*gradients) if with_gradients else None
-    return *_elements(pair_rows(operands), numbers, plan, epilogue, outer, halves, bets=None), *gradients
+    return *_elements(pair_rows(operands), numbers, reduction, epilogue, outer, halves, bets=None), *gradients
 
 
 def _elements(
     x: PairRows,
     numbers: PairNumbers,
-    plan: Plan,
+    reduction: Reduction,
     epilogue: Epilogue,
     outer: bool,
     gradients: tuple[Tensor, Tensor] | None,
@@ -422,14 +429,14 @@ def _elements(
     """Loss, telemetry and means in two launches, and gradients where there is room for them."""
     from pgdpo_fast.kernels.element import OUTER_SUMS, SUMS, fold_elements_kernel
 
-    partial = _partial(x, plan, (OUTER_SUMS if outer else SUMS).value)
+    partial = _partial(x, reduction, (OUTER_SUMS if outer else SUMS).value)
     sums, segments = partial.sums, partial.sums.shape[-1]
     loss, means = sums.new_empty(()), sums.new_empty((len(ElementMeans._fields), x.pairs))
     telemetry = sums.new_empty((len(Telemetry._fields), x.pairs, 1))
     _launch_elements(
         x,
         numbers,
-        plan,
+        reduction,
         epilogue,
         outer,
         means=means,
@@ -438,7 +445,7 @@ def _elements(
         gradients=gradients,
         bets=bets,
     )
-    rows, switches = _fold_launch(1, segments, _launch(x, plan, elements=True))
+    rows, switches = _fold_launch(1, segments, _launch(x, reduction, elements=True))
     with _guard(sums.device):
         fold_elements_kernel[(-(-x.pairs // rows),)](
             _numbers(None, numbers, epilogue, sums.dtype, sums),
@@ -469,7 +476,7 @@ def pair_elements_gradient(
     incoming: Tensor,
     chosen: Tensor,
     rejected: Tensor,
-    plan: Plan,
+    reduction: Reduction,
     epilogue: Epilogue,
     outer: bool,
     bet: bool,  # gradients for 1 are written once more: those of training come from pair_stream
@@ -477,7 +484,7 @@ def pair_elements_gradient(
     _launch_elements(
         pair_rows(operands),
         numbers,
-        plan,
+        reduction,
         epilogue,
         outer,
         means=means,
@@ -541,34 +548,34 @@ def pair_stream(
     operands: Operands,
     reference_errors: Tensor | None,
     numbers: PairNumbers,
-    plan: Plan,
+    reduction: Reduction,
     epilogue: Epilogue,
     elements: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     x = pair_rows(operands)
-    segments = _segments(x, plan.length)
+    segments = _segments(x, reduction.length)
     gradients = gradients_like(operands)
     like = operands.policy.new_empty(0, dtype=x.compute_dtype)
     if elements:
         bets = like.new_empty((x.pairs, segments))
-        loss, telemetry, _ = _elements(x, numbers, plan, epilogue, False, _halves(*gradients), bets)
+        loss, telemetry, _ = _elements(x, numbers, reduction, epilogue, False, _halves(*gradients), bets)
         return loss, telemetry, like, bets, *gradients
 
     from pgdpo_fast.kernels.stream import STATE_PAIRS, stream_kernel
 
     device = like.device
     check_waits(device)
-    launch = _launch(x, plan)
-    arguments, switches = _arguments(x, plan, launch)
-    _, fold_switches = _fold_launch(plan.groups, segments, launch)
+    launch = _launch(x, reduction)
+    arguments, switches = _arguments(x, reduction, launch)
+    _, fold_switches = _fold_launch(reduction.groups, segments, launch)
     bets = like.new_empty((x.pairs, 1))
     loss = like.new_empty(())
-    telemetry = like.new_empty((len(Telemetry._fields), x.pairs, plan.groups))
-    coefficients = like.new_empty((len(Coefficients._fields), x.pairs, plan.groups))
+    telemetry = like.new_empty((len(Telemetry._fields), x.pairs, reduction.groups))
+    coefficients = like.new_empty((len(Coefficients._fields), x.pairs, reduction.groups))
     partial = like.new_empty((len(GroupErrors._fields), x.pairs, segments))
     chosen, rejected = _halves(*gradients)
     total = x.pairs * segments
-    again = 4 * plan.length * x.policy.chosen.element_size()  # bytes of a segment that gradients read again
+    again = 4 * reduction.length * x.policy.chosen.element_size()  # bytes of a segment that gradients read again
     programs = STREAM_PROGRAMS
     if device.type == "cuda":
         programs = launch.programs * torch.cuda.get_device_properties(device).multi_processor_count
@@ -589,12 +596,12 @@ def pair_stream(
             gw_stride=chosen.stride(0),
             gl_stride=rejected.stride(0),
             pairs=x.pairs,
-            groups=plan.groups,
+            groups=reduction.groups,
             segments=segments,
             n=x.numel,
-            seg_len=plan.length,
-            count=x.numel // plan.groups,
-            consecutive=plan.consecutive,
+            seg_len=reduction.length,
+            count=x.numel // reduction.groups,
+            consecutive=reduction.consecutive,
             lag=min(segments - (-launch.ahead // again), total),
             KIND=epilogue.kind,
             FLAGS=epilogue.flags,
@@ -603,9 +610,9 @@ def pair_stream(
             REFERENCE_ERRORS=reference_errors is not None,
             WEIGHTED=numbers.weight is not None,
             BETA_SCALED=numbers.beta_scale is not None,
-            ANCHOR=plan.anchor,
-            CROSS=plan.cross,
-            ANCHOR_REJECTED=plan.anchor_rejected,
+            ANCHOR=reduction.anchor,
+            CROSS=reduction.cross,
+            ANCHOR_REJECTED=reduction.anchor_rejected,
             LANES=_lanes(x),
             WIDTH=FOLD_LOSSES,
             POLLS=STREAM_POLLS,
@@ -625,17 +632,17 @@ def pair_stream_gradient(
     incoming: Tensor,
     chosen: Tensor,
     rejected: Tensor,
-    plan: Plan,
+    reduction: Reduction,
     epilogue: Epilogue,
     elements: bool,
 ) -> None:
     x, gradients = pair_rows(operands), _halves(chosen, rejected)
     if not elements:
-        return _launch_gradients(x, plan, coefficients, incoming, gradients, bets)
+        return _launch_gradients(x, reduction, coefficients, incoming, gradients, bets)
     return _launch_elements(
         x,
         numbers,
-        plan,
+        reduction,
         epilogue,
         False,
         means=incoming,
@@ -657,7 +664,7 @@ def _halves(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
 def _launch_elements(
     x: PairRows,
     numbers: PairNumbers,
-    plan: Plan,
+    reduction: Reduction,
     epilogue: Epilogue,
     outer: bool,
     *,
@@ -669,11 +676,11 @@ def _launch_elements(
 ) -> None:
     from pgdpo_fast.kernels.element import pair_elements_kernel
 
-    operands, switches = _arguments(x, plan, _launch(x, plan, elements=True))
+    operands, switches = _arguments(x, reduction, _launch(x, reduction, elements=True))
     absent = x.policy.chosen
     chosen, rejected = gradients or (absent, absent)
     with _guard(absent.device):
-        pair_elements_kernel[(_segments(x, plan.length), x.pairs)](
+        pair_elements_kernel[(_segments(x, reduction.length), x.pairs)](
             gw_ptr=chosen,
             gl_ptr=rejected,
             operands=operands,
@@ -688,11 +695,11 @@ def _launch_elements(
             gl_stride=rejected.stride(0),
             pairs=x.pairs,
             n=x.numel,
-            seg_len=plan.length,
+            seg_len=reduction.length,
             KIND=epilogue.kind,
             FLAGS=epilogue.flags,
             TERMS=_terms(epilogue),
-            ANCHOR=plan.anchor,
+            ANCHOR=reduction.anchor,
             OUTER=outer,
             WITH_SUMS=partial is not None,
             GRADS=gradients is not None,
