@@ -30,6 +30,7 @@ from pgdpo_fast.kernels.pair import (
     TELEMETRY_POLICY_REJECTED_ERROR,
     TELEMETRY_REJECTED_GAP,
     arrive,
+    copies,
     counted,
     fold_parts,
     load,
@@ -302,7 +303,7 @@ def pair_elements_kernel(
         mean_implicit = tl.load(mean_ptr + MEAN_IMPLICIT * pairs + pair)
 
     zero = tl.zeros([BLOCK // LANES], COMPUTE)
-    sums = (zero,) * (OUTER_SUMS if OUTER else SUMS)
+    sums = copies(zero, OUTER_SUMS if OUTER else SUMS)
     lanes = tl.arange(0, BLOCK)
     whole = length // BLOCK * BLOCK
     for begin in range(0, whole, BLOCK):

@@ -44,6 +44,8 @@ COEFFICIENT_REJECTED = tl.constexpr(1)
 COEFFICIENT_ANCHOR = tl.constexpr(2)
 COEFFICIENT_ANCHOR_REJECTED = tl.constexpr(3)
 COEFFICIENTS = tl.constexpr(4)
+# Nothing is told to the caches. A plain "" as a default of what other functions call is beyond triton 3.6.
+NO_HINT = tl.constexpr("")
 LATENT_WEIGHT_NONE = tl.constexpr(0)
 LATENT_WEIGHT_EACH = tl.constexpr(1)  # one for every element of a video
 LATENT_WEIGHT_SHARED = tl.constexpr(2)  # `weight_length` of them for every `weight_span` elements, over and over
@@ -158,7 +160,7 @@ def place(segment, groups, consecutive):
 
 
 @triton.jit
-def load(ptr, offsets, mask, MASKED: tl.constexpr, COMPUTE: tl.constexpr, EVICT: tl.constexpr = ""):
+def load(ptr, offsets, mask, MASKED: tl.constexpr, COMPUTE: tl.constexpr, EVICT: tl.constexpr = NO_HINT):
     """A block in the accumulation dtype. The cast follows the load at once: no low-precision arithmetic creeps in.
     EVICT is what the caches are told of the line."""
     if MASKED:
@@ -168,7 +170,13 @@ def load(ptr, offsets, mask, MASKED: tl.constexpr, COMPUTE: tl.constexpr, EVICT:
 
 @triton.jit
 def load_latent_weights(
-    x, offsets, mask, LATENT_WEIGHT: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr, EVICT: tl.constexpr = ""
+    x,
+    offsets,
+    mask,
+    LATENT_WEIGHT: tl.constexpr,
+    MASKED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    EVICT: tl.constexpr = NO_HINT,
 ):
     """The elements' weights, with LATENT_WEIGHT."""
     if LATENT_WEIGHT == LATENT_WEIGHT_SHARED:
@@ -199,7 +207,7 @@ def load_float8(
     PACK_BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
     COMPUTE: tl.constexpr,
-    EVICT: tl.constexpr = "",
+    EVICT: tl.constexpr = NO_HINT,
 ):
     """e4m3 bytes times their block's scale; `phase` is where in its block the segment starts.
 
@@ -229,7 +237,7 @@ def reference_terms(
     PACK_BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
     COMPUTE: tl.constexpr,
-    EVICT: tl.constexpr = "",
+    EVICT: tl.constexpr = NO_HINT,
 ):
     """p - q and p + q - 2y; their product is the gap, exact to full relative accuracy where p is close to q."""
     if REFERENCE == REFERENCE_PREDICTION:
@@ -251,7 +259,7 @@ def load_targets(
     TARGET_BUILT: tl.constexpr,
     MASKED: tl.constexpr,
     COMPUTE: tl.constexpr,
-    EVICT: tl.constexpr = "",
+    EVICT: tl.constexpr = NO_HINT,
 ):
     """Targets of the chosen and the rejected video; what the pair shares is read once."""
     y_w = load(x.yw_ptr, offsets, mask, MASKED, COMPUTE, EVICT)
@@ -283,8 +291,8 @@ def accumulate(
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
-    KEEP: tl.constexpr = "",
-    PASS: tl.constexpr = "",
+    KEEP: tl.constexpr = NO_HINT,
+    PASS: tl.constexpr = NO_HINT,
 ):
     """One block into the seven running sums. Masked lanes load zeros everywhere, hence add zero. KEEP and PASS are what
     the caches are told of what the gradients need again, and of the rest."""
@@ -357,8 +365,8 @@ def segment_sums(
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
-    KEEP: tl.constexpr = "",
-    PASS: tl.constexpr = "",
+    KEEP: tl.constexpr = NO_HINT,
+    PASS: tl.constexpr = NO_HINT,
 ):
     """The seven sums over the `length` elements from a segment's start on."""
     zero = tl.zeros([BLOCK // LANES], COMPUTE)
@@ -475,6 +483,15 @@ def pair_errors_kernel(
 
 
 @triton.jit
+def copies(x, COUNT: tl.constexpr):
+    """COUNT times `x`, as a tuple; `(x,) * COUNT` is beyond the interpreter of triton 3.6."""
+    made = ()
+    for _ in tl.static_range(COUNT):
+        made = made + (x,)
+    return made
+
+
+@triton.jit
 def add_planes(sums, ptr, plane, where, mask):
     """The values at `where` of as many planes as there are running sums, added to them. Past the first-level cache:
     other multiprocessors have just written them."""
@@ -505,7 +522,7 @@ def fold_parts(
     """
     group = row % groups
     first = (row // groups).to(tl.int64) * segments + group
-    sums = (tl.zeros([FOLD, ROWS], COMPUTE),) * PLANES
+    sums = copies(tl.zeros([FOLD, ROWS], COMPUTE), PLANES)
     for begin in range(0, segments, FOLD * groups):
         step = begin + tl.arange(0, FOLD) * groups
         mask = inside[None, :] & (group[None, :] + step[:, None] < segments)
@@ -748,7 +765,7 @@ def scaled_gradients(
     PACK_BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
     COMPUTE: tl.constexpr,
-    PASS: tl.constexpr = "",
+    PASS: tl.constexpr = NO_HINT,
 ):
     """One block of c_w (p_w - y_w) + c_anchor (p_w - q_w) and the same of the other
     video, each times the element's weight."""
@@ -799,7 +816,7 @@ def segment_gradients(
     PACK_BLOCK: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
-    PASS: tl.constexpr = "",
+    PASS: tl.constexpr = NO_HINT,
 ):
     """The gradients of the `length` elements from a segment's start on, with the coefficients of group `row`."""
     c_w = incoming * tl.load(coefficient_ptr + COEFFICIENT_CHOSEN * rows + row, cache_modifier=".cg")
