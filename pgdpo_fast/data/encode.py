@@ -43,6 +43,7 @@ from pgdpo_fast.storage import (
     atomic_file,
     canonical_json,
     check_disk,
+    make_folder,
     real_folder,
     sha256_bytes,
     sha256_file,
@@ -175,6 +176,7 @@ def encode_manifest(
     with stoppable(stopped) as stop:
         try:
             real_folder(output, STAGING)
+            make_folder(output)
             clips = [path for pair in manifest.pairs for path in (pair.chosen, pair.rejected)]
             hashes = content_hashes(clips, output / STAGING / CLIPS_FILE, stop, reading("hashing clips"))
             settings["manifest"] = {"pairs": len(manifest), "sha256": _manifest_hash(manifest, hashes)}
