@@ -216,7 +216,7 @@ void elements(const Pair& x, const Elements& call, int64_t begin, int64_t end) {
   Block<S> block{};
   for (int64_t c = begin; c < end; ++c) {
     const Chunk at(x, c);
-    Reader<S, D> reader(x, at, true);
+    Reader<S, D, true> reader(x, at);
     if (call.beta_scale != nullptr) prepare(call.beta_scale[at.pair]);
     for (int k = 0; k < call.terms; ++k) {
       if (with_gradients) stages[k].scale = S(call.scale[at.pair] * weights[k]);

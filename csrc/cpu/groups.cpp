@@ -35,7 +35,7 @@ void errors(const Pair& x, Wishes wanted, double* sums, int64_t begin, int64_t e
   using V = Vec<S>;
   for (int64_t c = begin; c < end; ++c) {
     const Chunk at(x, c);
-    Reader<S, D> reader(x, at, PLANES > STATISTIC_GAP_CHOSEN);
+    Reader<S, D, (PLANES > STATISTIC_GAP_CHOSEN)> reader(x, at);
     Sums<V, PLANES> totals;
     for (int first = 0; first < at.count; first += BLOCK) {
       reader.begin_block(first, at.count);
@@ -71,7 +71,8 @@ void errors(const Pair& x, Wishes wanted, double* sums, int64_t begin, int64_t e
   }
 }
 
-template <class S, int D>
+// ANCHOR: with the terms of the anchors that are wanted.
+template <class S, int D, bool ANCHOR>
 void gradients(const Pair& x, Wishes wanted, const double* coefficients, const MutableRows gradient[2], int64_t begin,
                int64_t end) {
   using V = Vec<S>;
@@ -83,20 +84,20 @@ void gradients(const Pair& x, Wishes wanted, const double* coefficients, const M
   for (int64_t step = 0; step < count; ++step) {
     const int64_t c = step < recent ? end - recent + step : begin + step - recent;
     const Chunk at(x, c);
-    Reader<S, D> reader(x, at, wanted.anchor || wanted.anchor_rejected);
+    Reader<S, D, ANCHOR> reader(x, at, wanted.anchor || wanted.anchor_rejected);
     const double* row = coefficients + at.pair * x.groups + x.group_of(at.segment);
     const V c_w = S(row[COEFFICIENT_CHOSEN * rows]), c_l = S(row[COEFFICIENT_REJECTED * rows]);
     const V c_anchor = S(row[COEFFICIENT_ANCHOR * rows]), c_anchor_l = S(row[COEFFICIENT_ANCHOR_REJECTED * rows]);
     char* out[2] = {row_start(gradient[0], at.pair, at.start), row_start(gradient[1], at.pair, at.start)};
     const bool past = large && uintptr_t(out[0]) % 16 == 0 && uintptr_t(out[1]) % 16 == 0;
     const auto by_chosen = [&](const Differences<V>& d) PGDPO_LAMBDA {
-      return weighted<D>(d, wanted.anchor ? c_w * d.u_w + c_anchor * d.minus_w : c_w * d.u_w);
+      return weighted<D>(d, ANCHOR && wanted.anchor ? c_w * d.u_w + c_anchor * d.minus_w : c_w * d.u_w);
     };
     // An objective that takes no notice of the rejected video must not take its NaN.
     const bool unnoticed = row[COEFFICIENT_REJECTED * rows] == 0;
     const auto by_rejected = [&](const Differences<V>& d) PGDPO_LAMBDA {
       V slope = unnoticed ? V(S(0)) : c_l * d.u_l;
-      if (wanted.anchor_rejected) slope = slope + c_anchor_l * d.minus_l;
+      if (ANCHOR && wanted.anchor_rejected) slope = slope + c_anchor_l * d.minus_l;
       return weighted<D>(d, slope);
     };
     for (int first = 0; first < at.count; first += BLOCK) {
@@ -126,22 +127,31 @@ void gradients(const Pair& x, Wishes wanted, const double* coefficients, const M
 #endif
 }
 
+// What has versions without the sums that nobody wants; the others' are rare.
+template <class S, int D>
+constexpr bool HAS_VERSIONS = sizeof(S) == 4 && D != WEIGHTED;
+
 template <class S>
 void run_errors(const Pair& x, Wishes wanted, double* sums, int64_t begin, int64_t end) {
   specialised<S>(common_storage(x, true, nullptr), [&](auto storage) {
     constexpr int D = decltype(storage)::value;
-    if (wanted.anchor || wanted.cross || wanted.anchor_rejected)
-      return errors<S, D, STATISTICS>(x, wanted, sums, begin, end);
-    if (x.reference_form != REFERENCE_NONE) return errors<S, D, STATISTIC_ANCHOR>(x, wanted, sums, begin, end);
-    errors<S, D, STATISTIC_GAP_CHOSEN>(x, wanted, sums, begin, end);
+    if constexpr (HAS_VERSIONS<S, D>)
+      if (!wanted.anchor && !wanted.cross && !wanted.anchor_rejected)
+        return x.reference_form == REFERENCE_NONE ? errors<S, D, STATISTIC_GAP_CHOSEN>(x, wanted, sums, begin, end)
+                                                  : errors<S, D, STATISTIC_ANCHOR>(x, wanted, sums, begin, end);
+    errors<S, D, STATISTICS>(x, wanted, sums, begin, end);
   });
 }
 
 template <class S>
 void run_gradients(const Pair& x, Wishes wanted, const double* coefficients, const MutableRows gradient[2],
                    int64_t begin, int64_t end) {
-  specialised<S>(common_storage(x, wanted.anchor || wanted.anchor_rejected, gradient), [&](auto storage) {
-    gradients<S, decltype(storage)::value>(x, wanted, coefficients, gradient, begin, end);
+  const bool anchor = wanted.anchor || wanted.anchor_rejected;
+  specialised<S>(common_storage(x, anchor, gradient), [&](auto storage) {
+    constexpr int D = decltype(storage)::value;
+    if constexpr (HAS_VERSIONS<S, D>)
+      if (!anchor) return gradients<S, D, false>(x, wanted, coefficients, gradient, begin, end);
+    gradients<S, D, true>(x, wanted, coefficients, gradient, begin, end);
   });
 }
 

@@ -157,8 +157,9 @@ struct Column {
   }
 };
 
-// The elements of a chunk, block by block. D is BFLOAT16 where every operand is, ANY, or WEIGHTED.
-template <class S, int D>
+// The elements of a chunk, block by block. D is BFLOAT16 where every operand is, ANY, or WEIGHTED; REFERENCE whether
+// one may be read.
+template <class S, int D, bool REFERENCE>
 struct Reader {
   using V = Vec<S>;
   Column<S> policy[2], target[2], reference[2], noise;
@@ -170,7 +171,7 @@ struct Reader {
   int64_t weight_length, weight_span, start;
   alignas(64) S weights[D == WEIGHTED ? BLOCK : 1];  // of the block at hand, zeros past the end
 
-  Reader(const Pair& x, const Chunk& at, bool with_reference)
+  Reader(const Pair& x, const Chunk& at, bool with_reference = REFERENCE)
       : policy{{x.policy[0], at}, {x.policy[1], at}},
         target{{x.target[0], at}, {x.target[1], at}},
         reference{{x.reference[0], at}, {x.reference[1], at}},
@@ -288,7 +289,7 @@ struct Reader {
     for (int side = 0; side < 2; ++side) {
       x.policy[side] = V::at(from.policy[side] + i);
       x.target[side] = V::at(from.target[side] + i);
-      if (form != REFERENCE_NONE) x.reference[side] = V::at(from.reference[side] + i);
+      if (REFERENCE && form != REFERENCE_NONE) x.reference[side] = V::at(from.reference[side] + i);
     }
     Differences<V> d = differences(x);
     if constexpr (D == WEIGHTED) {
@@ -305,7 +306,8 @@ struct Reader {
     for (int side = 0; side < 2; ++side) {
       load_split(from.policy[side], i, even.policy[side], odd.policy[side]);
       load_split(from.target[side], i, even.target[side], odd.target[side]);
-      if (form != REFERENCE_NONE) load_split(from.reference[side], i, even.reference[side], odd.reference[side]);
+      if (REFERENCE && form != REFERENCE_NONE)
+        load_split(from.reference[side], i, even.reference[side], odd.reference[side]);
     }
     if (noise != nullptr) {
       V first, second;
@@ -320,6 +322,7 @@ struct Reader {
     d.u_w = x.policy[0] - x.target[0];
     d.u_l = x.policy[1] - x.target[1];
     d.minus_w = d.minus_l = d.plus_w = d.plus_l = V(S(0));
+    if (!REFERENCE) return d;
     if (form == REFERENCE_PREDICTION) {
       d.minus_w = x.policy[0] - x.reference[0];
       d.minus_l = x.policy[1] - x.reference[1];
