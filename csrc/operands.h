@@ -168,13 +168,13 @@ struct Operands {
     return torch::stable::new_empty(policy, {&zero, 1}, policy.scalar_type());
   }
 
-  int64_t chunks() const { return pair.pairs * pair.segments; }
+  int64_t all_segments() const { return pair.pairs * pair.segments; }
 
-  // run(begin, end) over all chunks, in threads once there are more than about 32K elements for each.
+  // run(begin, end) over all segments, in threads once there are more than about 32K elements for each.
   template <class Run>
-  void over_chunks(const Run& run) const {
+  void over_segments(const Run& run) const {
     const int64_t grain = pair.length >= 32768 ? 1 : 32768 / pair.length;
-    torch::stable::parallel_for(0, chunks(), grain, run);
+    torch::stable::parallel_for(0, all_segments(), grain, run);
   }
 
  private:

@@ -1,10 +1,10 @@
 // The passes over video latents that every preference loss is made of, as plain C++: no torch, no allocation, no
-// threads. The passes of cpu/ are compiled once per instruction set; cpu/native.cpp picks one and spreads the chunks
+// threads. The passes of cpu/ are compiled once per instruction set; cpu/native.cpp picks one and spreads the segments
 // over threads.
 //
-// A video is a row of numel elements cut into `segments` runs of `length` (the last may be short); run s belongs to
-// group s / consecutive % groups. Chunk c is run c % segments of pair c / segments. Every chunk is summed in one fixed
-// order, so results depend on neither the thread count nor the number of pairs.
+// A video is a row of numel elements cut into `segments` of `length` (the last may be short); segment s belongs to
+// group s / consecutive % groups. Over all pairs, segment c is the c % segments of pair c / segments. Each is summed in
+// one fixed order, so results depend on neither the thread count nor the number of pairs.
 #pragma once
 
 #include <stdint.h>
@@ -91,7 +91,7 @@ struct Pair {
   int64_t pairs = 0, numel = 0, segments = 0, length = 0, groups = 1, consecutive = 1;
 
   int64_t group_of(int64_t segment) const { return segment / consecutive % groups; }
-  // Where among its pair's the sums of a run go: those of group g lie at g, g + groups, g + 2 groups, ...
+  // Where among its pair's the sums of a segment go: those of group g lie at g, g + groups, g + 2 groups, ...
   int64_t place(int64_t segment) const {
     const int64_t turn = segment / (consecutive * groups) * consecutive + segment % consecutive;
     return turn * groups + group_of(segment);
@@ -118,7 +118,7 @@ struct Elements {
 
 struct Packed;  // cache.h
 
-// One instruction set's passes over chunks [begin, end), accumulating in float or double.
+// One instruction set's passes over segments [begin, end), accumulating in float or double.
 struct Passes {
   const char* name;
   // sums: [STATISTICS, pairs * segments]; planes nobody wishes for are zero.

@@ -143,7 +143,7 @@ int run(const Passes& passes, int policy, int target, int form, int reference, b
   x.length = length;
   x.groups = groups;
   x.segments = (numel + length - 1) / length;
-  const int64_t chunks = pairs * x.segments;
+  const int64_t segments = pairs * x.segments;
   if (weighted) {  // one weight for every third element
     x.weight_span = numel;
     x.weight_length = numel % 3 ? numel : numel / 3;
@@ -155,8 +155,8 @@ int run(const Passes& passes, int policy, int target, int form, int reference, b
   const auto check = [&](const std::vector<double>& values) {
     for (double v : values) bad += !std::isfinite(v);
   };
-  std::vector<double> sums(STATISTICS * chunks, NAN);
-  passes.errors(x, wanted, sums.data(), 0, chunks);
+  std::vector<double> sums(STATISTICS * segments, NAN);
+  passes.errors(x, wanted, sums.data(), 0, segments);
   check(sums);
 
   std::unique_ptr<char[]> out[2];
@@ -175,7 +175,7 @@ int run(const Passes& passes, int policy, int target, int form, int reference, b
   };
   fresh();
   const std::vector<double> coefficients(COEFFICIENTS * pairs * groups, 0.5);
-  passes.gradients(x, wanted, coefficients.data(), gradient, 0, chunks);
+  passes.gradients(x, wanted, coefficients.data(), gradient, 0, segments);
   check_gradients();
 
   fresh();
@@ -198,14 +198,14 @@ int run(const Passes& passes, int policy, int target, int form, int reference, b
   const std::vector<double> scale(pairs, 0.25), posterior(pairs, 0.1), means(ELEMENT_MEANS * pairs, 0.5);
   call.posterior_scale = posterior.data();
   call.beta_scale = posterior.data();
-  std::vector<double> elements(ELEMENT_SUMS * chunks, NAN);
+  std::vector<double> elements(ELEMENT_SUMS * segments, NAN);
   call.sums = elements.data();
   if (!outer) {
     call.scale = scale.data();
     call.gradient[0] = gradient[0];
     call.gradient[1] = gradient[1];
   }
-  passes.elements(x, call, 0, chunks);
+  passes.elements(x, call, 0, segments);
   check(elements);
   if (outer) {
     call.sums = nullptr;
@@ -213,7 +213,7 @@ int run(const Passes& passes, int policy, int target, int form, int reference, b
     call.means = means.data();
     call.gradient[0] = gradient[0];
     call.gradient[1] = gradient[1];
-    passes.elements(x, call, 0, chunks);
+    passes.elements(x, call, 0, segments);
   }
   check_gradients();
   return bad;

@@ -215,7 +215,7 @@ void elements(const Pair& x, const Elements& call, int64_t begin, int64_t end) {
   const int dtype = call.gradient[0].dtype;
   Block<S> block{};
   for (int64_t c = begin; c < end; ++c) {
-    const Chunk at(x, c);
+    const Segment at(x, c);
     Reader<S, D, true> reader(x, at);
     if (call.beta_scale != nullptr) prepare(call.beta_scale[at.pair]);
     for (int k = 0; k < call.terms; ++k) {

@@ -34,7 +34,7 @@ template <class S, int D, int PLANES>
 void errors(const Pair& x, Wishes wanted, double* sums, int64_t begin, int64_t end) {
   using V = Vec<S>;
   for (int64_t c = begin; c < end; ++c) {
-    const Chunk at(x, c);
+    const Segment at(x, c);
     Reader<S, D, (PLANES > STATISTIC_GAP_CHOSEN)> reader(x, at);
     Sums<V, PLANES> totals;
     for (int first = 0; first < at.count; first += BLOCK) {
@@ -79,11 +79,11 @@ void gradients(const Pair& x, Wishes wanted, const double* coefficients, const M
   const int64_t rows = x.pairs * x.groups;
   const int dtype = gradient[0].dtype;
   const bool large = 2 * x.pairs * x.numel * size_of(dtype) >= beyond_cache();
-  // The error pass ended on this thread's last chunks: what the second-level cache still holds of them comes first.
+  // The error pass ended on this thread's last segments: what the second-level cache still holds of them comes first.
   const int64_t count = end - begin, recent = lesser(count, SECOND_LEVEL / (6 * x.length * size_of(dtype)));
   for (int64_t step = 0; step < count; ++step) {
     const int64_t c = step < recent ? end - recent + step : begin + step - recent;
-    const Chunk at(x, c);
+    const Segment at(x, c);
     Reader<S, D, ANCHOR> reader(x, at, wanted.anchor || wanted.anchor_rejected);
     const double* row = coefficients + at.pair * x.groups + x.group_of(at.segment);
     const V c_w = S(row[COEFFICIENT_CHOSEN * rows]), c_l = S(row[COEFFICIENT_REJECTED * rows]);

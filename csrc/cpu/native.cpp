@@ -83,12 +83,12 @@ struct Output {
   }
 };
 
-// Sums of all statistics over every chunk, [STATISTICS, chunks].
+// Sums of all statistics over every segment, [STATISTICS, pairs * segments].
 std::vector<double> errors(const Operands& x, Wishes wanted) {
-  std::vector<double> sums(STATISTICS * x.chunks());
+  std::vector<double> sums(STATISTICS * x.all_segments());
   if (x.pair.reference_form == REFERENCE_NONE) wanted.anchor = wanted.anchor_rejected = false;
   const Passes& run = passes(x.float64);
-  x.over_chunks([&](int64_t begin, int64_t end) { run.errors(x.pair, wanted, sums.data(), begin, end); });
+  x.over_segments([&](int64_t begin, int64_t end) { run.errors(x.pair, wanted, sums.data(), begin, end); });
   return sums;
 }
 
@@ -97,7 +97,7 @@ double mean_of(const Operands& x, const std::vector<double>& sums, int plane, in
   const int64_t pair = row / x.pair.groups;
   double total = 0;
   for (int64_t s = row % x.pair.groups; s < x.pair.segments; s += x.pair.groups)
-    total += sums[plane * x.chunks() + pair * x.pair.segments + s];
+    total += sums[plane * x.all_segments() + pair * x.pair.segments + s];
   return total / double(x.pair.numel / x.pair.groups);
 }
 
@@ -218,7 +218,7 @@ std::tuple<Tensor, Tensor> pair_gradient(PGDPO_OPERANDS, const Tensor& coefficie
   x.set_gradients(out, chosen, rejected);
   const Passes& run = passes(x.float64);
   const Wishes wanted{anchor, cross, anchor_rejected};
-  x.over_chunks([&](int64_t begin, int64_t end) { run.gradients(x.pair, wanted, scaled.data(), out, begin, end); });
+  x.over_segments([&](int64_t begin, int64_t end) { run.gradients(x.pair, wanted, scaled.data(), out, begin, end); });
   return {chosen, rejected};
 }
 
@@ -253,7 +253,7 @@ struct ElementCall : Elements {
 
   void run(const Operands& x) const {
     const Passes& run = passes(x.float64);
-    x.over_chunks([&](int64_t begin, int64_t end) { run.elements(x.pair, *this, begin, end); });
+    x.over_segments([&](int64_t begin, int64_t end) { run.elements(x.pair, *this, begin, end); });
   }
 };
 
@@ -268,7 +268,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pair_elements(PGDPO_OPERANDS,
                rejected = with_gradients ? x.rejected_gradient() : x.nothing();
   const Output loss_out(loss), telemetry_out(telemetry), means_out(means);
   const std::vector<double> weights = call.row_scale;
-  std::vector<double> sums(ELEMENT_SUMS * x.chunks());
+  std::vector<double> sums(ELEMENT_SUMS * x.all_segments());
   call.sums = sums.data();
   if (with_gradients) call.write_gradients(x, chosen, rejected, 1.0);
   call.run(x);

@@ -1,4 +1,4 @@
-// What the passes over chunks share: reading operands as vectors of differences, sums, and writing gradients.
+// What the passes over segments share: reading operands as vectors of differences, sums, and writing gradients.
 //
 // Storage types stay out of the arithmetic, so that it is compiled once for float and once for double: operands of
 // another type than the pass's are converted a block at a time, those of its own are read where they lie. bfloat16
@@ -44,12 +44,12 @@ auto row_start(const Any& rows, int64_t pair, int64_t element) {
   return rows.data == nullptr ? rows.data : rows.data + (pair * rows.stride + element) * size_of(rows.dtype);
 }
 
-// Where a chunk lies.
-struct Chunk {
+// Where a segment lies.
+struct Segment {
   int64_t pair, segment, start;
   int count;
 
-  Chunk(const Pair& x, int64_t index) : pair(index / x.segments), segment(index % x.segments) {
+  Segment(const Pair& x, int64_t index) : pair(index / x.segments), segment(index % x.segments) {
     start = segment * x.length;
     count = int(x.numel - start < x.length ? x.numel - start : x.length);
   }
@@ -132,7 +132,7 @@ struct Operand {
   V policy[2], target[2], reference[2];
 };
 
-// The row of one operand within a chunk.
+// The row of one operand within a segment.
 template <class S>
 struct Column {
   const char* data = nullptr;
@@ -140,7 +140,7 @@ struct Column {
   const S* block = nullptr;  // the elements at hand, zeros up to a whole vector
   alignas(64) S converted[BLOCK];
 
-  Column(const Rows& rows, const Chunk& at) : data(row_start(rows, at.pair, at.start)), dtype(rows.dtype) {}
+  Column(const Rows& rows, const Segment& at) : data(row_start(rows, at.pair, at.start)), dtype(rows.dtype) {}
 
   // Makes elements [begin, end) of the block from `first` on readable.
   PGDPO_INLINE void read(int first, int begin, int end) {
@@ -157,7 +157,7 @@ struct Column {
   }
 };
 
-// The elements of a chunk, block by block. D is BFLOAT16 where every operand is, ANY, or WEIGHTED; REFERENCE whether
+// The elements of a segment, block by block. D is BFLOAT16 where every operand is, ANY, or WEIGHTED; REFERENCE whether
 // one may be read.
 template <class S, int D, bool REFERENCE>
 struct Reader {
@@ -171,7 +171,7 @@ struct Reader {
   int64_t weight_length, weight_span, start;
   alignas(64) S weights[D == WEIGHTED ? BLOCK : 1];  // of the block at hand, zeros past the end
 
-  Reader(const Pair& x, const Chunk& at, bool with_reference = REFERENCE)
+  Reader(const Pair& x, const Segment& at, bool with_reference = REFERENCE)
       : policy{{x.policy[0], at}, {x.policy[1], at}},
         target{{x.target[0], at}, {x.target[1], at}},
         reference{{x.reference[0], at}, {x.reference[1], at}},
@@ -197,8 +197,8 @@ struct Reader {
   PGDPO_INLINE void begin_block(int first, int end) {
     count = lesser(BLOCK, end - first);
     split = D == BFLOAT16 && form != REFERENCE_FLOAT8 ? count & -(2 * V::width) : 0;
-    // The hardware follows too few streams at once and stops at every page. Past the end of a chunk lies the next one;
-    // past the end of the memory nothing happens.
+    // The hardware follows too few streams at once and stops at every page. Past the end of a segment lies the next
+    // one; past the end of the memory nothing happens.
     for (int side = 0; side < 2; ++side) {
       policy[side].template prefetch<D>(first);
       if (side == 0 || !shared) target[side].template prefetch<D>(first);

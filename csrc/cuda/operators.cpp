@@ -32,8 +32,8 @@ void pack(PGDPO_OPERANDS, Tensor chosen, Tensor rejected, MaybeTensor chosen_sca
   const Operands x(PGDPO_PASS_OPERANDS, {REFERENCE_NONE, 1, length});
   STD_TORCH_CHECK(length % PACK_BLOCK == 0 || length == x.pair.numel, "length: expected a multiple of ", PACK_BLOCK,
                   ", got ", length);
-  STD_TORCH_CHECK(x.chunks() <= std::numeric_limits<int>::max(), "batch: ", x.pair.pairs, " pairs of ", x.pair.segments,
-                  " segments are more than one launch can hold");
+  STD_TORCH_CHECK(x.all_segments() <= std::numeric_limits<int>::max(), "batch: ", x.pair.pairs, " pairs of ",
+                  x.pair.segments, " segments are more than one launch can hold");
   if (x.pair.built_target)
     STD_TORCH_CHECK(x.pair.target_scale.dtype == (x.float64 ? FLOAT64 : FLOAT32),
                     "target_scale: expected the accumulation dtype");
