@@ -33,7 +33,7 @@ from pgdpo_fast.backends import triton as launchers  # noqa: E402
 
 ARCHITECTURES = (80, 90, 100)
 # 128 registers leave four blocks of 128 threads on a multiprocessor. Some objectives and operands take more on eight
-# elements a thread; three blocks of it still keep 36 KB of loads on their way, enough to hide the latency of memory.
+# elements per thread; three blocks of it still keep 36 KB of loads on their way, enough to hide the latency of memory.
 MAX_REGISTERS, MAX_REGISTERS_ELEMENTS, MAX_SHARED = 128, 168, 227 * 1024
 # The last to arrive adds the losses; tickets, arrivals and waits of the stream; none anywhere else.
 ATOMICS = {"fold_kernel": 1, "fold_elements_kernel": 1, "stream_kernel": 10}
@@ -45,7 +45,7 @@ RESULTS = Path(__file__).parent / "results" / "codegen.md"
 @dataclass(frozen=True)
 class Case:
     """One call of the loss. `vector`: its rows allow 128-bit access; `narrow`: compiled for one target only;
-    `budget`: instructions the element pass may take a pair-element."""
+    `budget`: instructions the element pass may take per pair-element."""
 
     name: str
     objective: pf.Objective

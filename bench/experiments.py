@@ -109,7 +109,7 @@ BLOCKS = (
         "block 2048, 8 warps",
         Launch(2048, 8),
         1.0,
-        "the same 128-bit loads a thread; twice the bytes in flight per program, half the programs",
+        "the same 128-bit loads per thread; twice the bytes in flight per program, half the programs",
     ),
     Candidate(
         "block 2048, 4 warps",
@@ -133,7 +133,7 @@ BLOCKS = (
         "block 1024, 8 warps",
         Launch(1024, 8),
         1.1,
-        "four bfloat16 a thread: 64-bit loads, twice the instructions for the same bytes",
+        "four bfloat16 per thread: 64-bit loads, twice the instructions for the same bytes",
     ),
 )
 
@@ -178,7 +178,7 @@ class Experiment:
     backend: str = "triton"
 
 
-_CHUNK, _CHUNKS = "backends.operands.MIN_SEGMENT", "backends.operands.MAX_SEGMENTS"
+_SEGMENT, _SEGMENTS = "backends.operands.MIN_SEGMENT", "backends.operands.MAX_SEGMENTS"
 _FOLD = "backends.triton.FOLD_PARTS"
 
 EXPERIMENTS = (
@@ -213,22 +213,22 @@ EXPERIMENTS = (
         "five blocks per multiprocessor in place of four, a few spills on sm_100; bound by memory with either",
     ),
     Experiment(
-        "chunks of 8192 or more",
-        {_CHUNK: 8192},
+        "segments of 8192 or more",
+        {_SEGMENT: 8192},
         (SMALL, LARGE, PREDICTIONS),
         1.0,
         "half the partial sums; at B=1 256 programs are fewer than two per multiprocessor: may lose",
     ),
     Experiment(
-        "chunks of 2048 or more",
-        {_CHUNK: 2048, _CHUNKS: 1024},
+        "segments of 2048 or more",
+        {_SEGMENT: 2048, _SEGMENTS: 1024},
         (SMALL, LARGE, PREDICTIONS),
         1.02,
         "twice the programs of the error pass and twice the fold's reads; helps only if B=1 starves",
     ),
     Experiment(
-        "at most 2048 chunks",
-        {_CHUNKS: 2048},
+        "at most 2048 segments",
+        {_SEGMENTS: 2048},
         (SMALL, LARGE, PREDICTIONS),
         0.98,
         "better balance over 132 multiprocessors at B=1: 512 programs leave a tail of a quarter wave",
@@ -238,7 +238,7 @@ EXPERIMENTS = (
         {_FOLD: 256},
         (SMALL, FRAME),
         1.0,
-        "two trips to memory for 512 chunks; frames take 16 rows per program, twice the programs",
+        "two trips to memory for 512 segments; frames take 16 rows per program, twice the programs",
     ),
     Experiment(
         "fold of 1024 parts",

@@ -1,7 +1,7 @@
 """The two passes over video latents that every preference loss is made of, and the small fold between them.
 
 A video is a row of `segments * seg_len` elements; segment s belongs to group s % GROUPS. With one group the segments
-are fixed-length chunks of the row; with frames as groups they are the H*W runs of a `[C, F, H, W]` row. Where frames
+are fixed-length segments of the row; with frames as groups they are the H*W runs of a `[C, F, H, W]` row. Where frames
 lie outside channels several segments in a row belong to one group: `place` says where their sums go. Programs never
 share an output and every fold has a fixed order, so results do not depend on the grid, the device or the batch size.
 
@@ -449,7 +449,7 @@ def pair_errors_kernel(
 ):
     """Partial sums of every segment: grid (segments, pairs).
 
-    Reads the predictions, targets and references once (4 to 6 values an element position), writes 28 bytes a segment.
+    Reads the predictions, targets and references once (4 to 6 values per position), writes 28 bytes per segment.
     """
     segment = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)

@@ -102,7 +102,7 @@ def test_every_objective_that_has_a_name_is_compared_here():
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_videos_of_several_real_chunks_equal_eager(name, granularity):
-    """2 * 5 * 30 * 35 elements: three chunks of 4096, the last odd, blocks of 128 and a masked vector at the end."""
+    """2 * 5 * 30 * 35 elements: three segments of 4096, the last odd, blocks of 128 and a masked vector at the end."""
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         assert_parity(pair((2, 5, 30, 35), dtypes=(dtype,) * 3), OBJECTIVES[name], granularity)
     assert_parity(pair((2, 5, 30, 35)), OBJECTIVES[name], granularity, beta_scale=torch.tensor([0.5, 1.75]))

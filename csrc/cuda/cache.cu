@@ -7,7 +7,7 @@ namespace pgdpo {
 namespace cuda {
 namespace {
 
-// One block a segment. Reads predictions and targets once, writes rows and scales once. Six blocks fit on a
+// One block per segment. Reads predictions and targets once, writes rows and scales once. Six blocks fit on a
 // multiprocessor; left alone the assembler goes for eight, and spills on sm_80.
 template <class S, int P, bool VECTORS>
 __global__ void __launch_bounds__(THREADS, 6)
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(THREADS, 6)
   }
 }
 
-// Row blockIdx.y of the batch, all tables: 16 bytes a thread and step where everything is aligned. Reads of pinned
+// Row blockIdx.y of the batch, all tables: 16 bytes per thread and step where everything is aligned. Reads of pinned
 // memory take microseconds, so many are in flight.
 __global__ void __launch_bounds__(256) gather_kernel(const __grid_constant__ Gather x) {
   const int64_t row = x.rows[blockIdx.y];

@@ -24,7 +24,7 @@ PGDPO_HD constexpr int size_of(int dtype) {
   return dtype == FLOAT8 ? 1 : dtype == BFLOAT16 || dtype == FLOAT16 ? 2 : dtype == FLOAT32 ? 4 : 8;
 }
 
-// Consecutive elements a thread takes at a time: one 128-bit load of the prediction.
+// Consecutive elements that one thread takes at a time: one 128-bit load of the prediction.
 PGDPO_HD constexpr int width_of(int dtype) {
   return size_of(dtype) == 2 ? 8 : 4;
 }
