@@ -471,12 +471,12 @@ def exclusive_lock(folder: str | os.PathLike) -> Iterator[None]:
     import fcntl
 
     folder = Path(folder)
-    for attempt in range(3):  # a holder that is done may remove the folder's parent after it was made
+    for attempt in range(3):  # a holder that is done may remove the folder or its parent while it is made
         try:
             folder.mkdir(parents=True, exist_ok=True)
             break
         except OSError as error:
-            if attempt == 2 or not isinstance(error, FileNotFoundError):
+            if attempt == 2 or not isinstance(error, (FileNotFoundError, FileExistsError)):
                 raise _unwritable(folder, error) from error
     try:
         file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)

@@ -293,6 +293,22 @@ def test_two_processes_cannot_write_one_run(finished):
         train(config, display="none")
 
 
+def test_a_lock_whose_last_holder_removes_the_folder_meanwhile_is_taken(tmp_path, monkeypatch):
+    from pgdpo_fast.storage import exclusive_lock
+
+    folder, make, met = tmp_path / "staging" / "00001", os.mkdir, []
+
+    def removed_in_between(path, *args, **kwargs):
+        if str(path) == str(folder) and not met:
+            met.append(path)
+            raise FileExistsError(path)  # it was there, and is gone when looked at again
+        make(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "mkdir", removed_in_between)
+    with exclusive_lock(folder):
+        assert met and (folder / ".lock").exists()
+
+
 def test_going_back_to_an_older_checkpoint_drops_what_came_after(finished):
     config, run_dir = finished
     from dataclasses import replace

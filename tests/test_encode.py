@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import textwrap
@@ -612,7 +613,8 @@ def test_killed_at_any_write_and_resumed_equals_never_killed(manifest, store, tm
     output = tmp_path / "s"
     (tmp_path / "killer.py").write_text(textwrap.dedent(KILLER))
     (printed,) = run_scripts(tmp_path, [tmp_path / "killer.py", manifest.path, output])
-    assert int(printed.split()[-1]) > 10  # so many runs were killed on the way
+    # So many runs were killed on the way; from Python 3.12 on, os.fork() may warn of threads besides.
+    assert int(re.findall(r"^\d+$", printed, re.MULTILINE)[-1]) > 10
     assert files_of(output) == files_of(store.path)
 
 
