@@ -107,6 +107,19 @@ def test_a_finished_demo_is_not_done_again(demo):
     assert again["methods"] == summary["methods"]
 
 
+def test_without_a_terminal_a_long_stage_prints_lines(monkeypatch, capsys):
+    from pgdpo_fast.cli import demo as command
+
+    now = [0.0]
+    monkeypatch.setattr(command.time, "monotonic", lambda: now[0])
+    with command._progress() as stage:
+        update = stage("Training", 0.5)
+        for second in range(0, 40, 2):
+            now[0] = float(second)
+            update(second / 40, f"step {second}")
+    assert capsys.readouterr().out.splitlines() == ["Training", "Training: 40%, step 16", "Training: 80%, step 32"]
+
+
 def test_work_cut_short_is_thrown_away_not_read(tmp_path, monkeypatch):
     out = tmp_path / "demo"
     render = demo_stages.render_pairs

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pgdpo_fast.cli.progress import SECONDS
+
 __all__ = ["Demo"]
 
 
@@ -53,7 +55,7 @@ class Demo:
 
 @contextmanager
 def _progress():
-    """One line for the whole demo on a terminal, else a line per stage; yields what `run_demo` takes as `stage`."""
+    """One line for the whole demo on a terminal, else lines of its stages; yields what `run_demo` takes as `stage`."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
@@ -74,9 +76,18 @@ def _progress():
             nonlocal before
             start, before = before, before + weight
             progress.update(task, description=title, completed=start, detail="")
-            if not sys.stdout.isatty():
+            told = time.monotonic()
+            if progress.disable:
                 print(title, flush=True)
-            return lambda share, detail: progress.update(task, completed=start + weight * share, detail=detail)
+
+            def update(share: float, detail: str) -> None:
+                nonlocal told
+                progress.update(task, completed=start + weight * share, detail=detail)
+                if progress.disable and time.monotonic() - told >= SECONDS:
+                    told = time.monotonic()
+                    print(f"{title}: {share:.0%}{detail and ', '}{detail}", flush=True)
+
+            return update
 
         yield stage
 
