@@ -518,12 +518,21 @@ def test_doctor_shows_why_a_build_failed(fake_compiler, monkeypatch):
 
 @needs_native
 @pytest.mark.slow
-def test_a_first_build_is_ten_seconds_on_two_cores(tmp_path):
-    """In time of the processor, which a busy machine stretches less than that of a clock."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    build.compile_library(tmp_path / "library.so", (build.host_instruction_set(),))
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2 * 10
+def test_a_first_build_is_ten_seconds_on_two_cores(tmp_path, monkeypatch):
+    """Torch's headers alone are three to four of the fifteen seconds of processor time, on a machine whose seconds are
+    those of `build.SECONDS`; the whole is held to six times them, which holds on any."""
+
+    def seconds():
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        build.compile_library(tmp_path / "library.so", (build.host_instruction_set(),))
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    whole = seconds()
+    monkeypatch.setattr(build, "CPU_PASSES", ())
+    headers = seconds()
+    print(f"{whole:.1f} s of processor time, {headers:.1f} s of them for torch's headers")
+    assert whole < 6 * headers
 
 
 def test_no_compiler_is_a_reason(monkeypatch, tmp_path):

@@ -116,7 +116,7 @@ def compile_library(target: Path, instruction_sets: tuple[str, ...]) -> None:
     """
     command = [*compiler(), *FLAGS, f"-I{sources()}"]
     have = [f"-DPGDPO_HAVE_{name.upper()}" for name in instruction_sets]
-    # A thin layer over torch's headers, nothing in it loops over latents: optimising it costs more than it brings.
+    # A thin layer over torch's headers, nothing in it loops over latents: -O3 costs more than it brings.
     calls = [(CPU_OPERATORS, [*command, "-O2", *_torch_flags(), *have])]
     for name in instruction_sets:
         own = [*command, *INSTRUCTION_SETS[name], f"-DPGDPO_ISA={name}"]
