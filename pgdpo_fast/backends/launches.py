@@ -111,9 +111,10 @@ def write(entries: Iterable[Entry], path: Path = TABLE) -> None:
         {"key": e.key._asdict(), "launch": e.launch._asdict(), "device": e.device, "ratio": e.ratio}
         for e in sorted(entries)
     ]
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(json.dumps({"entries": rows}, indent=1) + "\n")
-    os.replace(partial, path)
+    from pgdpo_fast.storage import atomic_file  # for measuring alone: the loss is imported without it
+
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps({"entries": rows}, indent=1) + "\n")
 
 
 def _best(entries: Iterable[Entry], key: Key) -> Launch | None:
