@@ -5,7 +5,7 @@ Noise comes from the same draws as training, so equal (seed, id) start equal cli
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,6 @@ def sample(
     seed: int,
     ids: Sequence[str],
     steps: int = 32,
-    check: Callable[[], None] = check_stop,
 ) -> Tensor:
     """Sample one clip per prompt.
 
@@ -47,7 +46,6 @@ def sample(
         conditioning: of N prompts, as `Example.conditioning` holds it.
         shape: (C, F, H, W) of the latents.
         ids: N names; with `seed` they decide the noise.
-        check: called before every step; what it raises ends the sampling. By default it looks for a signal.
 
     Returns:
         Latents `[N, C, F, H, W]`, fp32, on the model's device.
@@ -57,7 +55,7 @@ def sample(
     x = draw_noise(seed, ids, [0] * len(ids), tuple(shape), device)
     times = sampling_times(process, steps, device)
     for now, after in zip(times, [*times[1:], None], strict=True):
-        check()
+        check_stop()
         t = now.expand(len(ids))
         prediction = adapter.predict(model, NoisedBatch(x, process.model_timestep(t), given)).float()
         clean = process.clean_from_prediction(x, prediction, t)

@@ -178,7 +178,6 @@ class SampleClips(Callback):
                 seed=run.config.training.seed,
                 ids=[f"sample {example.id}"],
                 steps=self.steps,
-                check=run.stopping.check,
             )
             write_video(folder / f"{number:02d}.mp4", codec.decode(latents[0]), self.fps)
         run.note(f"sampled {len(waiting)} clips at step {step} into {folder}")
